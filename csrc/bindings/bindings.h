@@ -1,0 +1,11 @@
+// The areas of the extension; each is bound in a file of its own name.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace pyparallel {
+
+// What this machine's processor and this build offer.
+void bind_build(pybind11::module_& m);
+
+}  // namespace pyparallel

@@ -1,0 +1,106 @@
+"""The mesh: every rank's place along the four axes dp x pp x cp x tp.
+
+tp varies fastest, so the ranks that talk most are neighbours; dp varies slowest. Built on torch's
+``DeviceMesh``, so DDP, FSDP2, pipelining and DCP take ``mesh.device_mesh["dp"]`` as they are.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from pyparallel.communicator import Communicator, LocalCommunicator, TorchCommunicator
+from pyparallel.group import Group
+
+AXES = ("dp", "pp", "cp", "tp")
+
+_open: list[Communicator] = []
+
+
+@dataclass(frozen=True, eq=False)
+class Mesh:
+    """Named axes of ranks; each is the :class:`Group` of the ranks that differ along it only."""
+
+    device_mesh: DeviceMesh
+    world: Group
+    dp: Group
+    pp: Group
+    cp: Group
+    tp: Group
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Ranks along each axis."""
+        return {axis: getattr(self, axis).size for axis in AXES}
+
+    def __repr__(self) -> str:
+        return "Mesh(" + " x ".join(f"{axis}={size}" for axis, size in self.sizes.items()) + ")"
+
+
+def init_mesh(
+    *, dp: int = 1, pp: int = 1, cp: int = 1, tp: int = 1, device_type: str | None = None
+) -> Mesh:
+    """Lay the ranks of this job out as dp x pp x cp x tp.
+
+    Called by every rank, inside :func:`pyparallel.launch`, under torchrun, or alone (one rank). Where
+    torch.distributed is not initialised yet it is, from torchrun's environment.
+
+    Args:
+        dp, pp, cp, tp: ranks along the axes; their product is the number of ranks.
+        device_type: "cpu" or "cuda"; by default "cuda" where every local rank has a GPU.
+
+    Raises:
+        ValueError: a size below 1, or a product that is not the world's size.
+    """
+    sizes = {"dp": dp, "pp": pp, "cp": cp, "tp": tp}
+    for axis, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{axis}: expected at least 1 rank, got {size}")
+    _init_distributed()
+    world_size = dist.get_world_size()
+    product = math.prod(sizes.values())
+    if product != world_size:
+        asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise ValueError(
+            f"mesh: {asked} = {product} ranks, but the world has {world_size}; "
+            f"start {product} ranks or choose sizes whose product is {world_size}"
+        )
+    if device_type is None:
+        device_type = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
+    device_mesh = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=AXES)
+    groups = {axis: _group(device_mesh.get_group(axis), axis) for axis in AXES}
+    return Mesh(device_mesh, _group(dist.group.WORLD, "world"), **groups)
+
+
+def close_meshes() -> None:
+    """Give back every communicator of this process; a rank does this before it ends."""
+    while _open:
+        _open.pop().close()
+
+
+def _group(process_group: dist.ProcessGroup, name: str) -> Group:
+    if process_group.size() == 1:
+        return Group.over(LocalCommunicator(name))
+    communicator = TorchCommunicator(process_group, name)
+    _open.append(communicator)
+    return Group.over(communicator)
+
+
+def _init_distributed() -> None:
+    if dist.is_initialized():
+        return
+    if "RANK" not in os.environ:
+        # A single process has no peers: an in-memory store serves it.
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        return
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if torch.cuda.device_count() >= local_world:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        dist.init_process_group("gloo")
