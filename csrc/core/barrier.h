@@ -38,10 +38,14 @@ PP_HOST_DEVICE uint32_t signature_of(const Description& d) {
 
 // One rank's part in a call: the world, the lanes that run it, how it waits, and where it stands.
 //
-// A Waiter bounds every wait. Called by a lane that does not see what it waits for:
-//   bool again(int peer)                            false to give up (or throw, on the host)
-//   bool mismatch(int peer, uint32_t epoch)         a peer's signature differs; likewise
-// and begin() before the first turn of each wait.
+// A Waiter bounds every wait. A lane that does not see what it waits for calls begin once, then again
+// in every turn; a lane that sees what must not be calls one of the others. All may return false to
+// give up, and on the host throw.
+//   begin(uint32_t epoch), begin_message(int peer)   a wait for an epoch, or for a message or its room
+//   again(int peer)                                  still nothing from this peer
+//   mismatch(int peer)                               the peer's signature is another than this rank's
+//   miscounted(int peer, expected, sent)             all_to_all: sizes of the part from this peer
+//   unexpected(int peer, said, expected)             receive: the message is not what is asked for
 template <class LanesType, class WaiterType>
 struct Member {
   // By reference, so that a kernel reads it where it was passed (__grid_constant__).
@@ -73,13 +77,13 @@ struct Member {
       const uint64_t* flag = world.flag(world.rank, peer, e);
       uint64_t word = load_acquire(flag);
       if (!has_reached(word, e)) {
-        waiter.begin();
+        waiter.begin(e);
         do {
           ok = waiter.again(peer);
           word = load_acquire(flag);
         } while (ok && !has_reached(word, e));
       }
-      if (ok && word != flag_word(e, signature)) ok = waiter.mismatch(peer, e);
+      if (ok && word != flag_word(e, signature)) ok = waiter.mismatch(peer);
       if (!ok) break;
     }
     return lanes.all(ok);

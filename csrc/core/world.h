@@ -5,7 +5,7 @@
 // in the segment of every rank, and block i of one rank talks to block i of the others only. So a
 // World is one block's view, and blocks never wait for each other.
 //
-//   control area of rank r   state | header[2] | flag[2][writer] | filled[writer] | drained[reader]
+//   control area of rank r   state | header | flag[2][writer] | filled[writer] | drained[reader]
 //   data area of rank r      slot[4], used in turn by epoch; only rank r writes them
 //   channel area of rank r   ring[reader][kRing], the point-to-point messages rank r sends
 //
@@ -50,7 +50,7 @@ struct World {
   unsigned char* channel[kMaxRanks];
 
   static PP_HOST_DEVICE int64_t control_bytes(int size) {
-    return kLine * (3 + int64_t(size) * (kFlagSlots + 2));
+    return kLine * (2 + int64_t(size) * (kFlagSlots + 2));
   }
   static PP_HOST_DEVICE int64_t data_bytes(int64_t slot_bytes) { return kDataSlots * slot_bytes; }
   static PP_HOST_DEVICE int64_t channel_bytes(int size, int64_t ring_bytes) {
@@ -60,22 +60,23 @@ struct World {
   PP_HOST_DEVICE uint64_t* word(int owner, int64_t line) const {
     return reinterpret_cast<uint64_t*>(control[owner] + line * kLine);
   }
-  // Rank `owner`'s own state: 0 while it takes part.
+  // Rank `owner`'s own state: 0 while it takes part. The rest of the line is the backend's.
   PP_HOST_DEVICE uint64_t* state(int owner) const { return word(owner, 0); }
-  PP_HOST_DEVICE Description* header(int owner, uint32_t epoch) const {
-    return reinterpret_cast<Description*>(word(owner, 1 + epoch % kFlagSlots));
+  // What `owner` is doing. One is enough: no rank leaves an epoch in which any two signatures differ.
+  PP_HOST_DEVICE Description* header(int owner) const {
+    return reinterpret_cast<Description*>(word(owner, 1));
   }
   // Set by `writer`, polled by `owner` in its own memory.
   PP_HOST_DEVICE uint64_t* flag(int owner, int writer, uint32_t epoch) const {
-    return word(owner, 3 + int64_t(epoch % kFlagSlots) * size + writer);
+    return word(owner, 2 + int64_t(epoch % kFlagSlots) * size + writer);
   }
   // Messages `writer` has put into its ring for `owner`; set by `writer`.
   PP_HOST_DEVICE uint64_t* filled(int owner, int writer) const {
-    return word(owner, 3 + int64_t(kFlagSlots) * size + writer);
+    return word(owner, 2 + int64_t(kFlagSlots) * size + writer);
   }
   // Messages `reader` has taken out of `owner`'s ring; set by `reader`.
   PP_HOST_DEVICE uint64_t* drained(int owner, int reader) const {
-    return word(owner, 3 + int64_t(kFlagSlots + 1) * size + reader);
+    return word(owner, 2 + int64_t(kFlagSlots + 1) * size + reader);
   }
   PP_HOST_DEVICE unsigned char* slot(int owner, uint32_t epoch) const {
     return data[owner] + int64_t(epoch % kDataSlots) * slot_bytes;
