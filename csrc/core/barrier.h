@@ -38,14 +38,15 @@ PP_HOST_DEVICE uint32_t signature_of(const Description& d) {
 
 // One rank's part in a call: the world, the lanes that run it, how it waits, and where it stands.
 //
-// A Waiter bounds every wait. A lane that does not see what it waits for calls begin once, then again
-// in every turn; a lane that sees what must not be calls one of the others. All may return false to
-// give up, and on the host throw.
-//   begin(uint32_t epoch), begin_message(int peer)   a wait for an epoch, or for a message or its room
-//   again(int peer)                                  still nothing from this peer
-//   mismatch(int peer)                               the peer's signature is another than this rank's
-//   miscounted(int peer, expected, sent)             all_to_all: sizes of the part from this peer
-//   unexpected(int peer, said, expected)             receive: the message is not what is asked for
+// A Waiter bounds every wait. A lane that does not see what it waits for calls a begin once, then
+// again in every turn; a lane that sees what must not be calls one of the others. All but begin may
+// return false to give up, and on the host throw.
+//   begin(epoch)                          a wait for the peers' flags of this epoch
+//   begin_message(peer, word, target)     a wait for the count at word to reach target (channel.h)
+//   again(peer)                           still nothing from this peer
+//   mismatch(peer)                        the peer's signature is not this rank's
+//   miscounted(peer, expected, sent)      all_to_all: the part from this peer has another size
+//   unexpected(peer, said, expected)      receive: the message is not what is asked for
 template <class LanesType, class WaiterType>
 struct Member {
   // By reference, so that a kernel reads it where it was passed (__grid_constant__).

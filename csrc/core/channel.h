@@ -19,7 +19,7 @@ template <class M>
 PP_HOST_DEVICE bool wait_count(M& m, const uint64_t* word, uint64_t target, int peer) {
   bool ok = true;
   if (m.lanes.index() == 0 && int64_t(load_acquire(word) - target) < 0) {
-    m.waiter.begin_message(peer);
+    m.waiter.begin_message(peer, word, target);
     do {
       ok = m.waiter.again(peer);
     } while (int64_t(load_acquire(word) - target) < 0 && ok);

@@ -4,7 +4,7 @@
 // read(e), where write fills this rank's slot of epoch e and read takes from the peers' slots of
 // epoch e. To overlap, write(e + 1) and signal(e + 1) come between wait(e) and read(e). Why that is
 // safe with four slots and no trailing barrier: after wait(e) every peer has signalled e, hence
-// done read(e - 2), so the slot of e + 1 is read by nobody; only those of e - 1, e and e + 1 are live.
+// done read(e - 2), so nobody reads the slot of e + 1; only those of e - 1, e and e + 1 are live.
 //
 // Destination passing; every function returns false if the waiter gave up. Where a rank has several
 // blocks, each has a World of its own and calls the same function on its share of the elements.
@@ -178,7 +178,7 @@ PP_HOST_DEVICE bool all_gather(M& m, T* output, const T* input, const Split& spl
 
 // input [parts, one for each rank] -> output [parts, one from each rank]; the splits are this
 // rank's own. How many elements go to whom is known to the sender alone, so it heads every slot:
-// readers check it against what they expect, and learn from the first slot how many slices there are.
+// readers check it against what they expect, and learn from the first how many slices there are.
 // Per rank: 1 step; writes and reads n (R - 1) / R.
 template <class T, class M>
 PP_HOST_DEVICE bool all_to_all(M& m, T* output, const T* input, const Split& output_split,

@@ -62,7 +62,7 @@ struct World {
   }
   // Rank `owner`'s own state: 0 while it takes part. The rest of the line is the backend's.
   PP_HOST_DEVICE uint64_t* state(int owner) const { return word(owner, 0); }
-  // What `owner` is doing. One is enough: no rank leaves an epoch in which any two signatures differ.
+  // What `owner` is doing. One is enough: no rank leaves an epoch in which two signatures differ.
   PP_HOST_DEVICE Description* header(int owner) const {
     return reinterpret_cast<Description*>(word(owner, 1));
   }
