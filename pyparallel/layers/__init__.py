@@ -1,1 +1,25 @@
+"""The parallel modules: parameters and one call each."""
 
+import pyparallel.functional  # noqa: F401
+from pyparallel.layers.column_parallel_linear import ColumnParallelLinear
+from pyparallel.layers.norm import LayerNorm, RMSNorm
+from pyparallel.layers.parallel_attention import ParallelAttention
+from pyparallel.layers.parallel_lm_head import ParallelLMHead
+from pyparallel.layers.parallel_mlp import ParallelMLP
+from pyparallel.layers.qkv_parallel_linear import QKVParallelLinear
+from pyparallel.layers.rotary_embedding import RotaryEmbedding
+from pyparallel.layers.row_parallel_linear import RowParallelLinear
+from pyparallel.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+__all__ = [
+    "ColumnParallelLinear",
+    "LayerNorm",
+    "ParallelAttention",
+    "ParallelLMHead",
+    "ParallelMLP",
+    "QKVParallelLinear",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "RowParallelLinear",
+    "VocabParallelEmbedding",
+]

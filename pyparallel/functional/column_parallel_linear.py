@@ -1,0 +1,59 @@
+"""A matmul whose output features are cut over the ranks.
+
+Legend: K input features, M output features, M_r this rank's. ``x`` is replicated.
+
+    forward   y_shard_m[..., M_r] = x[..., K] w_shard_m[M_r, K]^T + b_shard_m
+    dgrad     dx[..., K] = all_reduce(dy_shard_m w_shard_m)
+    wgrad     dw_shard_m = dy_shard_m^T x
+    dbias     db_shard_m = sum dy_shard_m
+
+Communication: none forward, one all-reduce backward, which runs under the weight gradient.
+Source: Shoeybi et al. 2019, "Megatron-LM", section 3 (the operator f).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from pyparallel import backend
+from pyparallel.collectives import all_reduce_raw
+from pyparallel.functional.linear import bias_grad
+from pyparallel.group import Group
+
+
+class _ColumnParallelLinear(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.group = group
+        return backend.call("linear", x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        pending = grad_weight = grad_bias = None
+        if need_x:
+            partial = backend.call("linear_dgrad", grad, weight)
+            pending = all_reduce_raw(partial, ctx.group, async_op=True)
+        if need_weight:
+            grad_weight = backend.call("linear_wgrad", grad, x)
+        if need_bias:
+            grad_bias = bias_grad(grad)
+        return pending.wait() if need_x else None, grad_weight, grad_bias, None
+
+
+def column_parallel_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, group: Group
+) -> Tensor:
+    """``y_shard_m = x w_shard_m^T + b_shard_m``; see the module's equations.
+
+    Args:
+        x: [..., K], replicated. weight: [M_r, K]. bias: [M_r].
+    """
+    if group.size == 1:
+        return backend.call("linear", x, weight, bias)
+    return _ColumnParallelLinear.apply(x, weight, bias, group)

@@ -1,0 +1,45 @@
+"""The dense matmul and its two gradients.
+
+``y[..., M] = x[..., K] w[M, K]^T + b[M]``;  ``dx = dy w``;  ``dw = dy^T x``;  ``db = sum dy``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyparallel import backend, reference
+
+
+@backend.register("linear", "torch")
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``y = x w^T + b``. Differentiable."""
+    return F.linear(x, weight, bias)
+
+
+@backend.register("linear_dgrad", "torch")
+def linear_dgrad(grad: Tensor, weight: Tensor) -> Tensor:
+    """``dx[..., K] = dy[..., M] w[M, K]``."""
+    return grad @ weight
+
+
+@backend.register("linear_wgrad", "torch")
+def linear_wgrad(grad: Tensor, x: Tensor) -> Tensor:
+    """``dw[M, K] = dy[..., M]^T x[..., K]``, summed over the leading axes."""
+    return grad.flatten(0, -2).t() @ x.flatten(0, -2)
+
+
+def bias_grad(grad: Tensor) -> Tensor:
+    """``db[M] = sum dy[..., M]`` over the leading axes, in fp32."""
+    wide = torch.float32 if grad.itemsize < 4 else grad.dtype
+    return grad.flatten(0, -2).sum(0, dtype=wide).to(grad.dtype)
+
+
+backend.register("linear", "reference")(reference.linear)
+backend.register("linear_dgrad", "reference")(
+    lambda grad, weight: reference.linear(grad, weight.t())
+)
+backend.register("linear_wgrad", "reference")(
+    lambda grad, x: reference.linear(grad.flatten(0, -2).t(), x.flatten(0, -2).t())
+)

@@ -1,0 +1,148 @@
+"""The next token from logits whose vocabulary is cut over the ranks, without gathering the logits.
+
+Legend: B rows, V vocabulary, V_r this rank's. All ranks return the same ids.
+
+Greedy: each rank offers its best (score, id). Sampled, by the Gumbel-max trick: the id with the largest
+``logit / T - log(-log(u))`` is a draw from ``softmax(logit / T)``, and ``u`` is a hash of (seed, draw,
+id), so a draw does not depend on how many ranks there are. Top-k and top-p first find the score below
+which ids are out, from each rank's best few.
+Sources: Gumbel 1954; Maddison et al. 2014, "A* sampling"; Holtzman et al. 2020 (top-p); Steele et al.
+2014, "Fast splittable pseudorandom number generators" (the hash).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyparallel.collectives import all_gather_raw
+from pyparallel.group import Group
+
+# A rank's best few, offered first for top-p; eight times as many each time that was too few.
+FIRST_OFFER = 128
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: keep the k likeliest ids (all that tie with the last); 0 keeps all.
+        top_p: keep the smallest set of the likeliest ids with at least this probability; 1 keeps all.
+        seed: draws with the same seed, row and position are the same at every number of ranks.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature: expected 0 or more, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k: expected 0 (all) or more, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected 0 < top_p <= 1, got {self.top_p}")
+
+
+def greedy(logits_shard: Tensor, *, start: int, group: Group) -> Tensor:
+    """The id of the largest logit; of equal ones the lowest.
+
+    Args:
+        logits_shard: [B, V_r], the ids from ``start`` on.
+
+    Returns:
+        [B], int64.
+    """
+    # fp64 holds every logit and every id exactly, so one tensor carries both.
+    rows = logits_shard.shape[0]
+    if logits_shard.shape[1]:
+        best, index = logits_shard.max(-1)
+        offer = torch.stack([best.double(), (index + start).double()], -1)
+    else:
+        offer = torch.full((rows, 2), -torch.inf, dtype=torch.float64, device=logits_shard.device)
+    offers = all_gather_raw(offer.unsqueeze(0), group) if group.size > 1 else offer.unsqueeze(0)
+    scores, ids = offers.unbind(-1)
+    return ids.masked_fill(scores < scores.amax(0), torch.inf).amin(0).long()
+
+
+def sample(
+    logits_shard: Tensor, sampling: Sampling, draws: Tensor, *, start: int, group: Group
+) -> Tensor:
+    """One id a row, drawn from ``softmax(logits / temperature)`` cut by top-k, then by top-p.
+
+    Args:
+        logits_shard: [B, V_r], the ids from ``start`` on.
+        draws: [B], int64: numbers the draws of one seed; no two draws may share one.
+
+    Returns:
+        [B], int64.
+    """
+    if sampling.temperature == 0:
+        return greedy(logits_shard, start=start, group=group)
+    scores = logits_shard.double() / sampling.temperature
+    if sampling.top_k:
+        best, _ = _best(scores, sampling.top_k, group)
+        kth = best[:, min(sampling.top_k, best.shape[1]) - 1 :][:, :1]
+        scores = scores.masked_fill(scores < kth, -torch.inf)
+    if sampling.top_p < 1:
+        scores = scores.masked_fill(scores < _top_p_floor(scores, sampling, group), -torch.inf)
+    ids = torch.arange(start, start + scores.shape[1], device=scores.device)
+    return greedy(scores + _gumbel(sampling.seed, draws, ids), start=start, group=group)
+
+
+def _best(scores: Tensor, count: int, group: Group) -> tuple[Tensor, Tensor]:
+    """All ranks' ``count`` best scores, sorted [B, <= R count], and the score [B, 1] down to which
+    none is missing."""
+    taken = min(count, scores.shape[1])
+    offer = scores.new_full((scores.shape[0], count + 1), -torch.inf)
+    offer[:, :taken] = scores.topk(taken).values
+    # The last place says where this rank's offer ends; -inf where it offered all it has.
+    if taken < scores.shape[1]:
+        offer[:, count] = offer[:, count - 1]
+    offers = all_gather_raw(offer.unsqueeze(0), group) if group.size > 1 else offer.unsqueeze(0)
+    best = offers[:, :, :count].transpose(0, 1).flatten(1).sort(-1, descending=True).values
+    return best, offers[:, :, count].amax(0).unsqueeze(-1)
+
+
+def _top_p_floor(scores: Tensor, sampling: Sampling, group: Group) -> Tensor:
+    """The smallest score [B, 1] that stays in."""
+    lse = scores.logsumexp(-1, keepdim=True)
+    if group.size > 1:
+        lse = all_gather_raw(lse.unsqueeze(0), group).logsumexp(0)
+    count = FIRST_OFFER
+    while True:
+        best, complete_to = _best(scores, count, group)
+        mass = torch.exp(best - lse).cumsum(-1)
+        # An id stays while the mass before it is below p; the first always does.
+        before = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], -1)
+        stays = before < sampling.top_p
+        floor = best.masked_fill(~stays, torch.inf).amin(-1, keepdim=True)
+        if bool((floor >= complete_to).all()):
+            return floor
+        count *= 8
+
+
+def _gumbel(seed: int, draws: Tensor, ids: Tensor) -> Tensor:
+    """Gumbel noise [B, V_r] in fp64, a function of (seed, draw, id) alone."""
+    key = _mix(_mix(torch.full_like(draws, seed)) ^ draws)
+    bits = _mix(key.unsqueeze(-1) ^ _mix(ids))
+    uniform = ((bits >> 11 & (1 << 53) - 1).double() + 0.5) * 2.0**-53
+    return -torch.log(-torch.log(uniform))
+
+
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64: a bijection of 64-bit integers that scatters neighbours."""
+    x = x + -0x61C8864680B583EB
+    x = (x ^ _shift_right(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ _shift_right(x, 27)) * -0x6B2FB644ECCEEE15
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """The logical shift; torch's own copies the sign."""
+    return (x >> bits) & ((1 << 64 - bits) - 1)

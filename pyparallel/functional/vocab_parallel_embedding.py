@@ -1,0 +1,50 @@
+"""An embedding whose rows (vocabulary) are cut over the ranks.
+
+    forward   y[..., H] = all_reduce(weight_shard_v[ids - start] where owned, else 0)
+    wgrad     dweight_shard_v[id - start] += dy, for the owned ids
+
+One rank adds the row and the others add zeros, so the result is exact.
+Communication: one all-reduce forward, none backward.
+Source: Shoeybi et al. 2019, "Megatron-LM", section 3.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyparallel.collectives import all_reduce
+from pyparallel.group import Group
+
+
+def vocab_parallel_embedding(
+    ids: Tensor,
+    weight: Tensor,
+    *,
+    start: int,
+    group: Group,
+    padding_idx: int | None = None,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Look ``ids`` up in a table of which this rank holds the rows from ``start`` on.
+
+    Args:
+        ids: [...], int64, within the whole vocabulary. weight: [V_r, H].
+        padding_idx: an id, counted in the whole vocabulary, whose row gets no gradient.
+    """
+    stop = start + weight.shape[0]
+    options = {"scale_grad_by_freq": scale_grad_by_freq, "sparse": sparse}
+    if group.size == 1:
+        return F.embedding(ids, weight, padding_idx, **options)
+    foreign = (ids < start) | (ids >= stop)
+    if weight.shape[0] == 0:
+        rows = weight.new_zeros(*ids.shape, weight.shape[1]) + weight.sum()
+    else:
+        local_padding = None
+        if padding_idx is not None and start <= padding_idx < stop:
+            local_padding = padding_idx - start
+        local = (ids - start).masked_fill(foreign, 0)
+        rows = F.embedding(local, weight, local_padding, **options)
+        rows = rows.masked_fill(foreign.unsqueeze(-1), 0)
+    return all_reduce(rows, group)

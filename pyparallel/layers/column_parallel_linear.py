@@ -1,0 +1,94 @@
+"""``nn.Linear`` with its output features cut over the ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pyparallel.collectives import all_gather
+from pyparallel.functional.column_parallel_linear import column_parallel_linear
+from pyparallel.functional.replicated_parameter import sum_over_replicas
+from pyparallel.group import Group
+from pyparallel.layers.parameters import ShardedModule, init_linear
+from pyparallel.shard import Sharding, features
+
+
+class ColumnParallelLinear(ShardedModule):
+    """``y = x W^T + b`` with W's rows, so y's features, cut over the group.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in ``nn.Linear``; dense sizes.
+        group: the ranks.
+        gather_output: return the whole y on every rank instead of this rank's features.
+        sharding: which output features each rank holds; by default even parts.
+        replicas: where several ranks hold the same features: the local row from which on rows are
+            replicas, and the sharding of those rows alone. Their gradients are summed over the ranks.
+
+    Shapes:
+        x [..., K] replicated; y [..., M_r], or [..., M] with ``gather_output``.
+        ``weight`` [M_r, K], ``bias`` [M_r].
+
+    Communication: none forward (one all-gather with ``gather_output``); one all-reduce backward.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        group: Group,
+        gather_output: bool = False,
+        sharding: Sharding | None = None,
+        replicas: tuple[int, Sharding] | None = None,
+    ) -> None:
+        super().__init__(group)
+        sharding = sharding or features(out_features, group.size)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.gather_output = gather_output
+        self.replicas = replicas
+        self.add_shard("weight", (out_features, in_features), sharding, device, dtype)
+        if bias:
+            self.add_shard("bias", (out_features,), sharding, device, dtype)
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    @classmethod
+    def from_dense(cls, linear: nn.Linear, *, group: Group, **options) -> ColumnParallelLinear:
+        """The parallel twin of ``linear``; ``options`` as in the constructor."""
+        return cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            "meta",
+            linear.weight.dtype,
+            group=group,
+            **options,
+        ).load_dense(linear)
+
+    def reset_parameters(self) -> None:
+        """Initialise as ``nn.Linear`` does: the same seed gives slices of the dense weights."""
+        init_linear(self, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if self.replicas is not None:
+            first_row, sharding = self.replicas
+            weight = sum_over_replicas(weight, sharding, self.group, first_row=first_row)
+            if bias is not None:
+                bias = sum_over_replicas(bias, sharding, self.group, first_row=first_row)
+        y = column_parallel_linear(x, weight, bias, group=self.group)
+        if self.gather_output:
+            sizes = self.shardings["weight"].sizes
+            return all_gather(y, self.group, dim=-1, sizes=sizes, grad="split")
+        return y
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"local={self.weight.shape[0]}, bias={self.bias is not None}, {self.group}"
+        )

@@ -1,0 +1,47 @@
+"""The replicated norms: torch's modules, computed by the backend's kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pyparallel import backend
+from pyparallel.collectives import copy_to_group
+from pyparallel.group import Group
+
+
+class LayerNorm(nn.LayerNorm):
+    """``nn.LayerNorm`` over the last axis."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return backend.call("layer_norm", x, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """``nn.RMSNorm`` over the last axis."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return backend.call("rms_norm", x, self.weight, self.eps)
+
+
+class HeadRMSNorm(RMSNorm):
+    """``nn.RMSNorm`` over the features of heads that are cut over the group.
+
+    The weight is shared by all heads, so its gradient is summed over the ranks.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        eps: float,
+        *,
+        group: Group,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(head_dim, eps, device=device, dtype=dtype)
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = copy_to_group(self.weight, self.group)
+        return backend.call("rms_norm", x, weight, self.eps)

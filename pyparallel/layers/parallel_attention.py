@@ -1,0 +1,161 @@
+"""Self-attention with its heads cut over the ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pyparallel import backend
+from pyparallel.group import Group
+from pyparallel.layers.kv_cache import KVCache
+from pyparallel.layers.norm import HeadRMSNorm
+from pyparallel.layers.qkv_parallel_linear import QKVParallelLinear
+from pyparallel.layers.rotary_embedding import RotaryEmbedding
+from pyparallel.layers.row_parallel_linear import RowParallelLinear
+from pyparallel.layers.span import Span
+
+
+class ParallelAttention(nn.Module):
+    """``y = concat_n(softmax(scale q_n k_g^T) v_g) Wo^T`` over this rank's heads, summed over ranks.
+
+    Multi-head, grouped-query and multi-query attention; the unit that is cut is a KV head with its
+    query heads, and KV heads are replicated where there are fewer of them than ranks.
+
+    Args:
+        embed_dim, num_heads, bias, device, dtype: as in ``nn.MultiheadAttention``; dense sizes.
+        group: the ranks.
+        num_kv_heads: by default ``num_heads``.
+        head_dim: D; by default ``embed_dim // num_heads``.
+        out_bias: whether the output projection adds a bias; by default as ``bias``.
+        causal: a token sees itself and what came before.
+        rotary: rotates queries and keys by their positions.
+        qk_norm_eps: RMS-normalise each head's queries and keys first (Qwen3), with this epsilon.
+        window: how many tokens, itself included, a token sees.
+
+    Shapes:
+        x, y [B, S, H], replicated.
+
+    Communication: one all-reduce forward, one backward.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        group: Group,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        out_bias: bool | None = None,
+        causal: bool = False,
+        rotary: RotaryEmbedding | None = None,
+        qk_norm_eps: float | None = None,
+        window: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.causal = causal
+        self.window = window
+        self.rotary = rotary
+        self.qkv_proj = QKVParallelLinear(
+            embed_dim, num_heads, num_kv_heads, head_dim, bias, device, dtype, group=group
+        )
+        layout, head_dim = self.qkv_proj.layout, self.qkv_proj.head_dim
+        self.out_proj = RowParallelLinear(
+            num_heads * head_dim,
+            embed_dim,
+            bias if out_bias is None else out_bias,
+            device,
+            dtype,
+            group=group,
+            sharding=layout.query_sharding(head_dim, dim=1),
+        )
+        self.q_norm = self.k_norm = None
+        if qk_norm_eps is not None:
+            options = {"group": group, "device": device, "dtype": dtype}
+            self.q_norm = HeadRMSNorm(head_dim, qk_norm_eps, **options)
+            self.k_norm = HeadRMSNorm(head_dim, qk_norm_eps, **options)
+
+    @classmethod
+    def from_dense(
+        cls, attention: nn.MultiheadAttention, *, group: Group, **options
+    ) -> ParallelAttention:
+        """The parallel twin of torch's self-attention; ``options`` as in the constructor.
+
+        Raises:
+            ValueError: the module has what this one has not (dropout, other key or value sizes,
+                added bias or zero attention), or takes its batch second.
+        """
+        for name, wanted in (
+            ("dropout", 0.0),
+            ("batch_first", True),
+            ("add_zero_attn", False),
+            ("bias_k", None),
+            ("_qkv_same_embed_dim", True),
+        ):
+            if getattr(attention, name) != wanted:
+                raise ValueError(
+                    f"{name.lstrip('_')}: expected {wanted}, got {getattr(attention, name)}"
+                )
+        module = cls(
+            attention.embed_dim,
+            attention.num_heads,
+            attention.in_proj_bias is not None,
+            "meta",
+            attention.in_proj_weight.dtype,
+            group=group,
+            **options,
+        )
+        dense = {"weight": attention.in_proj_weight, "bias": attention.in_proj_bias}
+        module.qkv_proj.load_dense(dense)
+        module.out_proj.load_dense(attention.out_proj)
+        return module
+
+    def new_cache(self, batch: int, length: int) -> KVCache:
+        """An empty cache of ``length`` slots for this rank's KV heads."""
+        start, stop = self.qkv_proj.layout.kv[self.qkv_proj.group.rank]
+        weight = self.qkv_proj.weight
+        head_dim = self.qkv_proj.head_dim
+        return KVCache(
+            batch, stop - start, length, head_dim, device=weight.device, dtype=weight.dtype
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        span: Span | None = None,
+        cache: KVCache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend over ``x``, and over what ``cache`` holds.
+
+        Args:
+            span: where x's tokens stand; by default from position 0 on.
+            cache: gets x's keys and values, and gives those before them.
+            mask: [B, 1 or N_r, S, T], true where a token sees another; joined with ``causal``.
+        """
+        if span is None:
+            span = Span.of([0] * x.shape[0], x.shape[1], device=x.device, rotary=self.rotary)
+        q, k, v = self.qkv_proj(x)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if span.rotation is not None:
+            q, k = (backend.call("rope", t, *span.rotation) for t in (q, k))
+        if cache is not None:
+            k, v = cache.write(k, v, span)
+        if span.mask is not None:
+            mask = span.mask if mask is None else span.mask & mask
+        # The span's own mask is complete; alone, "causal" and the window say what is seen.
+        o = backend.call(
+            "attention",
+            q,
+            k,
+            v,
+            causal=self.causal and span.mask is None,
+            window=self.window if span.mask is None else None,
+            mask=mask,
+        )
+        return self.out_proj(o.flatten(-2))

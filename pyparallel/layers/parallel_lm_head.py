@@ -1,0 +1,65 @@
+"""The projection to the vocabulary, with the vocabulary cut over the ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyparallel.functional.column_parallel_linear import column_parallel_linear
+from pyparallel.functional.next_token import Sampling, greedy, sample
+from pyparallel.group import Group
+from pyparallel.layers.column_parallel_linear import ColumnParallelLinear
+from pyparallel.layers.vocab_parallel_embedding import vocab_sharding
+
+
+class ParallelLMHead(ColumnParallelLinear):
+    """``logits = x W^T + b`` with W's rows cut as :class:`VocabParallelEmbedding` cuts its own.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in ``nn.Linear``; dense sizes.
+        group: the ranks.
+        gather_output: :meth:`forward` returns all logits [..., V] on every rank (the default), or
+            this rank's [..., V_r], as the vocab-parallel cross-entropy takes them.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        group: Group,
+        gather_output: bool = True,
+    ) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            bias,
+            device,
+            dtype,
+            group=group,
+            gather_output=gather_output,
+            sharding=vocab_sharding(out_features, group.size),
+        )
+
+    def local_logits(self, x: Tensor) -> Tensor:
+        """This rank's logits [..., V_r]."""
+        return column_parallel_linear(x, self.weight, self.bias, group=self.group)
+
+    def greedy(self, x: Tensor) -> Tensor:
+        """The likeliest id [B] after each hidden state of ``x [B, K]``; no logits are gathered."""
+        return greedy(self.local_logits(x), start=self._start, group=self.group)
+
+    def sample(self, x: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
+        """A drawn id [B] after each hidden state of ``x [B, K]``; no logits are gathered.
+
+        Args:
+            draws: [B], int64: a number of its own for each draw of ``sampling.seed``.
+        """
+        return sample(self.local_logits(x), sampling, draws, start=self._start, group=self.group)
+
+    @property
+    def _start(self) -> int:
+        return self.shardings["weight"].ranges[self.group.rank][0][0]

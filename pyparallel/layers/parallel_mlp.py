@@ -1,0 +1,108 @@
+"""The transformer's MLP, with its intermediate features cut over the ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pyparallel import backend
+from pyparallel.group import Group
+from pyparallel.layers.column_parallel_linear import ColumnParallelLinear
+from pyparallel.layers.row_parallel_linear import RowParallelLinear
+from pyparallel.shard import features, fuse
+
+# What the MLP applies to the gate, by the name of the gated unit (Shazeer 2020).
+GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
+POINTWISE = ("gelu", "gelu_tanh", "relu", "silu")
+
+
+class ParallelMLP(nn.Module):
+    """``y = (act(x Wg^T) * x Wu^T) Wd^T`` (gated), or ``y = act(x Wu^T) Wd^T``.
+
+    Args:
+        hidden_size, intermediate_size: H and F, dense.
+        activation: "swiglu", "geglu", "geglu_tanh" (gated), "gelu", "gelu_tanh", "relu" or "silu".
+        bias: whether the projections add biases.
+        device, dtype: as in ``nn.Linear``.
+        group: the ranks.
+
+    Shapes:
+        x, y [..., H], replicated. ``up_proj.weight`` [F_r, H], or [2 F_r, H] = gate rows, then up
+        rows; ``down_proj.weight`` [H, F_r].
+
+    Communication: one all-reduce forward, one backward.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: str = "swiglu",
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        group: Group,
+    ) -> None:
+        super().__init__()
+        if activation not in GATED and activation not in POINTWISE:
+            raise ValueError(
+                f"activation: expected one of {', '.join((*GATED, *POINTWISE))}, got {activation!r}"
+            )
+        cut = features(intermediate_size, group.size)
+        gated = activation in GATED
+        self.activation = activation
+        self.up_proj = ColumnParallelLinear(
+            hidden_size,
+            intermediate_size * (2 if gated else 1),
+            bias,
+            device,
+            dtype,
+            group=group,
+            sharding=fuse(cut, cut) if gated else cut,
+        )
+        self.down_proj = RowParallelLinear(
+            intermediate_size,
+            hidden_size,
+            bias,
+            device,
+            dtype,
+            group=group,
+            sharding=cut.along(1),
+        )
+
+    @classmethod
+    def from_dense(
+        cls,
+        up: nn.Linear,
+        down: nn.Linear,
+        gate: nn.Linear | None = None,
+        *,
+        activation: str,
+        group: Group,
+    ) -> ParallelMLP:
+        """The parallel twin of dense projections; with ``gate`` the activation is a gated one."""
+        if (gate is not None) != (activation in GATED):
+            raise ValueError(f"gate: {activation!r} takes {'a' if gate is None else 'no'} gate")
+        module = cls(
+            up.in_features,
+            up.out_features,
+            activation,
+            up.bias is not None,
+            "meta",
+            up.weight.dtype,
+            group=group,
+        )
+        parts = [up] if gate is None else [gate, up]
+        dense = {"weight": torch.cat([part.weight.detach() for part in parts])}
+        if up.bias is not None:
+            dense["bias"] = torch.cat([part.bias.detach() for part in parts])
+        module.up_proj.load_dense(dense)
+        module.down_proj.load_dense(down)
+        return module
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up_proj(x)
+        if self.activation in GATED:
+            return self.down_proj(backend.call("gated_activation", up, GATED[self.activation]))
+        return self.down_proj(backend.call("activation", up, self.activation))

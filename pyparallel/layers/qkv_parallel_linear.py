@@ -1,0 +1,95 @@
+"""The query, key and value projections as one matmul, cut by heads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pyparallel.group import Group
+from pyparallel.layers.column_parallel_linear import ColumnParallelLinear
+from pyparallel.shard import HeadLayout, fuse
+
+
+class QKVParallelLinear(ColumnParallelLinear):
+    """``[q, k, v] = x W^T + b`` with this rank's heads of each.
+
+    The dense W stores all query heads' rows, then all key heads', then all value heads'. With fewer KV
+    heads than ranks, KV heads are replicated and their gradients summed over the replicas.
+
+    Args:
+        embed_dim: features of x.
+        num_heads, num_kv_heads: dense head counts; by default as many KV heads as query heads.
+        head_dim: D; by default ``embed_dim // num_heads``.
+        bias, device, dtype: as in ``nn.Linear``.
+        group: the ranks.
+
+    Shapes:
+        x [..., K]; returns q [..., N_r, D], k and v [..., G_r, D].
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        group: Group,
+    ) -> None:
+        num_kv_heads = num_kv_heads or num_heads
+        head_dim = head_dim or embed_dim // num_heads
+        layout = HeadLayout.of(num_heads, num_kv_heads, group.size)
+        replicas = None
+        if layout.replicated:
+            start, stop = layout.query[group.rank]
+            kv = layout.kv_sharding(head_dim)
+            replicas = ((stop - start) * head_dim, fuse(kv, kv))
+        super().__init__(
+            embed_dim,
+            (num_heads + 2 * num_kv_heads) * head_dim,
+            bias,
+            device,
+            dtype,
+            group=group,
+            sharding=layout.qkv_sharding(head_dim),
+            replicas=replicas,
+        )
+        self.layout = layout
+        self.head_dim = head_dim
+
+    @classmethod
+    def from_dense(
+        cls,
+        query: nn.Linear,
+        key: nn.Linear,
+        value: nn.Linear,
+        *,
+        head_dim: int,
+        group: Group,
+    ) -> QKVParallelLinear:
+        """The parallel twin of three projections that read the same x."""
+        parts = (query, key, value)
+        module = cls(
+            query.in_features,
+            query.out_features // head_dim,
+            key.out_features // head_dim,
+            head_dim,
+            query.bias is not None,
+            "meta",
+            query.weight.dtype,
+            group=group,
+        )
+        dense = {"weight": torch.cat([part.weight.detach() for part in parts])}
+        if query.bias is not None:
+            dense["bias"] = torch.cat([part.bias.detach() for part in parts])
+        return module.load_dense(dense)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        heads = super().forward(x).unflatten(-1, (-1, self.head_dim))
+        rank = self.group.rank
+        num_query = self.layout.query[rank][1] - self.layout.query[rank][0]
+        num_kv = self.layout.kv[rank][1] - self.layout.kv[rank][0]
+        return heads.split([num_query, num_kv, num_kv], -2)

@@ -1,0 +1,82 @@
+"""``nn.Linear`` with its input features cut over the ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pyparallel.collectives import split
+from pyparallel.functional.row_parallel_linear import row_parallel_linear
+from pyparallel.group import Group
+from pyparallel.layers.parameters import ShardedModule, init_linear
+from pyparallel.shard import REPLICATED, Sharding, features
+
+
+class RowParallelLinear(ShardedModule):
+    """``y = x W^T + b`` with W's columns, so x's features, cut over the group.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in ``nn.Linear``; dense sizes.
+        group: the ranks.
+        input_is_parallel: x is this rank's features already; else it is whole and is cut here.
+        sharding: which input features (axis 1) each rank holds; by default even parts.
+
+    Shapes:
+        x [..., K_r], or [..., K] without ``input_is_parallel``; y [..., M] replicated.
+        ``weight`` [M, K_r], ``bias`` [M], which is added once, after the reduction.
+
+    Communication: one all-reduce forward; none backward (one all-gather without
+    ``input_is_parallel``).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        group: Group,
+        input_is_parallel: bool = True,
+        sharding: Sharding | None = None,
+    ) -> None:
+        super().__init__(group)
+        sharding = sharding or features(in_features, group.size, dim=1)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.input_is_parallel = input_is_parallel
+        self.add_shard("weight", (out_features, in_features), sharding, device, dtype)
+        if bias:
+            self.add_shard("bias", (out_features,), REPLICATED, device, dtype)
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    @classmethod
+    def from_dense(cls, linear: nn.Linear, *, group: Group, **options) -> RowParallelLinear:
+        """The parallel twin of ``linear``; ``options`` as in the constructor."""
+        return cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            "meta",
+            linear.weight.dtype,
+            group=group,
+            **options,
+        ).load_dense(linear)
+
+    def reset_parameters(self) -> None:
+        """Initialise as ``nn.Linear`` does: the same seed gives slices of the dense weights."""
+        init_linear(self, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.input_is_parallel:
+            x = split(x, self.group, dim=-1, sizes=self.shardings["weight"].sizes)
+        return row_parallel_linear(x, self.weight, self.bias, group=self.group)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"local={self.weight.shape[1]}, bias={self.bias is not None}, {self.group}"
+        )
