@@ -1,0 +1,138 @@
+"""Shipped configurations: frozen data by architecture and shape class.
+
+A note beside a configuration says what it gives up and why. Shared memory a block may use:
+sm_80 163 KiB, sm_86/89/120 99 KiB, sm_90 and sm_100 227 KiB, gfx942 64 KiB; registers a
+thread: 255. The report (`pyparallel kernels`) compiles every row and prints what it takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+SHARED_BYTES = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448,
+                "gfx942": 65536}
+
+
+def family(arch: str) -> str:
+    """The architecture whose rows serve `arch`: the nearest one at or below it."""
+    if arch == "interpreter" or arch in ARCHITECTURES:
+        return arch
+    if arch in ("sm_86", "sm_87", "sm_89", "sm_120", "sm_121"):
+        return "sm_86"
+    if arch.startswith("sm_10"):
+        return "sm_100"
+    if arch.startswith("gfx9"):
+        return "gfx942"
+    raise ValueError(
+        f"arch: expected one of {', '.join(ARCHITECTURES)} or a relative, got {arch}; "
+        "use another backend there"
+    )
+
+
+@dataclass(frozen=True)
+class MatmulConfig:
+    """swap: multiply w @ x^T, for x of few rows. group_m: rows of tiles walked together."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+    swap: bool = False
+    note: str = ""
+
+    @property
+    def label(self) -> str:
+        return (f"{self.block_m}x{self.block_n}x{self.block_k} w{self.num_warps} "
+                f"s{self.num_stages}" + (" swap" if self.swap else ""))
+
+
+# Shape classes by rows of x: decode up to 16, thin up to 64, wide above.
+# Operand classes: half (fp16, bf16), fp8, ieee (fp32 in full precision), tf32.
+_NO_TENSOR_CORE = "fp32 in full precision has no tensor core instruction: FMA units"
+_MATMUL: dict[str, dict[tuple[str, str], MatmulConfig]] = {
+    "interpreter": {
+        (operand, shape): MatmulConfig(32, 32, 32, 1, 1, 2, shape == "decode")
+        for operand in ("half", "fp8", "ieee", "tf32")
+        for shape in ("decode", "thin", "wide")
+    },
+    "sm_80": {
+        ("half", "decode"): MatmulConfig(16, 128, 64, 4, 5),
+        ("half", "thin"): MatmulConfig(64, 128, 64, 4, 4),
+        ("half", "wide"): MatmulConfig(128, 256, 64, 8, 3),
+        ("ieee", "decode"): MatmulConfig(16, 64, 32, 4, 4, note=_NO_TENSOR_CORE),
+        ("ieee", "thin"): MatmulConfig(64, 64, 32, 4, 3, note=_NO_TENSOR_CORE),
+        ("ieee", "wide"): MatmulConfig(64, 64, 32, 4, 3, note=_NO_TENSOR_CORE),
+        ("tf32", "decode"): MatmulConfig(16, 64, 64, 4, 4),
+        ("tf32", "thin"): MatmulConfig(64, 128, 32, 4, 4),
+        ("tf32", "wide"): MatmulConfig(128, 128, 32, 8, 4),
+        # ("fp8", *) absent: sm_80 has no e4m3 conversion instruction.
+    },
+    "sm_90": {
+        ("half", "decode"): MatmulConfig(16, 128, 128, 4, 4, swap=True),
+        ("half", "thin"): MatmulConfig(64, 128, 64, 4, 5),
+        ("half", "wide"): MatmulConfig(128, 256, 64, 8, 4),
+        ("fp8", "decode"): MatmulConfig(16, 128, 128, 4, 5, swap=True),
+        ("fp8", "thin"): MatmulConfig(64, 128, 128, 4, 4),
+        ("fp8", "wide"): MatmulConfig(128, 256, 128, 8, 4),
+        ("ieee", "decode"): MatmulConfig(16, 64, 32, 4, 4, note=_NO_TENSOR_CORE),
+        ("ieee", "thin"): MatmulConfig(64, 64, 32, 4, 3, note=_NO_TENSOR_CORE),
+        ("ieee", "wide"): MatmulConfig(64, 64, 32, 4, 3, note=_NO_TENSOR_CORE),
+        ("tf32", "decode"): MatmulConfig(16, 128, 64, 4, 4, swap=True),
+        ("tf32", "thin"): MatmulConfig(64, 128, 32, 4, 4),
+        ("tf32", "wide"): MatmulConfig(128, 128, 32, 8, 4),
+    },
+    "gfx942": {
+        ("half", "decode"): MatmulConfig(16, 64, 128, 4, 2),
+        ("half", "thin"): MatmulConfig(64, 64, 128, 4, 2),
+        ("half", "wide"): MatmulConfig(128, 128, 64, 4, 2),
+        ("fp8", "decode"): MatmulConfig(16, 64, 256, 4, 2),
+        ("fp8", "thin"): MatmulConfig(64, 64, 128, 4, 2),
+        ("fp8", "wide"): MatmulConfig(128, 128, 128, 4, 2),
+        ("ieee", "decode"): MatmulConfig(16, 64, 64, 4, 2),
+        ("ieee", "thin"): MatmulConfig(64, 64, 64, 4, 2),
+        ("ieee", "wide"): MatmulConfig(128, 64, 32, 4, 2),
+        ("tf32", "decode"): MatmulConfig(16, 64, 64, 4, 2),
+        ("tf32", "thin"): MatmulConfig(64, 64, 64, 4, 2),
+        ("tf32", "wide"): MatmulConfig(128, 64, 32, 4, 2),
+    },
+}
+_MATMUL["sm_100"] = dict(_MATMUL["sm_90"])
+# 99 KiB of shared memory: the same tiles as sm_80 with fewer stages in flight.
+_MATMUL["sm_86"] = {
+    key: replace(row, num_stages=2 if row.block_n == 256 else min(row.num_stages, 3))
+    for key, row in _MATMUL["sm_80"].items()
+}
+
+
+def matmul_config(
+    arch: str, m: int, n: int, k: int, itemsize: int, precision: str = "ieee"
+) -> MatmulConfig:
+    """The configuration for x [m, k] @ w [n, k]^T with operands of itemsize bytes."""
+    operand = {1: "fp8", 2: "half"}.get(itemsize) or ("ieee" if precision == "ieee" else "tf32")
+    shape = "decode" if m <= 16 else "thin" if m <= 64 else "wide"
+    row = _MATMUL[family(arch)].get((operand, shape))
+    if row is None:
+        raise ValueError(f"matmul: {operand} operands have no configuration on {arch}; "
+                         "cast them to bf16")
+    return row
+
+
+def matmul_rows(arch: str) -> list[tuple[str, str, MatmulConfig]]:
+    """Every shipped (operand, shape class, configuration) of an architecture."""
+    return [(operand, shape, row) for (operand, shape), row in _MATMUL[family(arch)].items()]
+
+
+# Row kernels hold a whole row in registers: 16 elements a thread, two 128-bit loads of bf16.
+MAX_ROW = 32768
+ROWS_PER_PROGRAM = 16
+
+
+def row_warps(block: int) -> int:
+    """Warps for a program that holds `block` elements of a row."""
+    if block > MAX_ROW:
+        raise ValueError(f"last dimension: expected at most {MAX_ROW}, got up to {block}; "
+                         "a row must fit one program's registers: use another backend")
+    return min(16, max(1, block // 512))
