@@ -1,0 +1,195 @@
+"""What the steps of a schedule do to tensors; the same functions on CUDA streams and CPU threads.
+
+A `Link` moves rows between ranks, a `Multiply` is the matmul. Neither knows the schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pyparallel.overlap.layout import Layout
+from pyparallel.overlap.schedule import Region, Step
+
+# multiply(rows [m, a], out [m, b]): out = rows @ (something of shape [a, b]).
+Multiply = Callable[[Tensor, Tensor], None]
+# rank_ordered_sum(parts [R, m, b], out [m, b]): fp32 sum over R in order, rounded once.
+Reduce = Callable[[Tensor, Tensor], None]
+Action = Callable[[Step], None]
+# view(*indices): the memory of one region of a buffer.
+View = Callable[..., Tensor]
+
+
+class Link(Protocol):
+    """Point-to-point and whole-group transport of one group, issued in the same order on all ranks."""
+
+    def exchange(self, send: Tensor, send_to: int, receive: Tensor, receive_from: int) -> None:
+        """Sends one tensor and receives another, as one group, so that no order can deadlock."""
+
+    def all_gather(self, output: Tensor, own: Tensor, rows: Sequence[int]) -> None:
+        """output [sum(rows), K] = the shards of all ranks in rank order."""
+
+    def all_to_all(self, output: Tensor, rows_out: Sequence[int], send: Tensor) -> None:
+        """Sends rows_out[q] rows to rank q; output [R, own rows, N] is what came, by source."""
+
+
+def rank_ordered_sum(parts: Tensor, out: Tensor) -> None:
+    """The portable Reduce: parts [R, m, n] summed from rank 0 upwards in fp32, rounded once."""
+    total = parts[0].to(torch.float32, copy=True)
+    for part in parts[1:]:
+        total += part
+    out.copy_(total)
+
+
+class GatherSide:
+    """The actions of an all-gather that feeds a matmul.
+
+    own [M_r, K], multiply maps [m, K] to [m, N], output [M, N].
+    gathered: [M, K] to keep all rows in order, or [slots, largest piece, K] reused in turn.
+    """
+
+    def __init__(
+        self,
+        own: Tensor,
+        gathered: Tensor,
+        output: Tensor,
+        *,
+        rank: int,
+        layout: Layout,
+        link: Link,
+        multiply: Multiply,
+        names: tuple[str, str, str],
+    ) -> None:
+        self.own, self.gathered, self.output = own, gathered, output
+        self.rank, self.layout, self.link, self.multiply = rank, layout, link, multiply
+        self.own_name, self.gathered_name, self.output_name = names
+
+    def actions(self) -> dict[str, Action]:
+        """Action name to function, for the steps `gather.py` and `steps.py` make."""
+        return {
+            "gather": self.exchange,
+            "copy_own": self.copy_own,
+            "matmul": self.matmul,
+            "gather_all": self.gather_all,
+            "matmul_all": self.matmul_all,
+        }
+
+    def views(self) -> dict[str, View]:
+        """Buffer name to the memory its indices mean."""
+        return {
+            self.own_name: lambda piece: self.own[self.layout.local(self.rank, piece)],
+            self.gathered_name: self._gathered_view,
+            self.output_name: lambda q, p: self.output[self.layout.rows_of(q, p)],
+        }
+
+    def _gathered_view(self, *indices: int) -> Tensor:
+        if len(indices) == 1:
+            return self.gathered[indices[0]]
+        return self.gathered[self.layout.rows_of(*indices)]
+
+    def _place(self, region: Region, chunk: tuple[int, int]) -> Tensor:
+        name, *indices = region
+        rows = self.layout.local(*chunk)
+        return self.views()[str(name)](*indices)[: rows.stop - rows.start]
+
+    def exchange(self, step: Step) -> None:
+        """Receives one chunk into its place while sending another one."""
+        send = self._place(step.reads[0], step.send_chunk)
+        receive = self._place(step.writes[0], step.receive_chunk)
+        self.link.exchange(send, step.send_to, receive, step.receive_from)
+
+    def matmul(self, step: Step) -> None:
+        """The rows of one chunk, or of the whole own shard (piece -1)."""
+        source, piece = step.chunk
+        rows = self.own if piece < 0 else self._place(step.reads[0], step.chunk)
+        self.multiply(rows, self.output[self.layout.rows_of(source, piece)])
+
+    def copy_own(self, step: Step) -> None:
+        """The own shard to its place among the gathered rows."""
+        self.gathered[self.layout.rows_of(self.rank)].copy_(self.own)
+
+    def gather_all(self, step: Step) -> None:
+        """The plain collective."""
+        self.link.all_gather(self.gathered, self.own, self.layout.rows)
+
+    def matmul_all(self, step: Step) -> None:
+        """All gathered rows in one matmul."""
+        self.multiply(self.gathered, self.output)
+
+
+class ScatterSide:
+    """The actions of a matmul whose partial sums are reduce-scattered.
+
+    rows [M, K], multiply maps [m, K] to [m, N], partial [M, N], landed [R, M_r, N], output [M_r, N].
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        partial: Tensor,
+        landed: Tensor,
+        output: Tensor,
+        *,
+        rank: int,
+        layout: Layout,
+        link: Link,
+        multiply: Multiply,
+        reduce: Reduce,
+        names: tuple[str, str],
+    ) -> None:
+        self.rows, self.partial, self.landed, self.output = rows, partial, landed, output
+        self.rank, self.layout, self.link = rank, layout, link
+        self.multiply, self.reduce_rows = multiply, reduce
+        self.rows_name, self.output_name = names
+
+    def actions(self) -> dict[str, Action]:
+        """Action name to function, for the steps `scatter.py` and `steps.py` make."""
+        return {
+            "partial": self.matmul,
+            "scatter": self.exchange,
+            "reduce": self.reduce,
+            "matmul_all": self.matmul_all,
+            "reduce_scatter_all": self.reduce_scatter_all,
+        }
+
+    def views(self) -> dict[str, View]:
+        """Buffer name to the memory its indices mean."""
+        return {
+            self.rows_name: lambda q, p: self.rows[self.layout.rows_of(q, p)],
+            "partial": lambda q, p: self.partial[self.layout.rows_of(q, p)],
+            "landed": lambda q, p: self.landed[q][self.layout.local(self.rank, p)],
+            self.output_name: lambda p: self.output[self.layout.local(self.rank, p)],
+        }
+
+    def matmul(self, step: Step) -> None:
+        """A remote chunk's partial sum, to be sent; or the own rows', straight to their slot."""
+        target, piece = step.chunk
+        rows = self.rows[self.layout.rows_of(target, piece)]
+        if piece < 0:
+            self.multiply(rows, self.landed[self.rank])
+        else:
+            self.multiply(rows, self.partial[self.layout.rows_of(target, piece)])
+
+    def exchange(self, step: Step) -> None:
+        """Sends a partial sum to its owner while one of the own rows arrives."""
+        send = self.partial[self.layout.rows_of(*step.send_chunk)]
+        source, piece = step.receive_chunk
+        receive = self.landed[source][self.layout.local(self.rank, piece)]
+        self.link.exchange(send, step.send_to, receive, step.receive_from)
+
+    def reduce(self, step: Step) -> None:
+        """The rank-ordered sum of one piece of the own rows."""
+        rows = self.layout.local(self.rank, step.chunk[1])
+        self.reduce_rows(self.landed[:, rows], self.output[rows])
+
+    def matmul_all(self, step: Step) -> None:
+        """All partial sums in one matmul."""
+        self.multiply(self.rows, self.partial)
+
+    def reduce_scatter_all(self, step: Step) -> None:
+        """The plain collective, with the same sum in the same order."""
+        self.link.all_to_all(self.landed, self.layout.rows, self.partial)
+        self.reduce_rows(self.landed, self.output)
