@@ -8,4 +8,7 @@ namespace pyparallel {
 // What this machine's processor and this build offer.
 void bind_build(pybind11::module_& m);
 
+// The collectives engine of CPU ranks.
+void bind_collectives(pybind11::module_& m);
+
 }  // namespace pyparallel

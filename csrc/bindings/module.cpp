@@ -3,4 +3,5 @@
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Host objects of pyparallel's C++ extension; its torch ops live in torch.ops.pyparallel.";
   pyparallel::bind_build(m);
+  pyparallel::bind_collectives(m);
 }

@@ -1,0 +1,163 @@
+// The group of CPU ranks as a Python object; tensors come as addresses and element counts, checked
+// by pyparallel/shared_memory.py.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bindings/bindings.h"
+#include "cpu/shared_memory.h"
+#include "cpu/world_group.h"
+
+namespace py = pybind11;
+
+namespace pyparallel {
+namespace {
+
+using cpu::DType;
+using cpu::Group;
+using cpu::PeerError;
+using cpu::Reduction;
+
+// Gives the interpreter lock away while a call is long, and lets only one thread at a time in.
+class PythonGroup {
+ public:
+  PythonGroup(std::string name, int rank, int size, int memory_descriptor,
+              std::vector<int> process_descriptors, double timeout_s)
+      : group(std::move(name), rank, size, memory_descriptor, std::move(process_descriptors)) {
+    group.waiter().timeout_s = timeout_s;
+    group.waiter().hooks = {
+        [this] { thread_ = PyEval_SaveThread(); },
+        [this] { PyEval_RestoreThread(std::exchange(thread_, nullptr)); },
+        [this] {
+          PyEval_RestoreThread(std::exchange(thread_, nullptr));
+          const bool interrupted = PyErr_CheckSignals() != 0;
+          thread_ = PyEval_SaveThread();
+          return interrupted;
+        },
+    };
+  }
+
+  template <class Body>
+  void run(Body body) {
+    std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock) {
+      py::gil_scoped_release release;
+      lock.lock();
+    }
+    body(group);
+  }
+
+  Group group;
+
+ private:
+  std::mutex mutex_;
+  PyThreadState* thread_ = nullptr;
+};
+
+// A tensor's memory: its address, as data_ptr() gives it.
+void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+Split split_of(const Group& group, int64_t n, const py::object& counts) {
+  if (counts.is_none()) return Split::equal(n, group.size());
+  Split split{};
+  int r = 0;
+  for (const py::handle count : counts) {
+    if (r < group.size()) split.begin[r + 1] = split.begin[r] + count.cast<int64_t>();
+    ++r;
+  }
+  return split;
+}
+
+void raise(const PeerError& error) {
+  const py::object type = py::module_::import("pyparallel.communicator").attr("PeerError");
+  const py::object value = type(error.what());
+  value.attr("operation") = error.operation;
+  value.attr("sequence") = error.sequence;
+  value.attr("group") = error.group;
+  value.attr("missing") = py::tuple(py::cast(error.missing));
+  PyErr_SetObject(type.ptr(), value.ptr());
+}
+
+}  // namespace
+
+void bind_collectives(py::module_& m) {
+  py::register_local_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const PeerError& error) {
+      raise(error);
+    } catch (const cpu::Interrupted&) {
+      // The signal handler's exception, KeyboardInterrupt as a rule, is already set.
+    }
+  });
+
+  m.def("create_shared_memory", [](int size) {
+    return cpu::create_shared_memory(Group::shared_bytes(size));
+  }, py::arg("size"), "A descriptor of the shared memory of a group of that many ranks.");
+
+  py::class_<PythonGroup>(m, "SharedMemoryGroup",
+                          "A rank's place in a group of CPU ranks that share memory.")
+      .def(py::init<std::string, int, int, int, std::vector<int>, double>(), py::arg("name"),
+           py::arg("rank"), py::arg("size"), py::arg("memory_descriptor"),
+           py::arg("process_descriptors"), py::arg("timeout_s"))
+      .def_property_readonly("sequence",
+                             [](const PythonGroup& self) { return self.group.sequence(); })
+      .def_property(
+          "timeout_s", [](PythonGroup& self) { return self.group.waiter().timeout_s; },
+          [](PythonGroup& self, double value) { self.group.waiter().timeout_s = value; })
+      .def("barrier", [](PythonGroup& self) { self.run([](Group& g) { g.barrier(); }); })
+      .def("all_reduce",
+           [](PythonGroup& self, uintptr_t data, int64_t n, uint32_t dtype, uint32_t reduction) {
+             self.run([&](Group& g) {
+               g.all_reduce(at(data), n, DType(dtype), Reduction(reduction));
+             });
+           })
+      .def("reduce_scatter",
+           [](PythonGroup& self, uintptr_t output, uintptr_t input, int64_t n,
+              const py::object& counts, uint32_t dtype, uint32_t reduction) {
+             const Split split = split_of(self.group, n, counts);
+             self.run([&](Group& g) {
+               g.reduce_scatter(at(output), at(input), split, DType(dtype), Reduction(reduction));
+             });
+           })
+      .def("all_gather",
+           [](PythonGroup& self, uintptr_t output, uintptr_t input, int64_t n,
+              const py::object& counts, uint32_t dtype) {
+             const Split split = split_of(self.group, n, counts);
+             self.run([&](Group& g) { g.all_gather(at(output), at(input), split, DType(dtype)); });
+           })
+      .def("all_to_all",
+           [](PythonGroup& self, uintptr_t output, uintptr_t input, int64_t output_n,
+              int64_t input_n, const py::object& output_counts, const py::object& input_counts,
+              uint32_t dtype) {
+             const Split output_split = split_of(self.group, output_n, output_counts);
+             const Split input_split = split_of(self.group, input_n, input_counts);
+             self.run([&](Group& g) {
+               g.all_to_all(at(output), at(input), output_split, input_split, DType(dtype));
+             });
+           })
+      .def("broadcast",
+           [](PythonGroup& self, uintptr_t data, int64_t n, uint32_t dtype, int root) {
+             self.run([&](Group& g) { g.broadcast(at(data), n, DType(dtype), root); });
+           })
+      .def("send",
+           [](PythonGroup& self, uintptr_t data, int64_t n, uint32_t dtype, int peer, int tag) {
+             self.run([&](Group& g) { g.send(at(data), n, DType(dtype), peer, tag); });
+           })
+      .def("receive",
+           [](PythonGroup& self, uintptr_t data, int64_t n, uint32_t dtype, int peer, int tag) {
+             self.run([&](Group& g) { g.receive(at(data), n, DType(dtype), peer, tag); });
+           })
+      .def("close", [](PythonGroup& self) { self.run([](Group& g) { g.close(); }); })
+      // The Group's address, for fused operations of this extension that take one.
+      .def_property_readonly("handle", [](PythonGroup& self) {
+        return reinterpret_cast<uintptr_t>(&self.group);
+      });
+}
+
+}  // namespace pyparallel

@@ -1,0 +1,336 @@
+"""The engine of CPU ranks on one machine: collectives over shared memory.
+
+What runs is in ``csrc/core`` (the algorithms) and ``csrc/cpu`` (the memory, the waiting, the SIMD);
+this file checks tensors and hands addresses over. How ranks find each other is in ``rendezvous.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pyparallel._C import SharedMemoryGroup
+from pyparallel.communicator import REDUCTIONS, Communicator, Work
+from pyparallel.rendezvous import meet
+
+# As numbered by DType in csrc/cpu/world_types.h.
+DTYPES = (
+    torch.uint8,
+    torch.int8,
+    torch.bool,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+    torch.complex128,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+)
+REDUCIBLE = (
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.int32,
+    torch.int64,
+)
+_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+_REDUCIBLE_CODES = {dtype: _CODES[dtype] for dtype in REDUCIBLE}
+_REDUCTION_CODES = {name: code for code, name in enumerate(REDUCTIONS, start=1)}
+
+DEFAULT_TIMEOUT_S = 300.0
+
+
+class _FutureWork(Work):
+    """A call that a thread of the communicator makes."""
+
+    def __init__(self, future: Future) -> None:
+        super().__init__(future.result)
+
+
+class SharedMemoryCommunicator(Communicator):
+    """Ranks that are processes of one machine, up to 64, talking through anonymous shared memory.
+
+    Tensors are contiguous CPU tensors. Reductions run in rank order in fp32 and round once, so every
+    rank and every run gets the same bits. A peer that died or is stuck, or that makes another call
+    than this rank, raises :class:`PeerError`; the group then refuses further work with that reason.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rank: int,
+        size: int,
+        memory_descriptor: int,
+        process_descriptors: Sequence[int],
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> None:
+        """Take over descriptors that :func:`pyparallel.rendezvous.meet` made."""
+        self.rank, self.size, self.name = rank, size, name
+        self.engine = SharedMemoryGroup(
+            name, rank, size, memory_descriptor, list(process_descriptors), timeout_s
+        )
+        self._closed = False
+        self._executor: ThreadPoolExecutor | None = None
+        self._last: Future | None = None
+
+    @classmethod
+    def create(
+        cls, process_group: dist.ProcessGroup, name: str, *, timeout_s: float = DEFAULT_TIMEOUT_S
+    ) -> SharedMemoryCommunicator:
+        """Join the other ranks of ``process_group``; a call of all of them.
+
+        Args:
+            timeout_s: how long one call may wait for a peer that is alive.
+
+        Raises:
+            ValueError: more than 64 ranks, or ranks on several machines.
+            PeerError: the ranks could not reach one another; the message names rank and reason.
+        """
+        memory, processes = meet(process_group, name, timeout_s=min(timeout_s, 60.0))
+        return cls(
+            name,
+            process_group.rank(),
+            process_group.size(),
+            memory,
+            processes,
+            timeout_s=timeout_s,
+        )
+
+    def all_reduce(self, tensor: Tensor, *, op: str = "sum", async_op: bool = False) -> Work | None:
+        code = _reducible_code(tensor, "tensor")
+        reduction = _reduction_code(op)
+        if not tensor.is_contiguous():
+            raise _not_contiguous(tensor, "tensor")
+        if async_op or self._last is not None:
+            return self._in_order(
+                async_op,
+                self.engine.all_reduce,
+                (tensor,),
+                (tensor.data_ptr(), tensor.numel(), code, reduction),
+            )
+        self.engine.all_reduce(tensor.data_ptr(), tensor.numel(), code, reduction)
+        return None
+
+    def all_gather(
+        self,
+        output: Tensor,
+        input: Tensor,
+        *,
+        counts: Sequence[int] | None = None,
+        async_op: bool = False,
+    ) -> Work | None:
+        code = _code(output, "output")
+        _check_pair(output, input)
+        total = output.numel()
+        if counts is None:
+            if input.numel() * self.size != total:
+                raise ValueError(
+                    f"output: expected {self.size} x input's {input.numel()} elements, got {total}; "
+                    "give counts= where the parts are uneven"
+                )
+        else:
+            self._check_counts("counts", counts, total)
+            self._check_own("input", input.numel(), counts)
+        arguments = (output.data_ptr(), input.data_ptr(), total, counts, code)
+        if async_op or self._last is not None:
+            return self._in_order(async_op, self.engine.all_gather, (output, input), arguments)
+        self.engine.all_gather(*arguments)
+        return None
+
+    def reduce_scatter(
+        self,
+        output: Tensor,
+        input: Tensor,
+        *,
+        counts: Sequence[int] | None = None,
+        op: str = "sum",
+        async_op: bool = False,
+    ) -> Work | None:
+        code = _reducible_code(output, "output")
+        reduction = _reduction_code(op)
+        _check_pair(output, input)
+        total = input.numel()
+        if counts is None:
+            if output.numel() * self.size != total:
+                raise ValueError(
+                    f"input: expected {self.size} x output's {output.numel()} elements, got {total};"
+                    " give counts= where the parts are uneven"
+                )
+        else:
+            self._check_counts("counts", counts, total)
+            self._check_own("output", output.numel(), counts)
+        arguments = (output.data_ptr(), input.data_ptr(), total, counts, code, reduction)
+        if async_op or self._last is not None:
+            return self._in_order(async_op, self.engine.reduce_scatter, (output, input), arguments)
+        self.engine.reduce_scatter(*arguments)
+        return None
+
+    def all_to_all(
+        self,
+        output: Tensor,
+        input: Tensor,
+        *,
+        output_counts: Sequence[int] | None = None,
+        input_counts: Sequence[int] | None = None,
+        async_op: bool = False,
+    ) -> Work | None:
+        code = _code(output, "output")
+        _check_pair(output, input)
+        for name, counts, tensor in (
+            ("output", output_counts, output),
+            ("input", input_counts, input),
+        ):
+            if counts is not None:
+                self._check_counts(f"{name}_counts", counts, tensor.numel())
+            elif tensor.numel() % self.size:
+                raise ValueError(
+                    f"{name}: {tensor.numel()} elements do not divide by {self.size} ranks; "
+                    f"give {name}_counts="
+                )
+        arguments = (
+            output.data_ptr(),
+            input.data_ptr(),
+            output.numel(),
+            input.numel(),
+            output_counts,
+            input_counts,
+            code,
+        )
+        if async_op or self._last is not None:
+            return self._in_order(async_op, self.engine.all_to_all, (output, input), arguments)
+        self.engine.all_to_all(*arguments)
+        return None
+
+    def broadcast(self, tensor: Tensor, src: int, *, async_op: bool = False) -> Work | None:
+        code = _code(tensor, "tensor")
+        if not 0 <= src < self.size:
+            raise ValueError(f"src: expected a rank from 0 to {self.size - 1}, got {src}")
+        arguments = (tensor.data_ptr(), tensor.numel(), code, src)
+        if async_op or self._last is not None:
+            return self._in_order(async_op, self.engine.broadcast, (tensor,), arguments)
+        self.engine.broadcast(*arguments)
+        return None
+
+    def send(self, tensor: Tensor, dst: int, *, tag: int = 0) -> None:
+        code = _code(tensor, "tensor")
+        self._drain()
+        self.engine.send(tensor.data_ptr(), tensor.numel(), code, dst, tag)
+
+    def recv(self, tensor: Tensor, src: int, *, tag: int = 0) -> None:
+        code = _code(tensor, "tensor")
+        self._drain()
+        self.engine.receive(tensor.data_ptr(), tensor.numel(), code, src, tag)
+
+    def barrier(self) -> None:
+        self._drain()
+        self.engine.barrier()
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if self._executor is not None:
+            self._executor.shutdown(wait=True)
+        self.engine.close()
+
+    def _in_order(
+        self,
+        async_op: bool,
+        call: Callable[..., None],
+        keep: tuple[Tensor, ...],
+        arguments: tuple,
+    ) -> Work | None:
+        """Make the call on the communicator's thread, after those that are there already."""
+        if not async_op:
+            self._drain()
+            call(*arguments)
+            return None
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(1, f"pyparallel-{self.name}")
+
+        def run() -> None:
+            # The tensors must outlive the call, whatever the caller does with its own references.
+            assert keep is not None
+            call(*arguments)
+
+        self._last = self._executor.submit(run)
+        return _FutureWork(self._last)
+
+    def _drain(self) -> None:
+        """Wait for the asynchronous calls under way; their errors are told by their handles."""
+        if self._last is not None:
+            self._last.exception()
+            self._last = None
+
+    def _check_counts(self, name: str, counts: Sequence[int], total: int) -> None:
+        if len(counts) != self.size or sum(counts) != total or min(counts) < 0:
+            raise ValueError(
+                f"{name}: expected {self.size} counts that sum to {total}, got {list(counts)}"
+            )
+
+    def _check_own(self, name: str, numel: int, counts: Sequence[int]) -> None:
+        if numel != counts[self.rank]:
+            raise ValueError(
+                f"{name}: expected counts[{self.rank}] = {counts[self.rank]} elements, got {numel}"
+            )
+
+
+def _check_place(tensor: Tensor, name: str) -> None:
+    if not tensor.is_cpu:
+        raise ValueError(f"{name}: expected a CPU tensor, got one on {tensor.device}")
+    if not tensor.is_contiguous():
+        raise _not_contiguous(tensor, name)
+
+
+def _not_contiguous(tensor: Tensor, name: str) -> ValueError:
+    return ValueError(
+        f"{name}: expected a contiguous tensor, got strides {tensor.stride()} for shape "
+        f"{tuple(tensor.shape)}; pass {name}.contiguous()"
+    )
+
+
+def _code(tensor: Tensor, name: str) -> int:
+    _check_place(tensor, name)
+    code = _CODES.get(tensor.dtype)
+    if code is None:
+        raise ValueError(f"{name}: {tensor.dtype} cannot be exchanged; view it as torch.uint8")
+    return code
+
+
+def _reducible_code(tensor: Tensor, name: str) -> int:
+    code = _REDUCIBLE_CODES.get(tensor.dtype)
+    if code is None:
+        raise ValueError(
+            f"{name}: expected one of {', '.join(str(d) for d in REDUCIBLE)} for a reduction, "
+            f"got {tensor.dtype}; convert it first"
+        )
+    if not tensor.is_cpu:
+        raise ValueError(f"{name}: expected a CPU tensor, got one on {tensor.device}")
+    return code
+
+
+def _reduction_code(op: str) -> int:
+    code = _REDUCTION_CODES.get(op)
+    if code is None:
+        raise ValueError(f"op: expected one of {', '.join(REDUCTIONS)}, got {op!r}")
+    return code
+
+
+def _check_pair(output: Tensor, input: Tensor) -> None:
+    _check_place(output, "output")
+    _check_place(input, "input")
+    if input.dtype != output.dtype:
+        raise ValueError(f"input: expected output's dtype {output.dtype}, got {input.dtype}")
