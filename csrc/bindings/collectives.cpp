@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "bindings/python_group.h"
 #include "cpu/shared_memory.h"
 #include "cpu/world_group.h"
 
@@ -22,42 +23,6 @@ using cpu::DType;
 using cpu::Group;
 using cpu::PeerError;
 using cpu::Reduction;
-
-// Gives the interpreter lock away while a call is long, and lets only one thread at a time in.
-class PythonGroup {
- public:
-  PythonGroup(std::string name, int rank, int size, int memory_descriptor,
-              std::vector<int> process_descriptors, double timeout_s)
-      : group(std::move(name), rank, size, memory_descriptor, std::move(process_descriptors)) {
-    group.waiter().timeout_s = timeout_s;
-    group.waiter().hooks = {
-        [this] { thread_ = PyEval_SaveThread(); },
-        [this] { PyEval_RestoreThread(std::exchange(thread_, nullptr)); },
-        [this] {
-          PyEval_RestoreThread(std::exchange(thread_, nullptr));
-          const bool interrupted = PyErr_CheckSignals() != 0;
-          thread_ = PyEval_SaveThread();
-          return interrupted;
-        },
-    };
-  }
-
-  template <class Body>
-  void run(Body body) {
-    std::unique_lock lock(mutex_, std::try_to_lock);
-    if (!lock) {
-      py::gil_scoped_release release;
-      lock.lock();
-    }
-    body(group);
-  }
-
-  Group group;
-
- private:
-  std::mutex mutex_;
-  PyThreadState* thread_ = nullptr;
-};
 
 // A tensor's memory: its address, as data_ptr() gives it.
 void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }

@@ -1,0 +1,78 @@
+// What Python's SharedMemoryGroup holds; shared by the areas that take one.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cpu/world_group.h"
+
+namespace pyparallel {
+
+// Gives the interpreter lock away while a call is long, and lets only one thread at a time in.
+class PythonGroup {
+ public:
+  PythonGroup(std::string name, int rank, int size, int memory_descriptor,
+              std::vector<int> process_descriptors, double timeout_s)
+      : group(std::move(name), rank, size, memory_descriptor, std::move(process_descriptors)) {
+    group.waiter().timeout_s = timeout_s;
+    group.waiter().hooks = {
+        [this] {
+          if (!released_) thread_ = PyEval_SaveThread();
+        },
+        [this] {
+          if (!released_) PyEval_RestoreThread(std::exchange(thread_, nullptr));
+        },
+        [this] {
+          PyEval_RestoreThread(std::exchange(thread_, nullptr));
+          const bool interrupted = PyErr_CheckSignals() != 0;
+          thread_ = PyEval_SaveThread();
+          return interrupted;
+        },
+    };
+  }
+
+  template <class Body>
+  void run(Body body) {
+    std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock) {
+      pybind11::gil_scoped_release release;
+      lock.lock();
+    }
+    body(group);
+  }
+
+  // As run(), with the interpreter lock given away throughout.
+  template <class Body>
+  void run_released(Body body) {
+    struct Released {
+      explicit Released(PythonGroup& self) : self(self) {
+        PyThreadState* thread = PyEval_SaveThread();
+        self.mutex_.lock();
+        self.thread_ = thread;
+        self.released_ = true;
+      }
+      ~Released() {
+        self.released_ = false;
+        PyThreadState* thread = std::exchange(self.thread_, nullptr);
+        self.mutex_.unlock();
+        PyEval_RestoreThread(thread);
+      }
+      PythonGroup& self;
+    };
+    Released released(*this);
+    body(group);
+  }
+
+  cpu::Group group;
+
+ private:
+  std::mutex mutex_;
+  PyThreadState* thread_ = nullptr;
+  bool released_ = false;
+};
+
+}  // namespace pyparallel
