@@ -71,12 +71,14 @@ Description description(Operation operation, DType dtype, int64_t count,
 int64_t Group::shared_bytes(int size) { return size * rank_bytes(size); }
 
 Group::Group(std::string name, int rank, int size, int memory_descriptor,
-             std::vector<int> process_descriptors)
+             std::vector<int> process_descriptors, std::shared_ptr<Mapping> mapping)
     : name_(std::move(name)),
       descriptor_(memory_descriptor),
       owner_(getpid()),
-      mapping_(memory_descriptor, 0, shared_bytes(checked_size(rank, size))),
-      world_(world_over(mapping_.data(), rank, size)),
+      mapping_(mapping ? std::move(mapping)
+                       : std::make_shared<Mapping>(memory_descriptor, 0,
+                                                   shared_bytes(checked_size(rank, size)))),
+      world_(world_over(mapping_->data(), rank, size)),
       waiter_(world_, name_, std::move(process_descriptors)),
       file_bytes_(shared_bytes(size)),
       sent_(size_t(size)),

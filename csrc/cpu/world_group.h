@@ -1,8 +1,8 @@
 // A group of CPU ranks over one shared memory: the World, this rank's place in it, and the calls.
 //
 // Ranks are processes (or threads, in tests) that map the same descriptor. Every call but send and
-// receive is made by all ranks in the same order. A call that cannot finish throws PeerError and the
-// group refuses all further work with the same reason. Not for two threads at once.
+// receive is made by all ranks in the same order. A call that cannot finish throws PeerError, and
+// the group then refuses all further work with the same reason. Not for two threads at once.
 #pragma once
 
 #include <cstdint>
@@ -37,9 +37,10 @@ class Group {
 
   // Takes both kinds of descriptor over. process_descriptors: one a rank, pidfds, -1 where there is
   // none to watch.
+  // mapping: where ranks are threads of one process, the memory as all of them see it.
   // Throws std::invalid_argument for a size beyond kMaxRanks, std::system_error if mapping fails.
   Group(std::string name, int rank, int size, int memory_descriptor,
-        std::vector<int> process_descriptors);
+        std::vector<int> process_descriptors, std::shared_ptr<Mapping> mapping = nullptr);
   ~Group();
   Group(const Group&) = delete;
   Group& operator=(const Group&) = delete;
@@ -90,7 +91,7 @@ class Group {
   int descriptor_;
   // fork() copies the object; only the process that made it may speak for the rank.
   int owner_;
-  Mapping mapping_;
+  std::shared_ptr<Mapping> mapping_;
   World world_{};
   Waiter waiter_;
   SimdLanes lanes_;

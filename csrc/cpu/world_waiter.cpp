@@ -130,7 +130,7 @@ void Waiter::look(Clock::time_point now) {
     }
   }
   if (late.empty()) return;
-  if (!dead.empty()) give_up(ranks_text(dead) + (dead.size() == 1 ? " has died" : " have died"), dead);
+  if (!dead.empty()) give_up(ranks_text(dead) + " died", dead);
   if (!left.empty()) give_up(ranks_text(left) + " left the group", left);
   if (failed_peer >= 0) {
     give_up("rank " + std::to_string(failed_peer) + " gave up" +
@@ -163,8 +163,8 @@ void Waiter::give_up(const std::string& reason, std::vector<int> missing) {
   for (int rank : missing) mask |= uint64_t(1) << rank;
   __atomic_store_n(world_.state(world_.rank) + 1, mask, __ATOMIC_RELAXED);
   store_release(world_.state(world_.rank), uint64_t(State::failed));
-  throw PeerError(prefix() + reason, name_of(Operation(doing_->operation)), doing_->sequence, group_,
-                  std::move(missing));
+  throw PeerError(prefix() + reason, name_of(Operation(doing_->operation)), doing_->sequence,
+                  group_, std::move(missing));
 }
 
 void Waiter::differ(int peer, const std::string& here, const std::string& there) {
