@@ -122,7 +122,8 @@ def _top_p_floor(scores: Tensor, sampling: Sampling, group: Group) -> Tensor:
         before = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], -1)
         stays = before < sampling.top_p
         floor = best.masked_fill(~stays, torch.inf).amin(-1, keepdim=True)
-        if bool((floor >= complete_to).all()):
+        # A floor at the end of the offers may only be where they end, not where the mass is reached.
+        if bool(((floor > complete_to) | complete_to.isneginf()).all()):
             return floor
         count *= 8
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from pyparallel.reference import rope_frequencies
@@ -50,14 +52,22 @@ class RotaryEmbedding(nn.Module):
         rotary_dim: how many features of a head are rotated (2E).
         theta: the base of the frequencies.
         scaling: how they are stretched.
+        factors: what each frequency is divided by beyond that, where a checkpoint lists it.
     """
 
     def __init__(
-        self, rotary_dim: int, theta: float = 10000.0, scaling: RopeScaling | None = None
+        self,
+        rotary_dim: int,
+        theta: float = 10000.0,
+        scaling: RopeScaling | None = None,
+        factors: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        frequencies = (scaling or RopeScaling()).apply(rope_frequencies(rotary_dim, theta))
+        if factors is not None:
+            frequencies = frequencies / torch.tensor(factors)
         # A constant, not a buffer: `.to(bfloat16)` and the meta device must leave it alone.
-        self.frequencies = (scaling or RopeScaling()).apply(rope_frequencies(rotary_dim, theta))
+        self.frequencies = frequencies
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """``positions [B, S]`` to cosines and sines [B, S, E]."""

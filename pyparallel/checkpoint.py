@@ -1,0 +1,159 @@
+"""Reading checkpoints by slices: safetensors (one file, or several with an index) and GGUF.
+
+A checkpoint lists dense tensors under their Hugging Face names and reads any ranges of one axis of one
+of them, so that a rank never holds more than its own share and one tensor. No pickle is ever read.
+Opened checkpoints are small and picklable: a launcher opens one and hands it to its ranks.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyparallel.shard import Range, Sharding
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, broken, or does not fit the model; the message names what."""
+
+
+class Checkpoint(ABC):
+    """Dense tensors in files.
+
+    Attributes:
+        path: what was opened.
+        shapes: the dense shape of every tensor, by its Hugging Face name.
+    """
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+
+    @abstractmethod
+    def config(self) -> Mapping[str, Any]:
+        """The model's configuration: a config.json, or GGUF metadata."""
+
+    @abstractmethod
+    def _read(
+        self, name: str, dim: int | None, ranges: Sequence[Range], dtype: torch.dtype | None
+    ) -> Tensor:
+        """The ranges of axis ``dim`` (None: everything), one after another."""
+
+    def read(
+        self, name: str, sharding: Sharding, rank: int, *, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Rank's shard of the tensor ``name``, in ``dtype`` or as stored.
+
+        Raises:
+            CheckpointError: there is no such tensor, or its size is not the sharding's.
+        """
+        if name not in self.shapes:
+            raise CheckpointError(f"{self.path}: tensor {name} is missing")
+        if sharding.dim is None:
+            return self._read(name, None, (), dtype)
+        shape = self.shapes[name]
+        if shape[sharding.dim] != sharding.length:
+            raise CheckpointError(
+                f"{self.path}: tensor {name} of shape {shape} should have length "
+                f"{sharding.length} on axis {sharding.dim}"
+            )
+        return self._read(name, sharding.dim, sharding.ranges[rank], dtype)
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """A folder with config.json and model.safetensors, or shards with an index."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        folder = path if path.is_dir() else path.parent
+        index = folder / "model.safetensors.index.json"
+        if path.is_file():
+            files = [path]
+        elif index.exists():
+            files = sorted({folder / name for name in _json(index)["weight_map"].values()})
+        else:
+            files = sorted(folder.glob("*.safetensors"))
+        self._config_file = folder / "config.json"
+        self._files: dict[str, Path] = {}
+        self.shapes = {}
+        for file in files:
+            with _open_safetensors(file) as tensors:
+                for name in tensors.keys():  # noqa: SIM118  (not a mapping)
+                    self._files[name] = file
+                    self.shapes[name] = tuple(tensors.get_slice(name).get_shape())
+        if index.exists() and not path.is_file():
+            for name in _json(index)["weight_map"]:
+                if name not in self.shapes:
+                    raise CheckpointError(f"{path}: tensor {name} of the index is in no file")
+
+    def config(self) -> Mapping[str, Any]:
+        if not self._config_file.exists():
+            raise CheckpointError(f"{self.path}: there is no config.json beside the tensors")
+        return _json(self._config_file)
+
+    def _read(
+        self, name: str, dim: int | None, ranges: Sequence[Range], dtype: torch.dtype | None
+    ) -> Tensor:
+        # Opened anew for each tensor: closing unmaps the pages that were read, which would otherwise
+        # add up to the whole file.
+        with _open_safetensors(self._files[name]) as tensors:
+            if dim is None:
+                return tensors.get_tensor(name).to(dtype=dtype, copy=True)
+            rows = tensors.get_slice(name)
+            before = (slice(None),) * dim
+            parts = [rows[(*before, slice(start, stop))] for start, stop in ranges]
+            joined = torch.cat(parts, dim) if len(parts) > 1 else parts[0].clone()
+            return joined if dtype is None else joined.to(dtype)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a folder of safetensors, a .safetensors file or a .gguf file.
+
+    Raises:
+        CheckpointError: nothing is there, or it is of another kind, or truncated.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder")
+    if path.suffix == ".gguf":
+        from pyparallel.gguf_checkpoint import GGUFCheckpoint
+
+        return GGUFCheckpoint(path)
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) == 1:
+            return open_checkpoint(ggufs[0])
+        if ggufs:
+            names = ", ".join(file.name for file in ggufs)
+            raise CheckpointError(f"{path}: holds several GGUF files; name one of {names}")
+        pickled = any(path.glob("*.bin")) or any(path.glob("*.pt"))
+        raise CheckpointError(
+            f"{path}: no *.safetensors or *.gguf file in it"
+            + ("; pickled weights are not read, convert them to safetensors" if pickled else "")
+        )
+    if path.is_file() and path.suffix != ".safetensors":
+        raise CheckpointError(f"{path}: expected a folder, a .safetensors or a .gguf file")
+    return SafetensorsCheckpoint(path)
+
+
+def _open_safetensors(file: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, "pt")
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a whole safetensors file ({error})") from None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: not readable as JSON ({error})") from None

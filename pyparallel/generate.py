@@ -1,0 +1,142 @@
+"""Decode text: prefill once, then a token at a time, with a static KV cache on every rank.
+
+Prompts of a batch may differ in length: they are padded on the right, every token keeps its true
+position, and the padding's cache slots are overwritten by the tokens that are generated.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pyparallel.functional.next_token import Sampling
+from pyparallel.group import Group
+
+
+class Head(Protocol):
+    """What turns hidden states into tokens: :class:`pyparallel.layers.ParallelLMHead`."""
+
+    def sample(self, x: Tensor, sampling: Sampling, draws: Tensor) -> Tensor: ...
+
+
+class CausalLM(Protocol):
+    """What :func:`generate` drives."""
+
+    group: Group
+    head: Head
+    vocab_size: int
+    max_positions: int
+    stop_ids: tuple[int, ...]
+
+    def new_cache(self, batch: int, length: int) -> Any: ...
+
+    def hidden(self, ids: Tensor, starts: Sequence[int], cache: Any) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated and how long it took.
+
+    Attributes:
+        tokens: for each prompt the new tokens, with the stop token where one ended it.
+        prefill_s: seconds from the call to the first token.
+        decode_s: seconds for the tokens after the first.
+        steps: decoding steps, each giving a token to every unfinished prompt.
+    """
+
+    tokens: list[list[int]]
+    prefill_s: float
+    decode_s: float
+    steps: int
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Steps a second: the speed one reader sees."""
+        return self.steps / self.decode_s if self.decode_s else 0.0
+
+
+@torch.inference_mode()
+def generate(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    stop_ids: Sequence[int] | None = None,
+    on_token: Callable[[int, int], None] | None = None,
+) -> Generation:
+    """Continue every prompt by up to ``max_new_tokens`` tokens; all ranks return the same.
+
+    Args:
+        model: from :func:`pyparallel.load`, on every rank.
+        prompts: token ids; lengths may differ.
+        sampling: how tokens are chosen; by default the likeliest. The same seed gives the same
+            tokens at every number of ranks.
+        stop_ids: tokens that end a prompt's text; by default the model's.
+        on_token: called with (prompt, token) as each comes, on every rank.
+
+    Raises:
+        ValueError: no prompt, an empty one, an id outside the vocabulary, or a prompt that with
+            its new tokens is longer than the model's context.
+    """
+    sampling = sampling or Sampling()
+    stops = set(model.stop_ids if stop_ids is None else stop_ids)
+    _check(model, prompts, max_new_tokens)
+    started = time.perf_counter()
+    device = next(model.parameters()).device
+    lengths = [len(prompt) for prompt in prompts]
+    cache = model.new_cache(len(prompts), max(lengths) + max_new_tokens)
+    tokens: list[list[int]] = [[] for _ in prompts]
+    finished = [False] * len(prompts)
+
+    def choose(hidden: Tensor, step: int) -> Tensor:
+        # Prompt b's draw for its step-th token: a number that no other draw has.
+        draws = torch.arange(len(prompts), device=device) * (1 << 32) + step
+        chosen = model.head.sample(hidden, sampling, draws)
+        for row, token in enumerate(chosen.tolist()):
+            if not finished[row]:
+                tokens[row].append(token)
+                finished[row] = token in stops or len(tokens[row]) == max_new_tokens
+                if on_token is not None:
+                    on_token(row, token)
+        return chosen
+
+    ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
+    hidden = model.hidden(ids.to(device), [0] * len(prompts), cache)
+    last = torch.tensor(lengths, device=device) - 1
+    chosen = choose(hidden[torch.arange(len(prompts), device=device), last], 0)
+    prefilled = time.perf_counter()
+    steps = 0
+    while not all(finished):
+        steps += 1
+        starts = [length + steps - 1 for length in lengths]
+        hidden = model.hidden(chosen.unsqueeze(1), starts, cache)
+        chosen = choose(hidden[:, 0], steps)
+    return Generation(tokens, prefilled - started, time.perf_counter() - prefilled, steps)
+
+
+def _check(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+    if not prompts:
+        raise ValueError("prompts: expected at least one")
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {row}: expected at least one token, got none")
+        if not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
+            raise ValueError(
+                f"prompt {row}: expected ids below the vocabulary's {model.vocab_size}, "
+                f"got {max(prompt) if min(prompt) >= 0 else min(prompt)}; is the tokenizer the model's?"
+            )
+        if len(prompt) + max_new_tokens > model.max_positions:
+            raise ValueError(
+                f"prompt {row}: {len(prompt)} tokens and {max_new_tokens} new ones are more than "
+                f"the context of {model.max_positions}"
+            )

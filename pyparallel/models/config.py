@@ -1,0 +1,291 @@
+"""What a decoder-only transformer is made of, read from a Hugging Face config or GGUF metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pyparallel.layers.rotary_embedding import RopeScaling
+
+GATED = {
+    "silu": "swiglu",
+    "swish": "swiglu",
+    "gelu": "geglu",
+    "gelu_new": "geglu_tanh",
+    "gelu_pytorch_tanh": "geglu_tanh",
+}
+POINTWISE = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+}
+
+
+class UnknownArchitectureError(ValueError):
+    """The decoder has no such model type."""
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The sizes and choices of one decoder; all sizes are dense.
+
+    Attributes:
+        family: whose layout of weights it has: "llama" (also Mistral, Qwen2, Qwen3), "gpt2", "gpt_neox".
+        activation: a kind of :class:`ParallelMLP`.
+        norm: "rms" or "layer".
+        qk_norm: RMS-normalise each head's queries and keys.
+        rotary_dim: how many features of a head are rotated; 0: positions are learned and added.
+        rope_factors: what each rotary frequency is divided by, where the checkpoint lists it.
+        parallel_residual: attention and MLP read the same input (GPT-NeoX).
+        windows: for each layer, how many tokens a token sees, or None for all.
+        tied: the LM head is the embedding.
+        stop_ids: the tokens that end a text.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    activation: str
+    norm: str
+    norm_eps: float
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    rotary_dim: int
+    rope_theta: float
+    rope_scaling: RopeScaling
+    parallel_residual: bool
+    windows: tuple[int | None, ...]
+    tied: bool
+    stop_ids: tuple[int, ...]
+    dtype: str | None = None
+    rope_factors: tuple[float, ...] | None = None
+
+
+def from_hugging_face(config: Mapping[str, Any]) -> DecoderConfig:
+    """Read the dictionary of a config.json.
+
+    Raises:
+        UnknownArchitectureError: the model type is not one of the decoder's.
+        ValueError: a setting that the decoder does not have.
+    """
+    model_type = config.get("model_type")
+    readers = {
+        "llama": _llama,
+        "mistral": _llama,
+        "qwen2": _llama,
+        "qwen3": _llama,
+        "gpt2": _gpt2,
+        "gpt_neox": _gpt_neox,
+    }
+    if model_type not in readers:
+        raise UnknownArchitectureError(
+            f"model_type: expected one of {', '.join(readers)}, got {model_type!r}"
+        )
+    try:
+        return readers[model_type](config)
+    except KeyError as error:
+        raise ValueError(f"config of a {model_type}: {error} is missing") from None
+
+
+def from_gguf(metadata: Mapping[str, Any]) -> DecoderConfig:
+    """Read a GGUF file's metadata.
+
+    Raises:
+        UnknownArchitectureError: the architecture is not one that is read from GGUF.
+    """
+    architecture = metadata.get("general.architecture")
+    if architecture not in ("llama", "qwen2", "qwen3"):
+        raise UnknownArchitectureError(
+            f"GGUF architecture: expected llama, qwen2 or qwen3, got {architecture!r}; "
+            f"other models are read from safetensors"
+        )
+
+    def get(key: str, *default: Any) -> Any:
+        value = metadata.get(f"{architecture}.{key}", *default)
+        if value is None and not default:
+            raise ValueError(f"GGUF metadata: {architecture}.{key} is missing")
+        return value
+
+    heads = get("attention.head_count")
+    hidden = get("embedding_length")
+    scaling = get("rope.scaling.type", None)
+    config = {
+        "model_type": architecture,
+        "vocab_size": metadata.get("vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": get("feed_forward_length"),
+        "num_hidden_layers": get("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "head_dim": get("attention.key_length", hidden // heads),
+        "max_position_embeddings": get("context_length"),
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+        "rope_theta": get("rope.freq_base", 10000.0),
+        "rope_scaling": None
+        if scaling in (None, "none")
+        else {"rope_type": scaling, "factor": get("rope.scaling.factor", 1.0)},
+        "tie_word_embeddings": metadata.get("tied", False),
+        "attention_bias": metadata.get("attention_bias", False),
+        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
+    }
+    return replace(from_hugging_face(config), rope_factors=metadata.get("rope_factors"))
+
+
+def _ids(value: int | list[int] | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _kind(names: Mapping[str, str], key: str, value: str) -> str:
+    if value not in names:
+        raise ValueError(f"{key}: expected one of {', '.join(names)}, got {value!r}")
+    return names[value]
+
+
+def _rope(config: Mapping[str, Any], max_positions: int) -> tuple[float, float, RopeScaling]:
+    """Base, rotated share of the head, and scaling, in any of the spellings in use."""
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = given.get("rope_theta") or config.get("rope_theta") or config.get("rotary_emb_base")
+    share = given.get("partial_rotary_factor") or config.get("rotary_pct")
+    kind = given.get("rope_type") or given.get("type") or "default"
+    scaling = RopeScaling(
+        kind,
+        given.get("factor", 1.0),
+        given.get("low_freq_factor", 1.0),
+        given.get("high_freq_factor", 4.0),
+        given.get("original_max_position_embeddings") or max_positions,
+    )
+    return float(theta or 10000.0), float(share or 1.0), scaling
+
+
+def _llama(config: Mapping[str, Any]) -> DecoderConfig:
+    model_type = config["model_type"]
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head_dim = config.get("head_dim") or hidden // heads
+    layers, positions = config["num_hidden_layers"], config["max_position_embeddings"]
+    theta, _, scaling = _rope(config, positions)
+    bias = bool(config.get("attention_bias", False))
+    return DecoderConfig(
+        family="llama",
+        vocab_size=config["vocab_size"],
+        hidden_size=hidden,
+        intermediate_size=config["intermediate_size"],
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        max_positions=positions,
+        activation=_kind(GATED, "hidden_act", config.get("hidden_act", "silu")),
+        norm="rms",
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        qkv_bias=bias or model_type == "qwen2",
+        out_bias=bias,
+        mlp_bias=bool(config.get("mlp_bias", False)),
+        qk_norm=model_type == "qwen3",
+        rotary_dim=head_dim,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        parallel_residual=False,
+        windows=_windows(config, layers),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        stop_ids=_ids(config.get("eos_token_id")),
+        dtype=config.get("dtype") or config.get("torch_dtype"),
+    )
+
+
+def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+    window = config.get("sliding_window")
+    if config["model_type"] == "mistral":
+        return (window,) * layers
+    if not window or not config.get("use_sliding_window"):
+        return (None,) * layers
+    kinds = config.get("layer_types")
+    if kinds is not None:
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    first = config.get("max_window_layers", layers)
+    return tuple(window if layer >= first else None for layer in range(layers))
+
+
+def _gpt2(config: Mapping[str, Any]) -> DecoderConfig:
+    for name, wanted in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
+        if config.get(name, wanted) != wanted:
+            raise ValueError(f"{name}: expected {wanted}, got {config[name]}")
+    hidden, heads, layers = config["n_embd"], config["n_head"], config["n_layer"]
+    return DecoderConfig(
+        family="gpt2",
+        vocab_size=config["vocab_size"],
+        hidden_size=hidden,
+        intermediate_size=config.get("n_inner") or 4 * hidden,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=hidden // heads,
+        max_positions=config["n_positions"],
+        activation=_kind(
+            POINTWISE, "activation_function", config.get("activation_function", "gelu_new")
+        ),
+        norm="layer",
+        norm_eps=config.get("layer_norm_epsilon", 1e-5),
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        qk_norm=False,
+        rotary_dim=0,
+        rope_theta=0.0,
+        rope_scaling=RopeScaling(),
+        parallel_residual=False,
+        windows=(None,) * layers,
+        tied=bool(config.get("tie_word_embeddings", True)),
+        stop_ids=_ids(config.get("eos_token_id")),
+        dtype=config.get("dtype") or config.get("torch_dtype"),
+    )
+
+
+def _gpt_neox(config: Mapping[str, Any]) -> DecoderConfig:
+    hidden, heads, layers = (
+        config["hidden_size"],
+        config["num_attention_heads"],
+        config["num_hidden_layers"],
+    )
+    positions = config["max_position_embeddings"]
+    theta, share, scaling = _rope(config, positions)
+    bias = bool(config.get("attention_bias", True))
+    return DecoderConfig(
+        family="gpt_neox",
+        vocab_size=config["vocab_size"],
+        hidden_size=hidden,
+        intermediate_size=config["intermediate_size"],
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=hidden // heads,
+        max_positions=positions,
+        activation=_kind(POINTWISE, "hidden_act", config.get("hidden_act", "gelu")),
+        norm="layer",
+        norm_eps=config.get("layer_norm_eps", 1e-5),
+        qkv_bias=bias,
+        out_bias=bias,
+        mlp_bias=True,
+        qk_norm=False,
+        rotary_dim=int(hidden // heads * share),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        parallel_residual=bool(config.get("use_parallel_residual", True)),
+        windows=(None,) * layers,
+        tied=bool(config.get("tie_word_embeddings", False)),
+        stop_ids=_ids(config.get("eos_token_id")),
+        dtype=config.get("dtype") or config.get("torch_dtype"),
+    )
