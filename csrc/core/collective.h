@@ -125,8 +125,8 @@ PP_HOST_DEVICE bool two_shot_all_reduce(M& m, T* data, int64_t n) {
 
 // input [sum of parts] -> output [part of this rank], folded.
 // Per rank: 1 step; writes n (R - 1) / R, reads the same.
-template <class Op, class T, class M>
-PP_HOST_DEVICE bool reduce_scatter(M& m, T* output, const T* input, const Split& split) {
+template <class Op, class T, class M, class Cut>
+PP_HOST_DEVICE bool reduce_scatter(M& m, T* output, const T* input, const Cut& split) {
   const World& w = m.world;
   const int64_t size = line_elements<T>(m.slice_bytes / w.size);
   return for_slices(
@@ -152,8 +152,8 @@ PP_HOST_DEVICE bool reduce_scatter(M& m, T* output, const T* input, const Split&
 
 // input [part of this rank] -> output [all parts in rank order]. The input may lie in its place.
 // Per rank: 1 step; writes n / R, reads n (R - 1) / R.
-template <class T, class M>
-PP_HOST_DEVICE bool all_gather(M& m, T* output, const T* input, const Split& split) {
+template <class T, class M, class Cut>
+PP_HOST_DEVICE bool all_gather(M& m, T* output, const T* input, const Cut& split) {
   const World& w = m.world;
   const int64_t size = line_elements<T>(m.slice_bytes);
   return for_slices(
@@ -180,9 +180,9 @@ PP_HOST_DEVICE bool all_gather(M& m, T* output, const T* input, const Split& spl
 // rank's own. How many elements go to whom is known to the sender alone, so it heads every slot:
 // readers check it against what they expect, and learn from the first how many slices there are.
 // Per rank: 1 step; writes and reads n (R - 1) / R.
-template <class T, class M>
-PP_HOST_DEVICE bool all_to_all(M& m, T* output, const T* input, const Split& output_split,
-                               const Split& input_split) {
+template <class T, class M, class Cut>
+PP_HOST_DEVICE bool all_to_all(M& m, T* output, const T* input, const Cut& output_split,
+                               const Cut& input_split) {
   const World& w = m.world;
   const int64_t head_bytes = round_up(int64_t(sizeof(int64_t)) * w.size, kLine);
   const int64_t size = line_elements<T>((m.slice_bytes - head_bytes) / w.size);
