@@ -20,13 +20,24 @@ struct Plan {
   Store store;
 };
 
-// `bytes`: of the whole (reduced, gathered or scattered) tensor.
+// `bytes`: of the whole tensor that is reduced, gathered or scattered; equal on all ranks, as the
+// plan must be. Measured with 2 to 8 ranks on a Zen 5 with 1 MiB of second-level cache a core:
+// slices of 256 KiB keep the slots of two ranks in that cache and hide the flags; between 2 ranks
+// one shot moves as much as two and waits once, beyond them two shots win from 32 KiB on; results
+// larger than what the last-level cache holds beside the inputs are streamed, unless they were just
+// read (in place).
 inline Plan plan_of(Operation operation, int64_t bytes, int size) {
-  Plan plan{true, kSlotBytes, Store::cached};
-  (void)operation;
-  (void)bytes;
-  (void)size;
-  return plan;
+  constexpr int64_t kKiB = 1024;
+  constexpr int64_t kMiB = 1024 * kKiB;
+  const Store store = bytes >= 8 * kMiB ? Store::streaming : Store::cached;
+  switch (operation) {
+    case Operation::all_reduce: {
+      const bool one_shot = bytes <= (size == 2 ? 4 * kMiB : 32 * kKiB);
+      return {one_shot, one_shot ? 256 * kKiB : 512 * kKiB, Store::cached};
+    }
+    case Operation::reduce_scatter: return {true, 256 * kKiB, Store::cached};
+    default: return {true, 256 * kKiB, store};
+  }
 }
 
 }  // namespace pyparallel::cpu
