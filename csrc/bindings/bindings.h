@@ -11,4 +11,10 @@ void bind_build(pybind11::module_& m);
 // The collectives engine of CPU ranks.
 void bind_collectives(pybind11::module_& m);
 
+// The compute kernels of a CPU rank, on addresses.
+void bind_cpu_ops(pybind11::module_& m);
+
+// A whole decoder of a CPU rank.
+void bind_decode(pybind11::module_& m);
+
 }  // namespace pyparallel

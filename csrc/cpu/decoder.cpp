@@ -1,0 +1,320 @@
+#include "cpu/decoder.h"
+
+#include <cstring>
+#include <limits>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace pyparallel::cpu {
+
+namespace {
+// Outputs a thread takes at a time: whole panels of the blocked kernels, whole lines of y.
+constexpr int64_t kOutputGrain = 32;
+
+void expect(bool ok, const char* name, const std::string& text) {
+  if (!ok) throw std::invalid_argument(std::string(name) + ": " + text);
+}
+}  // namespace
+
+Decoder::Decoder(const DecoderShape& shape, DecoderWeights weights, std::shared_ptr<Peers> peers,
+                 std::shared_ptr<Team> team)
+    : shape_(shape), weights_(std::move(weights)), peers_(std::move(peers)), team_(std::move(team)) {
+  const auto positive = [](int64_t value, const char* name) {
+    expect(value > 0, name, "expected at least 1, got " + std::to_string(value));
+  };
+  positive(shape.hidden, "hidden");
+  positive(shape.heads, "heads");
+  positive(shape.kv_heads, "kv_heads");
+  positive(shape.head_dim, "head_dim");
+  positive(shape.intermediate, "intermediate");
+  expect(shape.heads % shape.kv_heads == 0, "kv_heads",
+         "expected a divisor of heads=" + std::to_string(shape.heads) + ", got " +
+             std::to_string(shape.kv_heads));
+  expect(shape.rotary_dim % 2 == 0 && shape.rotary_dim >= 0 && shape.rotary_dim <= shape.head_dim, "rotary_dim",
+         "expected an even number up to head_dim=" + std::to_string(shape.head_dim) + ", got " +
+             std::to_string(shape.rotary_dim));
+  expect(ranks() <= kMaxRanks, "ranks",
+         "expected at most " + std::to_string(kMaxRanks) + ", got " + std::to_string(ranks()));
+  scratch_.resize(size_t(team_->size()));
+}
+
+void Decoder::use_cache(DecoderCache cache) {
+  const size_t layers = weights_.layers.size();
+  expect(cache.batch > 0, "batch", "expected at least 1, got " + std::to_string(cache.batch));
+  expect(cache.slots > 0, "slots", "expected at least 1, got " + std::to_string(cache.slots));
+  expect(cache.keys.size() == layers && cache.values.size() == layers, "keys, values",
+         "expected one for each of the " + std::to_string(layers) + " layers, got " +
+             std::to_string(cache.keys.size()) + " and " + std::to_string(cache.values.size()));
+  expect(shape_.rotary_dim == 0 || (cache.cos != nullptr && cache.sin != nullptr), "cos, sin",
+         "expected tables for rotary_dim=" + std::to_string(shape_.rotary_dim) + ", got none");
+  cache_ = std::move(cache);
+  reserved_rows_ = 0;
+}
+
+template <class T>
+Decoder::Buffer<T> Decoder::allocate(int64_t n) {
+  const size_t bytes = size_t(round_up(max_of(n, 1) * int64_t(sizeof(T)), 64));
+  void* p = std::aligned_alloc(64, bytes);
+  if (p == nullptr) throw std::bad_alloc();
+  workspace_bytes_ += int64_t(bytes);
+  return Buffer<T>(static_cast<T*>(p));
+}
+
+void Decoder::reserve(int64_t M) {
+  const DecoderShape& s = shape_;
+  if (M <= reserved_rows_) return;
+  workspace_bytes_ = 0;
+  x_ = allocate<float>(M * s.hidden);
+  normed_ = allocate<float>(M * s.hidden);
+  projected_ = allocate<float>(M * projected());
+  attended_ = allocate<float>(M * s.heads * s.head_dim);
+  inner_ = allocate<float>(M * s.intermediate);
+  if (ranks() == 1) local_partial_ = allocate<float>(M * s.hidden);
+  logits_ = allocate<float>(cache_.batch * s.vocab_rows);
+  const int64_t splits = min_of(M, cache_.batch) * s.kv_heads * ceil_div(cache_.slots, kSplitKeys) * group();
+  split_out_ = allocate<float>(splits * s.head_dim);
+  split_maximum_ = allocate<float>(splits);
+  split_total_ = allocate<float>(splits);
+  const int64_t widest = max_of(max_of(s.hidden, s.intermediate), s.heads * s.head_dim);
+  const int64_t bytes =
+      M <= kMaxThinRows ? kernels_->prefill_attention_bytes(group(), s.head_dim)
+                        : max_of(kernels_->block_linear_bytes(M, widest),
+                                 kernels_->prefill_attention_bytes(group(), s.head_dim));
+  for (auto& scratch : scratch_) scratch = allocate<unsigned char>(bytes);
+  reserved_rows_ = M;
+}
+
+void Decoder::check(const Rows& rows) const {
+  for (int64_t m = 0; m < rows.M; ++m) {
+    expect(rows.tokens[m] >= 0 && rows.tokens[m] < shape_.vocab_size, "tokens",
+           "expected 0 <= token < " + std::to_string(shape_.vocab_size) + ", got " +
+               std::to_string(rows.tokens[m]));
+    expect(rows.positions[m] >= 0 && rows.positions[m] < cache_.slots, "positions",
+           "position " + std::to_string(rows.positions[m]) + " does not fit the cache's " +
+               std::to_string(cache_.slots) + " slots; make a longer cache");
+    expect(rows.sequences[m] >= 0 && rows.sequences[m] < cache_.batch, "sequences",
+           "expected 0 <= row < batch=" + std::to_string(cache_.batch) + ", got " +
+               std::to_string(rows.sequences[m]));
+  }
+}
+
+void Decoder::prefill(const int64_t* tokens, int64_t M, int64_t sequence, int64_t start) {
+  expect(M > 0, "tokens", "expected at least one, got none");
+  expect(cache_.batch > 0, "cache", "expected use_cache() before the first call");
+  std::vector<int64_t> sequences(size_t(M), sequence), positions(static_cast<size_t>(M));
+  for (int64_t m = 0; m < M; ++m) positions[size_t(m)] = start + m;
+  check({tokens, sequences.data(), positions.data(), M, true});
+  // Chunks of nearly the same size, so that none is thin.
+  const int64_t chunks = ceil_div(M, kChunkRows);
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int64_t begin = M * c / chunks, end = M * (c + 1) / chunks;
+    forward({tokens + begin, sequences.data() + begin, positions.data() + begin, end - begin, true},
+            c + 1 == chunks);
+  }
+}
+
+void Decoder::decode(const int64_t* tokens, const int64_t* sequences, const int64_t* positions, int64_t M) {
+  expect(M > 0 && M <= min_of(cache_.batch, kChunkRows), "tokens",
+         "expected 1 to " + std::to_string(min_of(cache_.batch, kChunkRows)) + ", got " + std::to_string(M));
+  const Rows rows{tokens, sequences, positions, M, false};
+  check(rows);
+  forward(rows, true);
+}
+
+void Decoder::forward(const Rows& rows, bool want_logits) {
+  const Kernels* kernels_now = &kernels();
+  // Another instruction set cuts its scratch otherwise.
+  if (kernels_now != kernels_) reserved_rows_ = 0;
+  kernels_ = kernels_now;
+  reserve(rows.M);
+  const int64_t bytes = rows.M * shape_.hidden * 4;
+  partial_ = ranks() == 1 ? local_partial_.get() : static_cast<float*>(peers_->mine(bytes));
+  logit_rows_ = want_logits ? (rows.one_sequence ? 1 : rows.M) : 0;
+  team_->run([&](int thread) { pass(rows, want_logits, thread); });
+}
+
+void Decoder::pass(const Rows& rows, bool want_logits, int thread) {
+  const DecoderShape& s = shape_;
+  const int64_t M = rows.M;
+  embed(rows, thread);
+  for (size_t l = 0; l < weights_.layers.size(); ++l) {
+    const DecoderLayer& layer = weights_.layers[l];
+    attention(rows, l, thread);
+    linear(call_of(layer.out, attended_.get(), M, s.heads * s.head_dim, partial_, s.hidden), s.hidden, thread);
+    if (s.parallel_residual) {
+      normalise_rows(layer.mlp_norm, M, thread);
+      team_->barrier(thread);
+      mlp(layer, M, partial_, thread);
+    } else {
+      show_partial(M, thread);
+      add_sum(M, layer.out.bias, nullptr, &layer.mlp_norm, thread);
+      mlp(layer, M, nullptr, thread);
+    }
+    show_partial(M, thread);
+    const bool last = l + 1 == weights_.layers.size();
+    add_sum(M, layer.down.bias, s.parallel_residual ? layer.out.bias : nullptr,
+            last ? nullptr : &weights_.layers[l + 1].attention_norm, thread);
+  }
+  if (want_logits) head(rows, thread);
+}
+
+// x = sum_r embedding_r[token] (+ positions), normed = norm_0(x)
+void Decoder::embed(const Rows& rows, int thread) {
+  const int64_t H = shape_.hidden;
+  const Part part = share(rows.M, team_->size(), thread, 1);
+  for (int64_t m = part.begin; m < part.end; ++m) {
+    const int64_t row = rows.tokens[m] - shape_.vocab_begin;
+    float* to = partial_ + m * H;
+    if (row >= 0 && row < shape_.vocab_rows) {
+      const auto* table = static_cast<const unsigned char*>(weights_.embedding);
+      kernels_->to_float(table + row * H * bytes_of(weights_.embedding_precision),
+                         weights_.embedding_precision, H, to);
+    } else {
+      std::memset(to, 0, size_t(H) * sizeof(float));
+    }
+    if (weights_.positions != nullptr) {
+      std::memcpy(x_.get() + m * H, weights_.positions + rows.positions[m] * H, size_t(H) * sizeof(float));
+    } else {
+      std::memset(x_.get() + m * H, 0, size_t(H) * sizeof(float));
+    }
+  }
+  show_partial(rows.M, thread);
+  const Norm* norm = weights_.layers.empty() ? nullptr : &weights_.layers.front().attention_norm;
+  add_sum(rows.M, nullptr, nullptr, norm, thread);
+}
+
+// partial = act(normed Wup^T) Wdown^T (+ residual)
+void Decoder::mlp(const DecoderLayer& layer, int64_t M, const float* residual, int thread) {
+  const int64_t H = shape_.hidden, F = shape_.intermediate;
+  LinearCall up = call_of(layer.up, normed_.get(), M, H, inner_.get(), F);
+  up.act = shape_.activation;
+  up.weight.bias = layer.up.bias;
+  if (shape_.gated) {
+    const auto* data = static_cast<const unsigned char*>(layer.up.data);
+    up.up = up.weight;
+    up.up.data = data + F * H * bytes_of(layer.up.precision);
+    if (up.up.scale != nullptr) up.up.scale += F;
+    if (up.up.bias != nullptr) up.up.bias += F;
+  }
+  linear(up, F, thread);
+  team_->barrier(thread);
+  LinearCall down = call_of(layer.down, inner_.get(), M, F, partial_, H);
+  down.residual = residual;
+  down.residual_stride = H;
+  linear(down, H, thread);
+}
+
+void Decoder::head(const Rows& rows, int thread) {
+  const int64_t H = shape_.hidden, V = shape_.vocab_rows;
+  const int64_t first = rows.M - logit_rows_;
+  const Part part = share(logit_rows_, team_->size(), thread, 1);
+  for (int64_t m = part.begin; m < part.end; ++m) {
+    normalise(weights_.final_norm, x_.get() + (first + m) * H, normed_.get() + m * H);
+  }
+  team_->barrier(thread);
+  LinearCall call = call_of(weights_.head, normed_.get(), logit_rows_, H, logits_.get(), V);
+  call.weight.bias = weights_.head.bias;
+  linear(call, V, thread);
+}
+
+LinearCall Decoder::call_of(const Weight& weight, const float* x, int64_t M, int64_t K, float* y,
+                            int64_t N) const {
+  LinearCall call{};
+  call.x = x;
+  call.x_stride = K;
+  call.M = M;
+  call.K = K;
+  call.weight = weight;
+  // Row-parallel layers add it once, after the sum over ranks.
+  call.weight.bias = nullptr;
+  call.y = y;
+  call.y_stride = N;
+  call.bf16_compute = shape_.bf16_compute;
+  return call;
+}
+
+void Decoder::linear(LinearCall call, int64_t N, int thread) {
+  const Part part = share(N, team_->size(), thread, kOutputGrain);
+  call.begin = part.begin;
+  call.end = part.end;
+  call.workspace = scratch_[size_t(thread)].get();
+  if (part.size() == 0) return;
+  (call.M <= kMaxThinRows ? kernels_->thin_linear : kernels_->block_linear)(call);
+}
+
+// All ranks' partials are there: parts_.
+void Decoder::show_partial(int64_t M, int thread) {
+  team_->barrier(thread, [&] {
+    if (ranks() == 1) {
+      parts_[0] = partial_;
+      return;
+    }
+    const int64_t bytes = M * shape_.hidden * 4;
+    peers_->exchange(bytes, parts_);
+    partial_ = static_cast<float*>(peers_->mine(bytes));
+  });
+}
+
+// x += sum_r parts_r + biases; normed = norm(x), one pass over each row.
+void Decoder::add_sum(int64_t M, const float* bias, const float* other_bias, const Norm* norm, int thread) {
+  const int64_t H = shape_.hidden;
+  const Part part = share(M, team_->size(), thread, 1);
+  for (int64_t m = part.begin; m < part.end; ++m) {
+    const float* rows[kMaxRanks];
+    for (int r = 0; r < ranks(); ++r) rows[r] = static_cast<const float*>(parts_[r]) + m * H;
+    kernels_->add_parts(x_.get() + m * H, rows, ranks(), bias, H);
+    if (other_bias != nullptr) kernels_->add_parts(x_.get() + m * H, &other_bias, 1, nullptr, H);
+    if (norm != nullptr) normalise(*norm, x_.get() + m * H, normed_.get() + m * H);
+  }
+  team_->barrier(thread);
+}
+
+void Decoder::normalise(const Norm& norm, const float* x, float* y) const {
+  if (norm.weight == nullptr) {
+    std::memcpy(y, x, size_t(shape_.hidden) * sizeof(float));
+  } else if (norm.bias != nullptr) {
+    kernels_->layer_norm(x, norm.weight, norm.bias, shape_.eps, shape_.hidden, y);
+  } else {
+    kernels_->rms_norm(x, norm.weight, shape_.eps, shape_.hidden, y);
+  }
+}
+
+void Decoder::normalise_rows(const Norm& norm, int64_t M, int thread) {
+  const Part part = share(M, team_->size(), thread, 1);
+  for (int64_t m = part.begin; m < part.end; ++m) {
+    normalise(norm, x_.get() + m * shape_.hidden, normed_.get() + m * shape_.hidden);
+  }
+}
+
+void Decoder::greedy(int64_t* tokens) {
+  struct Best {
+    float value;
+    int64_t token;
+  };
+  std::vector<Best> local;
+  const int64_t V = shape_.vocab_rows;
+  for (int64_t m = 0; m < logit_rows_; ++m) {
+    const float* row = logits_.get() + m * V;
+    const int64_t at = V > 0 ? kernels_->argmax(row, V) : 0;
+    local.push_back(V > 0 ? Best{row[at], shape_.vocab_begin + at}
+                          : Best{-std::numeric_limits<float>::infinity(), shape_.vocab_size - 1});
+  }
+  const int64_t bytes = logit_rows_ * int64_t(sizeof(Best));
+  parts_[0] = local.data();
+  if (ranks() > 1) {
+    std::memcpy(peers_->mine(bytes), local.data(), size_t(bytes));
+    peers_->exchange(bytes, parts_);
+  }
+  for (int64_t m = 0; m < logit_rows_; ++m) {
+    Best best = static_cast<const Best*>(parts_[0])[m];
+    for (int r = 1; r < ranks(); ++r) {
+      const Best other = static_cast<const Best*>(parts_[r])[m];
+      if (other.value > best.value) best = other;
+    }
+    tokens[m] = best.token;
+  }
+}
+
+}  // namespace pyparallel::cpu

@@ -1,0 +1,29 @@
+// The kernels for processors with AVX2, FMA and F16C.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "core/pack.h"
+#include "cpu/kernels.h"
+
+// Set after every shared header, so that no inline function of theirs is compiled for this set only.
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+
+namespace pyparallel::cpu {
+namespace {
+#include "cpu/simd_avx2.h"
+#include "cpu/kernel_bodies.h"
+}  // namespace
+
+const Kernels& kernels_avx2() {
+  static const Kernels table = kernel_table();
+  return table;
+}
+
+}  // namespace pyparallel::cpu
+#pragma GCC pop_options
+#endif

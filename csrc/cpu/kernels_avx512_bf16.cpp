@@ -1,0 +1,32 @@
+// The kernels for processors with AVX-512 and its bf16 dot product.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "core/pack.h"
+#include "cpu/kernels.h"
+
+// Set after every shared header, so that no inline function of theirs is compiled for this set only.
+#pragma GCC push_options
+// GCC 12 reports its own intrinsics' deliberately undefined operands (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+#define PYPARALLEL_BF16_DOT 1
+namespace pyparallel::cpu {
+namespace {
+#include "cpu/simd_avx512.h"
+#include "cpu/kernel_bodies.h"
+}  // namespace
+
+const Kernels& kernels_avx512_bf16() {
+  static const Kernels table = kernel_table();
+  return table;
+}
+
+}  // namespace pyparallel::cpu
+#pragma GCC pop_options
+#endif

@@ -1,0 +1,20 @@
+// The kernels for any processor.
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "core/pack.h"
+#include "cpu/kernels.h"
+
+namespace pyparallel::cpu {
+namespace {
+#include "cpu/simd_plain.h"
+#include "cpu/kernel_bodies.h"
+}  // namespace
+
+const Kernels& kernels_plain() {
+  static const Kernels table = kernel_table();
+  return table;
+}
+
+}  // namespace pyparallel::cpu

@@ -1,0 +1,75 @@
+// 4 floats at a time in the compiler's own vector type, which every processor has. Included inside the
+// unnamed namespace of a file compiled without instruction set flags.
+
+typedef float Float4 __attribute__((vector_size(16)));
+
+struct Vec {
+  Float4 v;
+};
+
+constexpr int W = 4;
+constexpr int kTileRows = 3;
+constexpr int kThinRows = 2;
+constexpr int kThinColumns = 2;
+
+inline Vec zero() { return {Float4{0, 0, 0, 0}}; }
+inline Vec set1(float x) { return {Float4{x, x, x, x}}; }
+inline Vec add(Vec a, Vec b) { return {a.v + b.v}; }
+inline Vec sub(Vec a, Vec b) { return {a.v - b.v}; }
+inline Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
+inline Vec div(Vec a, Vec b) { return {a.v / b.v}; }
+inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+inline Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+inline float sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+inline float lane_max(Vec a) {
+  const float left = a.v[0] > a.v[2] ? a.v[0] : a.v[2];
+  const float right = a.v[1] > a.v[3] ? a.v[1] : a.v[3];
+  return left > right ? left : right;
+}
+
+template <class T>
+inline Vec load_part(const T* p, int64_t n) {
+  Float4 v = {0, 0, 0, 0};
+  for (int i = 0; i < n; ++i) v[i] = float(widen(p[i]));
+  return {v};
+}
+template <class T>
+inline Vec load(const T* p) {
+  return load_part(p, W);
+}
+inline Vec load(const float* p) {
+  Vec a;
+  std::memcpy(&a.v, p, sizeof a.v);
+  return a;
+}
+template <class T>
+inline void store_part(T* p, Vec a, int64_t n) {
+  for (int i = 0; i < n; ++i) p[i] = narrow<T>(a.v[i]);
+}
+template <class T>
+inline void store(T* p, Vec a) {
+  store_part(p, a, W);
+}
+inline void store(float* p, Vec a) { std::memcpy(p, &a.v, sizeof a.v); }
+
+inline Vec nearest(Vec a) {
+  Vec r;
+  for (int i = 0; i < W; ++i) r.v[i] = __builtin_nearbyintf(a.v[i]);
+  return r;
+}
+inline Vec scale_by_power(Vec a, Vec n) {
+  for (int i = 0; i < W; ++i) a.v[i] = __builtin_ldexpf(a.v[i], int(n.v[i]));
+  return a;
+}
+
+// a[i] lane j to a[j] lane i.
+inline void transpose(Vec (&a)[W]) {
+  for (int i = 0; i < W; ++i) {
+    for (int j = i + 1; j < W; ++j) {
+      const float t = a[i].v[j];
+      a[i].v[j] = a[j].v[i];
+      a[j].v[i] = t;
+    }
+  }
+}

@@ -1,0 +1,265 @@
+"""The whole decoder of a CPU rank in C++: one call a token, all layers and collectives inside.
+
+A :class:`~pyparallel.models.decoder.Decoder` is read once into the addresses of its parameters; the
+kernels (``csrc/cpu``) read these in place, so parameters changed in place are seen. Activations are fp32;
+weights and cache keep the model's dtype. Sums over ranks run in rank order, as everywhere.
+
+Legend: B sequences, T slots of the cache, V_r this rank's vocabulary, R ranks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyparallel import _C, backend
+from pyparallel.functional.next_token import Sampling, sample
+from pyparallel.layers.kv_cache import KVCache
+from pyparallel.models.decoder import Decoder
+from pyparallel.shared_memory import SharedMemoryCommunicator
+
+# As numbered by Precision and Activation in csrc/cpu/kernels.h.
+PRECISIONS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+ACTIVATIONS = {"silu": 1, "gelu_tanh": 2, "gelu": 3, "relu": 4}
+GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``weight [N, K]`` as int8 and one fp32 scale a row: ``weight[n] ~ scale[n] * data[n]``.
+
+    The scale is the row's largest magnitude over 127, so the error is at most half of that step.
+    """
+    scale = weight.detach().float().abs().amax(1) / 127
+    step = torch.where(scale > 0, scale, torch.ones_like(scale))
+    data = (weight.detach().float() / step.unsqueeze(1)).round_().to(torch.int8)
+    return data, scale
+
+
+class CPUDecoder:
+    """This rank's share of a decoder, ready to run. All ranks of the model's group make one.
+
+    Args:
+        model: on the CPU, in fp32, bf16 or fp16.
+        threads: of this rank; by default torch's number.
+        int8: read the matrices as int8 with a scale a row, half of bf16's bytes; the embedding and
+            the norms keep their dtype. The int8 copies are the decoder's own.
+        pin: keep every thread on a core of its own, if the ranks of this machine have as many.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        threads: int | None = None,
+        int8: bool = False,
+        pin: bool = True,
+    ) -> None:
+        reason = reason_against(model)
+        if reason is not None:
+            raise backend.UnsupportedError(f"decode_session: cpu: {reason}")
+        self.model = weakref.ref(model)
+        self.group = model.group
+        self.head_start = model.head._start
+        self.vocab_rows = model.head.weight.shape[0]
+        self._int8 = int8
+        # Everything the C++ side holds addresses of.
+        self._kept: list[Tensor] = []
+        self.cache: list[KVCache] | None = None
+        threads = threads or torch.get_num_threads()
+        cores = _cores(self.group.rank, self.group.size, threads) if pin else []
+        engine = self.group.communicator.engine if self.group.size > 1 else None
+        self.engine = _C.Decoder(
+            self._shape(model), self._weights(model), group=engine, threads=threads, cores=cores
+        )
+
+    def start(self, batch: int, slots: int) -> None:
+        """Begin ``batch`` sequences of up to ``slots`` tokens, with empty caches."""
+        model = self.model()
+        self.cache = model.new_cache(batch, slots)
+        cos = sin = None
+        if model.rotary is not None:
+            cos, sin = (t.squeeze(0).contiguous() for t in model.rotary(torch.arange(slots)[None]))
+        self._tables = (cos, sin)
+        self.engine.use_cache(
+            batch,
+            slots,
+            [layer.keys.data_ptr() for layer in self.cache],
+            [layer.values.data_ptr() for layer in self.cache],
+            _address(cos),
+            _address(sin),
+        )
+
+    def prefill(self, tokens: Sequence[int], *, row: int = 0, start: int = 0) -> None:
+        """Append tokens to a sequence; leaves the logits after the last of them."""
+        self.engine.prefill(list(tokens), row, start)
+
+    def decode(
+        self, tokens: Sequence[int], *, rows: Sequence[int], positions: Sequence[int]
+    ) -> None:
+        """Append one token to each of some sequences; leaves the logits after each."""
+        self.engine.decode(list(tokens), list(rows), list(positions))
+
+    def greedy(self) -> list[int]:
+        """The likeliest token after each row of the last call; no logits are gathered."""
+        return self.engine.greedy()
+
+    def logits(self) -> Tensor:
+        """This rank's logits [rows of the last call, V_r], fp32; overwritten by the next call."""
+        rows = self.engine.logit_rows
+        count = rows * self.vocab_rows
+        if count == 0:
+            return torch.empty(rows, self.vocab_rows)
+        memory = (ctypes.c_float * count).from_address(self.engine.logits)
+        return torch.frombuffer(memory, dtype=torch.float32).view(rows, self.vocab_rows)
+
+    def _keep(self, tensor: Tensor | None, dtype: torch.dtype | None = None) -> int:
+        """The address of a tensor that will live as long as this object; 0 for None."""
+        if tensor is None:
+            return 0
+        tensor = tensor.detach().to(dtype or tensor.dtype).contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _norm(self, module: nn.Module) -> tuple[int, int]:
+        bias = getattr(module, "bias", None)
+        return self._keep(module.weight, torch.float32), self._keep(bias, torch.float32)
+
+    def _weight(self, module: nn.Module) -> tuple[int, int, int, int]:
+        bias = self._keep(getattr(module, "bias", None), torch.float32)
+        if self._int8:
+            data, scale = quantize_rows(module.weight)
+            return self._keep(data), PRECISIONS[torch.int8], bias, self._keep(scale)
+        return self._keep(module.weight), PRECISIONS[module.weight.dtype], bias, 0
+
+    def _shape(self, model: Decoder) -> dict[str, Any]:
+        attention, mlp = model.layers[0].attention, model.layers[0].mlp
+        layout, rank = attention.qkv_proj.layout, self.group.rank
+        (query, query_end), (kv, kv_end) = layout.query[rank], layout.kv[rank]
+        dtype = model.embedding.weight.dtype
+        return {
+            "hidden": model.config.hidden_size,
+            "heads": query_end - query,
+            "kv_heads": kv_end - kv,
+            "head_dim": model.config.head_dim,
+            "rotary_dim": model.config.rotary_dim,
+            "intermediate": mlp.down_proj.weight.shape[1],
+            "vocab_size": model.config.vocab_size,
+            "vocab_begin": self.head_start,
+            "vocab_rows": self.vocab_rows,
+            "eps": model.config.norm_eps,
+            "softmax_scale": model.config.head_dim**-0.5,
+            "gated": mlp.activation in GATED,
+            "parallel_residual": model.config.parallel_residual,
+            "activation": ACTIVATIONS[GATED.get(mlp.activation, mlp.activation)],
+            "cache_precision": PRECISIONS[dtype],
+            "bf16_compute": dtype is torch.bfloat16,
+        }
+
+    def _weights(self, model: Decoder) -> dict[str, Any]:
+        positions = None if model.positions is None else model.positions.weight
+        return {
+            "embedding": self._keep(model.embedding.weight),
+            "embedding_precision": PRECISIONS[model.embedding.weight.dtype],
+            "positions": self._keep(positions, torch.float32),
+            "final_norm": self._norm(model.norm),
+            "head": self._weight(model.head),
+            "layers": [self._layer(layer) for layer in model.layers],
+        }
+
+    def _layer(self, layer: nn.Module) -> dict[str, Any]:
+        attention, mlp = layer.attention, layer.mlp
+        q_norm, k_norm = attention.q_norm, attention.k_norm
+        return {
+            "attention_norm": self._norm(layer.attention_norm),
+            "qkv": self._weight(attention.qkv_proj),
+            "q_norm": self._keep(None if q_norm is None else q_norm.weight, torch.float32),
+            "k_norm": self._keep(None if k_norm is None else k_norm.weight, torch.float32),
+            "out": self._weight(attention.out_proj),
+            "mlp_norm": self._norm(layer.mlp_norm),
+            "up": self._weight(mlp.up_proj),
+            "down": self._weight(mlp.down_proj),
+            "window": attention.window or 0,
+        }
+
+
+class CPUSession:
+    """What :func:`pyparallel.generate` drives: prompts in, chosen tokens out."""
+
+    def __init__(self, model: Decoder, prompts: Sequence[Sequence[int]], slots: int) -> None:
+        self.decoder = compiled(model)
+        self.decoder.start(len(prompts), slots)
+        self.prompts = prompts
+
+    def prefill(self, sampling: Sampling, draws: Tensor) -> list[int]:
+        """The first new token of each prompt."""
+        chosen = []
+        for row, prompt in enumerate(self.prompts):
+            self.decoder.prefill(prompt, row=row)
+            chosen += self._choose(sampling, draws[row : row + 1])
+        return chosen
+
+    def step(
+        self, tokens: Sequence[int], starts: Sequence[int], sampling: Sampling, draws: Tensor
+    ) -> list[int]:
+        """The token after each of ``tokens``, which stand at ``starts``."""
+        self.decoder.decode(tokens, rows=range(len(tokens)), positions=starts)
+        return self._choose(sampling, draws)
+
+    def _choose(self, sampling: Sampling, draws: Tensor) -> list[int]:
+        if sampling.temperature == 0:
+            return self.decoder.greedy()
+        decoder = self.decoder
+        return sample(
+            decoder.logits(), sampling, draws, start=decoder.head_start, group=decoder.group
+        ).tolist()
+
+
+_compiled: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, CPUDecoder]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def compiled(model: Decoder) -> CPUDecoder:
+    """The model's :class:`CPUDecoder`, made anew only if its parameters have moved."""
+    key = (torch.get_num_threads(), *((p.data_ptr(), p._version) for p in model.parameters()))
+    known = _compiled.get(model)
+    if known is None or known[0] != key:
+        known = (key, CPUDecoder(model))
+        _compiled[model] = known
+    return known[1]
+
+
+def reason_against(model: nn.Module, *args: Any) -> str | None:
+    """Why the C++ decoder can't run this model, or None."""
+    if not isinstance(model, Decoder):
+        return f"expected a pyparallel Decoder, got {type(model).__name__}"
+    parameters = list(model.parameters())
+    if any(p.device.type != "cpu" for p in parameters):
+        return f"expected parameters on the CPU, got {parameters[0].device}"
+    dtypes = {p.dtype for p in parameters}
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
+        return f"expected one of fp32, bf16, fp16 throughout, got {sorted(map(str, dtypes))}"
+    if model.group.size > 1 and not isinstance(model.group.communicator, SharedMemoryCommunicator):
+        return f"expected ranks that share memory, got {model.group.communicator.name}"
+    return None
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _cores(rank: int, ranks: int, threads: int) -> list[int]:
+    """A core for each thread of this rank, or none where there are fewer cores than threads."""
+    cores = sorted(os.sched_getaffinity(0))
+    if ranks * threads > len(cores):
+        return []
+    return cores[rank * threads : (rank + 1) * threads]
+
+
+backend.register("decode_session", "cpu", supports=reason_against)(CPUSession)
