@@ -69,7 +69,6 @@ class DecoderConfig:
     windows: tuple[int | None, ...]
     tied: bool
     stop_ids: tuple[int, ...]
-    dtype: str | None = None
     rope_factors: tuple[float, ...] | None = None
 
 
@@ -202,7 +201,6 @@ def _llama(config: Mapping[str, Any]) -> DecoderConfig:
         windows=_windows(config, layers),
         tied=bool(config.get("tie_word_embeddings", False)),
         stop_ids=_ids(config.get("eos_token_id")),
-        dtype=config.get("dtype") or config.get("torch_dtype"),
     )
 
 
@@ -250,7 +248,6 @@ def _gpt2(config: Mapping[str, Any]) -> DecoderConfig:
         windows=(None,) * layers,
         tied=bool(config.get("tie_word_embeddings", True)),
         stop_ids=_ids(config.get("eos_token_id")),
-        dtype=config.get("dtype") or config.get("torch_dtype"),
     )
 
 
@@ -287,5 +284,4 @@ def _gpt_neox(config: Mapping[str, Any]) -> DecoderConfig:
         windows=(None,) * layers,
         tied=bool(config.get("tie_word_embeddings", False)),
         stop_ids=_ids(config.get("eos_token_id")),
-        dtype=config.get("dtype") or config.get("torch_dtype"),
     )

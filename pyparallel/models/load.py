@@ -67,11 +67,15 @@ def load(
         from pyparallel.models.hugging_face import load_hugging_face
 
         return load_hugging_face(checkpoint, mesh, dtype=dtype, device=device, progress=progress)
-    if dtype is None:
-        dtype = getattr(torch, config.dtype or "float32")
-    model = Decoder(config, "meta", dtype, group=mesh.tp)
+    model = Decoder(config, "meta", dtype or stored_dtype(checkpoint), group=mesh.tp)
     fill(model, checkpoint, device=device, progress=progress)
     return model.eval()
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """What a checkpoint's config says its weights are; fp32 for a GGUF, whose blocks are neither."""
+    config = checkpoint.config()
+    return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
 def decoder_config(checkpoint: Checkpoint) -> DecoderConfig:

@@ -1,0 +1,231 @@
+"""``pyparallel generate``: answer prompts with a model cut over the ranks of this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import threading
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from pyparallel.checkpoint import Checkpoint, open_checkpoint
+from pyparallel.functional.next_token import Sampling
+from pyparallel.launch import launch
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, metavar="PATH", help="a folder of safetensors, or a GGUF file")
+    add("--tokenizer", metavar="PATH", help="where the tokenizer is, if not with the model")
+    add("--prompt", required=True, action="append", help="text to continue; may be repeated")
+    add("--chat", action="store_true", help="put each prompt into the model's chat template")
+    add("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks")
+    add("--max-new-tokens", type=int, default=64, metavar="K")
+    add("--dtype", choices=DTYPES, help="of weights and activations; default: the checkpoint's")
+    add("--temperature", type=float, default=0.0, help="0: the likeliest token (default)")
+    add("--top-k", type=int, default=0, help="0: all (default)")
+    add("--top-p", type=float, default=1.0)
+    add("--seed", type=int, default=0, help="the same seed gives the same text at every --tp")
+    add("--threads", type=int, metavar="N", help="threads per rank; default: cores / ranks")
+    add("--check", action="store_true", help="run the dense model too, and compare")
+    add("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.tp < 1:
+        raise ValueError(f"--tp: expected at least 1, got {args.tp}")
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"--threads: expected at least 1, got {args.threads}")
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    checkpoint = open_checkpoint(args.model)
+    _check_ranks(checkpoint, args.tp)
+    from pyparallel.models.dense import load_tokenizer
+    from pyparallel.models.load import stored_dtype
+
+    dtype = getattr(torch, args.dtype) if args.dtype else stored_dtype(checkpoint)
+    tokenizer = load_tokenizer(args.tokenizer or args.model)
+    prompts = [_encode(tokenizer, prompt, args.chat) for prompt in args.prompt]
+    with _Printer(tokenizer, show=not args.json and len(prompts) == 1) as printer:
+        ranks = launch(
+            _rank,
+            args.tp,
+            checkpoint,
+            prompts,
+            args.max_new_tokens,
+            sampling,
+            dtype,
+            args.check,
+            not args.json,
+            printer.sender,
+            threads=args.threads,
+        )
+    report = _report(tokenizer, ranks)
+    if args.check:
+        from pyparallel.models.dense import compare
+
+        report |= compare(args.model, prompts, ranks[0], sampling, dtype)
+    _print(report, args, len(prompts))
+    return 0 if report.get("matches_dense", True) else 1
+
+
+def _check_ranks(checkpoint: Checkpoint, tp: int) -> None:
+    """What a rank would find out too, but before any is started."""
+    from pyparallel.models.config import UnknownArchitectureError
+    from pyparallel.models.load import decoder_config
+    from pyparallel.shard import HeadLayout
+
+    try:
+        config = decoder_config(checkpoint)
+    except UnknownArchitectureError:
+        return
+    HeadLayout.of(config.num_heads, config.num_kv_heads, tp)
+
+
+def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+    if not chat:
+        return tokenizer(prompt)["input_ids"]
+    messages = [{"role": "user", "content": prompt}]
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    return list(encoded["input_ids"] if isinstance(encoded, dict) else encoded)
+
+
+def _rank(
+    checkpoint: Checkpoint,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    dtype: torch.dtype,
+    check: bool,
+    show_progress: bool,
+    sender: Connection,
+) -> dict[str, Any]:
+    """What each rank does: load its share, generate, tell."""
+    from pyparallel.generate import generate
+    from pyparallel.mesh import init_mesh
+    from pyparallel.models.load import load
+    from pyparallel.models.logits import teacher_forced_logits
+
+    mesh = init_mesh(tp=int(torch.distributed.get_world_size()))
+    first = mesh.tp.rank == 0
+    with _progress_bar(show_progress and first) as progress:
+        model = load(checkpoint, mesh, dtype=dtype, progress=progress)
+    on_token = (lambda row, token: sender.send((row, token))) if first else None
+    made = generate(
+        model, prompts, max_new_tokens=max_new_tokens, sampling=sampling, on_token=on_token
+    )
+    report = {
+        "tokens": made.tokens,
+        "prefill_s": made.prefill_s,
+        "decode_tokens_per_s": made.decode_tokens_per_s,
+        "weight_bytes": sum(p.numel() * p.itemsize for p in model.parameters()),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    if check:
+        logits = teacher_forced_logits(model, prompts, made.tokens)
+        report["logits"] = [rows.numpy() for rows in logits] if first else None
+    return report
+
+
+class _progress_bar:
+    """A bar for the bytes that rank 0 loads, on standard error."""
+
+    def __init__(self, shown: bool) -> None:
+        self._bar = None
+        if shown and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+            console = Console(stderr=True)
+            columns = (TextColumn("loading"), BarColumn(), DownloadColumn())
+            self._bar = Progress(*columns, console=console, transient=True)
+
+    def __enter__(self) -> Any:
+        if self._bar is None:
+            return None
+        self._bar.start()
+        task = self._bar.add_task("loading", total=None)
+        return lambda done, total: self._bar.update(task, completed=done, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class _Printer:
+    """Prints the first prompt's text while rank 0 sends its tokens."""
+
+    def __init__(self, tokenizer: Any, *, show: bool) -> None:
+        self._receiver, self.sender = Pipe(duplex=False)
+        self._tokenizer = tokenizer
+        self._show = show
+        self._thread = threading.Thread(target=self._print, daemon=True)
+
+    def __enter__(self) -> _Printer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # The ranks' copies are closed by now, so this makes the end of the pipe.
+        self.sender.close()
+        self._thread.join()
+        if self._show:
+            print(flush=True)
+
+    def _print(self) -> None:
+        tokens: list[int] = []
+        shown = ""
+        while True:
+            try:
+                _, token = self._receiver.recv()
+            except EOFError:
+                return
+            tokens.append(token)
+            text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+            # A character may be spread over several tokens; wait until it is whole.
+            if self._show and not text.endswith("\ufffd"):
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+
+
+def _report(tokenizer: Any, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    tokens = ranks[0]["tokens"]
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
+    single = len(tokens) == 1
+    return {
+        "tokens": tokens[0] if single else tokens,
+        "text": texts[0] if single else texts,
+        "prefill_s": ranks[0]["prefill_s"],
+        "decode_tokens_per_s": ranks[0]["decode_tokens_per_s"],
+        "ranks": [
+            {"rank": rank, **{key: row[key] for key in ("weight_bytes", "peak_rss_bytes")}}
+            for rank, row in enumerate(ranks)
+        ],
+    }
+
+
+def _print(report: dict[str, Any], args: argparse.Namespace, num_prompts: int) -> None:
+    if args.json:
+        print(json.dumps(report))
+        return
+    if num_prompts > 1:
+        for prompt, text in zip(args.prompt, report["text"], strict=True):
+            print(f"> {prompt}\n{text}\n")
+    shares = ", ".join(
+        f"{row['weight_bytes'] / 1e6:.0f} MB of weights (peak {row['peak_rss_bytes'] / 1e6:.0f} MB)"
+        for row in report["ranks"]
+    )
+    print(
+        f"\nprefill {report['prefill_s']:.2f} s, {report['decode_tokens_per_s']:.1f} tokens/s; "
+        f"ranks hold {shares}",
+        file=sys.stderr,
+    )
+    if "matches_dense" in report:
+        matches = str(report["matches_dense"]).lower()
+        print(f"matches_dense: {matches}, max_abs_logit_diff: {report['max_abs_logit_diff']:.3g}")

@@ -1,0 +1,102 @@
+"""The dense model and its tokenizer, as transformers loads them: what ``--check`` compares with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyparallel.checkpoint import CheckpointError
+from pyparallel.functional.next_token import Sampling, sample
+from pyparallel.group import Group
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError(
+            "transformers is not installed, and tokenizers and --check need it; "
+            "install pyparallel[hf]"
+        ) from None
+    # Its bars and advice would mix with what the command prints.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def _place(path: str) -> dict[str, Any]:
+    """How transformers names what lies at ``path``."""
+    place = Path(path)
+    if place.suffix == ".gguf":
+        return {"pretrained_model_name_or_path": str(place.parent), "gguf_file": place.name}
+    folder = place.parent if place.suffix == ".safetensors" else place
+    return {"pretrained_model_name_or_path": str(folder), "local_files_only": True}
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer in a folder or a GGUF file.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    transformers = _transformers()
+    if not Path(path).exists():
+        raise CheckpointError(f"{path}: no such file or folder for the tokenizer")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(**_place(path))
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path}: no tokenizer could be read from it ({reason}); name its folder with --tokenizer"
+        ) from None
+
+
+def load_dense(path: str, dtype: torch.dtype) -> torch.nn.Module:
+    """The dense transformers model of a checkpoint."""
+    transformers = _transformers()
+    options = _place(path)
+    if "gguf_file" in options:
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return transformers.AutoModelForCausalLM.from_pretrained(**options, dtype=dtype).eval()
+
+
+@torch.inference_mode()
+def compare(
+    path: str,
+    prompts: Sequence[Sequence[int]],
+    made: dict[str, Any],
+    sampling: Sampling,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Whether the dense model says the same: ``matches_dense`` and ``max_abs_logit_diff``.
+
+    Greedy tokens are compared with transformers' own greedy generation; sampled ones with draws from
+    the dense logits. Logits are compared at every token that was chosen.
+
+    Args:
+        made: rank 0's ``tokens`` and ``logits``.
+    """
+    model = load_dense(path, dtype)
+    matches, difference = True, 0.0
+    for row, prompt in enumerate(prompts):
+        tokens, logits = made["tokens"][row], torch.from_numpy(made["logits"][row])
+        ids = torch.tensor([[*prompt, *tokens[:-1]]])
+        dense = model(ids).logits[0, len(prompt) - 1 :].float()
+        difference = max(difference, (dense - logits).abs().max().item())
+        if sampling.temperature == 0:
+            continued = model.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=len(tokens),
+                do_sample=False,
+            )
+            expected = continued[0, len(prompt) :].tolist()
+        else:
+            draws = torch.arange(len(tokens)) + row * (1 << 32)
+            drawn = sample(dense, sampling, draws, start=0, group=Group.single())
+            expected = drawn.tolist()
+        matches = matches and expected == tokens
+    return {"matches_dense": matches, "max_abs_logit_diff": difference}
