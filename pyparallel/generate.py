@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+# Registers the session of CPU ranks.
+from pyparallel import backend, cpu_decoder  # noqa: F401
 from pyparallel.functional.next_token import Sampling
 from pyparallel.group import Group
 
@@ -36,6 +38,43 @@ class CausalLM(Protocol):
     def new_cache(self, batch: int, length: int) -> Any: ...
 
     def hidden(self, ids: Tensor, starts: Sequence[int], cache: Any) -> Tensor: ...
+
+
+class ModuleSession:
+    """Decoding through the modules: any model, any device.
+
+    A session holds the sequences of one :func:`generate`; a backend may bring a faster one.
+    """
+
+    def __init__(self, model: CausalLM, prompts: Sequence[Sequence[int]], slots: int) -> None:
+        self.model = model
+        self.prompts = prompts
+        self.device = next(model.parameters()).device
+        self.cache = model.new_cache(len(prompts), slots)
+
+    def prefill(self, sampling: Sampling, draws: Tensor) -> list[int]:
+        """The first new token of each prompt."""
+        lengths = [len(prompt) for prompt in self.prompts]
+        ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+        for row, prompt in zip(ids, self.prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)
+        hidden = self.model.hidden(ids.to(self.device), [0] * len(lengths), self.cache)
+        last = torch.tensor(lengths, device=self.device) - 1
+        rows = torch.arange(len(lengths), device=self.device)
+        return self.model.head.sample(hidden[rows, last], sampling, draws).tolist()
+
+    def step(
+        self, tokens: Sequence[int], starts: Sequence[int], sampling: Sampling, draws: Tensor
+    ) -> list[int]:
+        """The token after each of ``tokens``, which stand at ``starts``."""
+        ids = torch.tensor(tokens, device=self.device).unsqueeze(1)
+        hidden = self.model.hidden(ids, starts, self.cache)
+        return self.model.head.sample(hidden[:, 0], sampling, draws).tolist()
+
+
+for _name in backend.BACKENDS:
+    if _name != "cpu":
+        backend.register("decode_session", _name)(ModuleSession)
 
 
 @dataclass(frozen=True)
@@ -86,43 +125,42 @@ def generate(
     """
     sampling = sampling or Sampling()
     stops = set(model.stop_ids if stop_ids is None else stop_ids)
-    _check(model, prompts, max_new_tokens)
+    check_prompts(prompts, max_new_tokens, model.vocab_size, model.max_positions)
     started = time.perf_counter()
     device = next(model.parameters()).device
     lengths = [len(prompt) for prompt in prompts]
-    cache = model.new_cache(len(prompts), max(lengths) + max_new_tokens)
+    session = backend.call("decode_session", model, prompts, max(lengths) + max_new_tokens)
     tokens: list[list[int]] = [[] for _ in prompts]
     finished = [False] * len(prompts)
 
-    def choose(hidden: Tensor, step: int) -> Tensor:
+    def draws(step: int) -> Tensor:
         # Prompt b's draw for its step-th token: a number that no other draw has.
-        draws = torch.arange(len(prompts), device=device) * (1 << 32) + step
-        chosen = model.head.sample(hidden, sampling, draws)
-        for row, token in enumerate(chosen.tolist()):
+        return torch.arange(len(prompts), device=device) * (1 << 32) + step
+
+    def take(chosen: list[int]) -> None:
+        for row, token in enumerate(chosen):
             if not finished[row]:
                 tokens[row].append(token)
                 finished[row] = token in stops or len(tokens[row]) == max_new_tokens
                 if on_token is not None:
                     on_token(row, token)
-        return chosen
 
-    ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
-    for row, prompt in zip(ids, prompts, strict=True):
-        row[: len(prompt)] = torch.tensor(prompt)
-    hidden = model.hidden(ids.to(device), [0] * len(prompts), cache)
-    last = torch.tensor(lengths, device=device) - 1
-    chosen = choose(hidden[torch.arange(len(prompts), device=device), last], 0)
+    chosen = session.prefill(sampling, draws(0))
+    take(chosen)
     prefilled = time.perf_counter()
     steps = 0
     while not all(finished):
         steps += 1
         starts = [length + steps - 1 for length in lengths]
-        hidden = model.hidden(chosen.unsqueeze(1), starts, cache)
-        chosen = choose(hidden[:, 0], steps)
+        chosen = session.step(chosen, starts, sampling, draws(steps))
+        take(chosen)
     return Generation(tokens, prefilled - started, time.perf_counter() - prefilled, steps)
 
 
-def _check(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def check_prompts(
+    prompts: Sequence[Sequence[int]], max_new_tokens: int, vocab_size: int, max_positions: int
+) -> None:
+    """Raise the ValueError that :func:`generate` documents, without a model."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
     if not prompts:
@@ -130,13 +168,13 @@ def _check(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: in
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {row}: expected at least one token, got none")
-        if not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
             raise ValueError(
-                f"prompt {row}: expected ids below the vocabulary's {model.vocab_size}, "
+                f"prompt {row}: expected ids below the vocabulary's {vocab_size}, "
                 f"got {max(prompt) if min(prompt) >= 0 else min(prompt)}; is the tokenizer the model's?"
             )
-        if len(prompt) + max_new_tokens > model.max_positions:
+        if len(prompt) + max_new_tokens > max_positions:
             raise ValueError(
                 f"prompt {row}: {len(prompt)} tokens and {max_new_tokens} new ones are more than "
-                f"the context of {model.max_positions}"
+                f"the context of {max_positions}"
             )

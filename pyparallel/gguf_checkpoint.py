@@ -6,6 +6,7 @@ put back into Hugging Face's order here.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +35,32 @@ class _Entry:
     interleaved: bool
 
 
+class _HeaderReader(gguf.GGUFReader):
+    """The package's reader, which steps over the tokenizer's long lists of strings.
+
+    It makes several array views a string: over a second for a vocabulary that no rank reads.
+    """
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple:
+        offs = int(orig_offs)
+        is_array = raw_type == gguf.GGUFValueType.ARRAY and self.byte_order == "I"
+        if not is_array or self._get(offs, np.uint32)[0] != gguf.GGUFValueType.STRING:
+            return super()._get_field_parts(orig_offs, raw_type)
+        data = memoryview(self.data)
+        (count,) = struct.unpack_from("=Q", data, offs + 4)
+        offs += 12
+        for _ in range(count):
+            offs += 8 + struct.unpack_from("=Q", data, offs)[0]
+        return offs - int(orig_offs), [], [], [gguf.GGUFValueType.ARRAY]
+
+
 class GGUFCheckpoint(Checkpoint):
     """A .gguf file of a Llama-like model."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            reader = gguf.GGUFReader(path)
+            reader = _HeaderReader(path)
         except Exception as error:
             # The package fails in many ways on a file that ends early.
             raise CheckpointError(f"{path}: not a whole GGUF file ({error})") from None

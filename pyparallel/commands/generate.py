@@ -15,7 +15,14 @@ import torch
 
 from pyparallel.checkpoint import Checkpoint, open_checkpoint
 from pyparallel.functional.next_token import Sampling
+from pyparallel.generate import check_prompts, generate
 from pyparallel.launch import launch
+from pyparallel.mesh import init_mesh
+from pyparallel.models.config import DecoderConfig, UnknownArchitectureError
+from pyparallel.models.dense import compare, load_tokenizer
+from pyparallel.models.load import decoder_config, load, stored_dtype
+from pyparallel.models.logits import teacher_forced_logits
+from pyparallel.shard import HeadLayout
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -45,13 +52,14 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--threads: expected at least 1, got {args.threads}")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     checkpoint = open_checkpoint(args.model)
-    _check_ranks(checkpoint, args.tp)
-    from pyparallel.models.dense import load_tokenizer
-    from pyparallel.models.load import stored_dtype
-
+    config = _decoder_config(checkpoint)
+    if config is not None:
+        HeadLayout.of(config.num_heads, config.num_kv_heads, args.tp)
     dtype = getattr(torch, args.dtype) if args.dtype else stored_dtype(checkpoint)
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     prompts = [_encode(tokenizer, prompt, args.chat) for prompt in args.prompt]
+    if config is not None:
+        check_prompts(prompts, args.max_new_tokens, config.vocab_size, config.max_positions)
     with _Printer(tokenizer, show=not args.json and len(prompts) == 1) as printer:
         ranks = launch(
             _rank,
@@ -68,24 +76,17 @@ def run(args: argparse.Namespace) -> int:
         )
     report = _report(tokenizer, ranks)
     if args.check:
-        from pyparallel.models.dense import compare
-
         report |= compare(args.model, prompts, ranks[0], sampling, dtype)
     _print(report, args, len(prompts))
     return 0 if report.get("matches_dense", True) else 1
 
 
-def _check_ranks(checkpoint: Checkpoint, tp: int) -> None:
-    """What a rank would find out too, but before any is started."""
-    from pyparallel.models.config import UnknownArchitectureError
-    from pyparallel.models.load import decoder_config
-    from pyparallel.shard import HeadLayout
-
+def _decoder_config(checkpoint: Checkpoint) -> DecoderConfig | None:
+    """The model's sizes, where it is one of the decoder's, to find mistakes before ranks start."""
     try:
-        config = decoder_config(checkpoint)
+        return decoder_config(checkpoint)
     except UnknownArchitectureError:
-        return
-    HeadLayout.of(config.num_heads, config.num_kv_heads, tp)
+        return None
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
@@ -107,12 +108,7 @@ def _rank(
     sender: Connection,
 ) -> dict[str, Any]:
     """What each rank does: load its share, generate, tell."""
-    from pyparallel.generate import generate
-    from pyparallel.mesh import init_mesh
-    from pyparallel.models.load import load
-    from pyparallel.models.logits import teacher_forced_logits
-
-    mesh = init_mesh(tp=int(torch.distributed.get_world_size()))
+    mesh = init_mesh(tp=torch.distributed.get_world_size())
     first = mesh.tp.rank == 0
     with _progress_bar(show_progress and first) as progress:
         model = load(checkpoint, mesh, dtype=dtype, progress=progress)

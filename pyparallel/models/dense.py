@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from pyparallel.group import Group
 
 
 def _transformers() -> Any:
+    # Its bars and advice would mix with what the command prints.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         import transformers
     except ImportError:
@@ -21,7 +24,6 @@ def _transformers() -> Any:
             "transformers is not installed, and tokenizers and --check need it; "
             "install pyparallel[hf]"
         ) from None
-    # Its bars and advice would mix with what the command prints.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
