@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pyparallel._C import SharedMemoryGroup
+from pyparallel._C import SharedMemoryGroup, fast_collectives
 from pyparallel.communicator import REDUCTIONS, Communicator, Work
 from pyparallel.rendezvous import meet
 
@@ -82,6 +82,11 @@ class SharedMemoryCommunicator(Communicator):
         self.engine = SharedMemoryGroup(
             name, rank, size, memory_descriptor, list(process_descriptors), timeout_s
         )
+        # True if done, False if the arguments are not plain; see csrc/bindings/collectives_fast.cpp.
+        fast = fast_collectives(self.engine)
+        self._fast_all_reduce: Callable[..., bool] = fast["all_reduce"]
+        self._fast_all_gather: Callable[..., bool] = fast["all_gather"]
+        self._fast_reduce_scatter: Callable[..., bool] = fast["reduce_scatter"]
         self._closed = False
         self._executor: ThreadPoolExecutor | None = None
         self._last: Future | None = None
@@ -110,19 +115,11 @@ class SharedMemoryCommunicator(Communicator):
         )
 
     def all_reduce(self, tensor: Tensor, *, op: str = "sum", async_op: bool = False) -> Work | None:
+        if not async_op and self._last is None and self._fast_all_reduce(tensor, op):
+            return None
         code = _reducible_code(tensor, "tensor")
-        reduction = _reduction_code(op)
-        if not tensor.is_contiguous():
-            raise _not_contiguous(tensor, "tensor")
-        if async_op or self._last is not None:
-            return self._in_order(
-                async_op,
-                self.engine.all_reduce,
-                (tensor,),
-                (tensor.data_ptr(), tensor.numel(), code, reduction),
-            )
-        self.engine.all_reduce(tensor.data_ptr(), tensor.numel(), code, reduction)
-        return None
+        arguments = (tensor.data_ptr(), tensor.numel(), code, _reduction_code(op))
+        return self._in_order(async_op, self.engine.all_reduce, (tensor,), arguments)
 
     def all_gather(
         self,
@@ -132,23 +129,13 @@ class SharedMemoryCommunicator(Communicator):
         counts: Sequence[int] | None = None,
         async_op: bool = False,
     ) -> Work | None:
+        if not async_op and self._last is None and self._fast_all_gather(output, input, counts):
+            return None
         code = _code(output, "output")
         _check_pair(output, input)
-        total = output.numel()
-        if counts is None:
-            if input.numel() * self.size != total:
-                raise ValueError(
-                    f"output: expected {self.size} x input's {input.numel()} elements, got {total}; "
-                    "give counts= where the parts are uneven"
-                )
-        else:
-            self._check_counts("counts", counts, total)
-            self._check_own("input", input.numel(), counts)
-        arguments = (output.data_ptr(), input.data_ptr(), total, counts, code)
-        if async_op or self._last is not None:
-            return self._in_order(async_op, self.engine.all_gather, (output, input), arguments)
-        self.engine.all_gather(*arguments)
-        return None
+        self._check_parts("output", output.numel(), "input", input.numel(), counts)
+        arguments = (output.data_ptr(), input.data_ptr(), output.numel(), counts, code)
+        return self._in_order(async_op, self.engine.all_gather, (output, input), arguments)
 
     def reduce_scatter(
         self,
@@ -159,24 +146,24 @@ class SharedMemoryCommunicator(Communicator):
         op: str = "sum",
         async_op: bool = False,
     ) -> Work | None:
+        if (
+            not async_op
+            and self._last is None
+            and self._fast_reduce_scatter(output, input, counts, op)
+        ):
+            return None
         code = _reducible_code(output, "output")
-        reduction = _reduction_code(op)
         _check_pair(output, input)
-        total = input.numel()
-        if counts is None:
-            if output.numel() * self.size != total:
-                raise ValueError(
-                    f"input: expected {self.size} x output's {output.numel()} elements, got {total};"
-                    " give counts= where the parts are uneven"
-                )
-        else:
-            self._check_counts("counts", counts, total)
-            self._check_own("output", output.numel(), counts)
-        arguments = (output.data_ptr(), input.data_ptr(), total, counts, code, reduction)
-        if async_op or self._last is not None:
-            return self._in_order(async_op, self.engine.reduce_scatter, (output, input), arguments)
-        self.engine.reduce_scatter(*arguments)
-        return None
+        self._check_parts("input", input.numel(), "output", output.numel(), counts)
+        arguments = (
+            output.data_ptr(),
+            input.data_ptr(),
+            input.numel(),
+            counts,
+            code,
+            _reduction_code(op),
+        )
+        return self._in_order(async_op, self.engine.reduce_scatter, (output, input), arguments)
 
     def all_to_all(
         self,
@@ -209,20 +196,14 @@ class SharedMemoryCommunicator(Communicator):
             input_counts,
             code,
         )
-        if async_op or self._last is not None:
-            return self._in_order(async_op, self.engine.all_to_all, (output, input), arguments)
-        self.engine.all_to_all(*arguments)
-        return None
+        return self._in_order(async_op, self.engine.all_to_all, (output, input), arguments)
 
     def broadcast(self, tensor: Tensor, src: int, *, async_op: bool = False) -> Work | None:
         code = _code(tensor, "tensor")
         if not 0 <= src < self.size:
             raise ValueError(f"src: expected a rank from 0 to {self.size - 1}, got {src}")
         arguments = (tensor.data_ptr(), tensor.numel(), code, src)
-        if async_op or self._last is not None:
-            return self._in_order(async_op, self.engine.broadcast, (tensor,), arguments)
-        self.engine.broadcast(*arguments)
-        return None
+        return self._in_order(async_op, self.engine.broadcast, (tensor,), arguments)
 
     def send(self, tensor: Tensor, dst: int, *, tag: int = 0) -> None:
         code = _code(tensor, "tensor")
@@ -253,7 +234,7 @@ class SharedMemoryCommunicator(Communicator):
         keep: tuple[Tensor, ...],
         arguments: tuple,
     ) -> Work | None:
-        """Make the call on the communicator's thread, after those that are there already."""
+        """Make the call here, or on the communicator's thread, after those that are there already."""
         if not async_op:
             self._drain()
             call(*arguments)
@@ -281,10 +262,25 @@ class SharedMemoryCommunicator(Communicator):
                 f"{name}: expected {self.size} counts that sum to {total}, got {list(counts)}"
             )
 
-    def _check_own(self, name: str, numel: int, counts: Sequence[int]) -> None:
-        if numel != counts[self.rank]:
+    def _check_parts(
+        self,
+        whole_name: str,
+        whole: int,
+        part_name: str,
+        part: int,
+        counts: Sequence[int] | None,
+    ) -> None:
+        if counts is not None:
+            self._check_counts("counts", counts, whole)
+            if part != counts[self.rank]:
+                raise ValueError(
+                    f"{part_name}: expected counts[{self.rank}] = {counts[self.rank]} elements, "
+                    f"got {part}"
+                )
+        elif part * self.size != whole:
             raise ValueError(
-                f"{name}: expected counts[{self.rank}] = {counts[self.rank]} elements, got {numel}"
+                f"{whole_name}: expected {self.size} x {part_name}'s {part} elements, got {whole}; "
+                "give counts= where the parts are uneven"
             )
 
 
@@ -292,14 +288,14 @@ def _check_place(tensor: Tensor, name: str) -> None:
     if not tensor.is_cpu:
         raise ValueError(f"{name}: expected a CPU tensor, got one on {tensor.device}")
     if not tensor.is_contiguous():
-        raise _not_contiguous(tensor, name)
-
-
-def _not_contiguous(tensor: Tensor, name: str) -> ValueError:
-    return ValueError(
-        f"{name}: expected a contiguous tensor, got strides {tensor.stride()} for shape "
-        f"{tuple(tensor.shape)}; pass {name}.contiguous()"
-    )
+        raise ValueError(
+            f"{name}: expected a contiguous tensor, got strides {tensor.stride()} for shape "
+            f"{tuple(tensor.shape)}; pass {name}.contiguous()"
+        )
+    if tensor.is_neg() or tensor.is_conj():
+        raise ValueError(
+            f"{name}: expected resolved values; pass {name}.resolve_neg().resolve_conj()"
+        )
 
 
 def _code(tensor: Tensor, name: str) -> int:
@@ -311,14 +307,13 @@ def _code(tensor: Tensor, name: str) -> int:
 
 
 def _reducible_code(tensor: Tensor, name: str) -> int:
+    _check_place(tensor, name)
     code = _REDUCIBLE_CODES.get(tensor.dtype)
     if code is None:
         raise ValueError(
             f"{name}: expected one of {', '.join(str(d) for d in REDUCIBLE)} for a reduction, "
             f"got {tensor.dtype}; convert it first"
         )
-    if not tensor.is_cpu:
-        raise ValueError(f"{name}: expected a CPU tensor, got one on {tensor.device}")
     return code
 
 

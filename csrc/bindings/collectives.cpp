@@ -1,18 +1,14 @@
 // The group of CPU ranks as a Python object; tensors come as addresses and element counts, checked
 // by pyparallel/shared_memory.py.
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <memory>
-#include <mutex>
+#include <exception>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "bindings/bindings.h"
 #include "bindings/python_group.h"
 #include "cpu/shared_memory.h"
-#include "cpu/world_group.h"
 
 namespace py = pybind11;
 
@@ -38,28 +34,29 @@ Split split_of(const Group& group, int64_t n, const py::object& counts) {
   return split;
 }
 
-void raise(const PeerError& error) {
-  const py::object type = py::module_::import("pyparallel.communicator").attr("PeerError");
-  const py::object value = type(error.what());
-  value.attr("operation") = error.operation;
-  value.attr("sequence") = error.sequence;
-  value.attr("group") = error.group;
-  value.attr("missing") = py::tuple(py::cast(error.missing));
-  PyErr_SetObject(type.ptr(), value.ptr());
-}
-
 }  // namespace
 
+void set_python_error(std::exception_ptr thrown) {
+  try {
+    std::rethrow_exception(thrown);
+  } catch (const PeerError& error) {
+    const py::object type = py::module_::import("pyparallel.communicator").attr("PeerError");
+    const py::object value = type(error.what());
+    value.attr("operation") = error.operation;
+    value.attr("sequence") = error.sequence;
+    value.attr("group") = error.group;
+    value.attr("missing") = py::tuple(py::cast(error.missing));
+    PyErr_SetObject(type.ptr(), value.ptr());
+  } catch (const cpu::Interrupted&) {
+    // The signal handler's exception, KeyboardInterrupt as a rule, is already set.
+  }
+}
+
 void bind_collectives(py::module_& m) {
-  py::register_local_exception_translator([](std::exception_ptr pointer) {
-    try {
-      if (pointer) std::rethrow_exception(pointer);
-    } catch (const PeerError& error) {
-      raise(error);
-    } catch (const cpu::Interrupted&) {
-      // The signal handler's exception, KeyboardInterrupt as a rule, is already set.
-    }
+  py::register_local_exception_translator([](std::exception_ptr thrown) {
+    if (thrown) set_python_error(thrown);
   });
+  bind_fast_collectives(m);
 
   m.def("create_shared_memory", [](int size) {
     return cpu::create_shared_memory(Group::shared_bytes(size));

@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <exception>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -74,5 +75,11 @@ class PythonGroup {
   PyThreadState* thread_ = nullptr;
   bool released_ = false;
 };
+
+// Sets the Python error for what a call of a group threw.
+void set_python_error(std::exception_ptr thrown);
+
+// The functions that collectives_fast.cpp makes for a SharedMemoryGroup.
+void bind_fast_collectives(pybind11::module_& m);
 
 }  // namespace pyparallel
