@@ -79,6 +79,8 @@ def use(backend: str) -> Iterator[None]:
 
 def select(op: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
     """The implementation of ``op`` that runs on these arguments."""
+    if op not in _table:
+        raise ValueError(f"op: expected one of {', '.join(sorted(_table))}, got {op!r}")
     rows = _table[op]
     explicit = chosen()
     reasons = []

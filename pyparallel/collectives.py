@@ -188,6 +188,8 @@ def all_to_all_raw(
 ) -> Tensor:
     """Send part r of ``split_dim`` to rank r; join what arrives along ``join_dim``."""
     split_dim, join_dim = split_dim % x.dim(), join_dim % x.dim()
+    if split_dim == join_dim:
+        raise ValueError(f"join_dim: expected another axis than split_dim={split_dim}")
     sent = _sizes("all_to_all", x, group, split_dim, split_sizes, whole=True)
     held = _sizes("all_to_all", x, group, join_dim, join_sizes, whole=False)
     pieces = [piece.reshape(-1) for piece in x.split(sent, split_dim)]

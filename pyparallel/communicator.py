@@ -183,6 +183,11 @@ def split_counts(length: int, parts: int, counts: Sequence[int] | None, what: st
     return list(counts)
 
 
+def _check_own(what: str, tensor: Tensor, count: int) -> None:
+    if tensor.numel() != count:
+        raise ValueError(f"{what}: expected this rank's {count} elements, got {tensor.numel()}")
+
+
 def rank_ordered_reduce(parts: Sequence[Tensor], op: str, output: Tensor) -> None:
     """``output = op(parts[0], parts[1], ...)``, in that order, in fp32, rounded once."""
     wide = torch.float32 if output.is_floating_point() and output.itemsize < 4 else output.dtype
@@ -237,6 +242,7 @@ class TorchCommunicator(Communicator):
         async_op: bool = False,
     ) -> Work | None:
         parts = split_counts(output.numel(), self.size, counts, "all_gather")
+        _check_own("all_gather: input", input, parts[self.rank])
         if len(set(parts)) == 1:
             return self._run("all_gather", async_op, lambda: self._gather(output, input))
         padded = input.new_empty(max(parts))
@@ -259,6 +265,7 @@ class TorchCommunicator(Communicator):
         async_op: bool = False,
     ) -> Work | None:
         parts = split_counts(input.numel(), self.size, counts, "reduce_scatter")
+        _check_own("reduce_scatter: output", output, parts[self.rank])
         inbox = input.new_empty(self.size, parts[self.rank])
         return self._run(
             "reduce_scatter",

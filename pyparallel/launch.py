@@ -75,12 +75,16 @@ def launch(
         timeout_s: how long a collective may wait for a peer, in seconds.
 
     Raises:
-        ValueError: ``world_size`` is below 1.
+        ValueError: ``world_size`` is below 1, ``fn`` or an argument can't be pickled, or a rank calls.
         RankError: the first failure of a rank, with its rank and traceback. The other ranks have been
             ended by then, and no process is left.
     """
     if world_size < 1:
         raise ValueError(f"world_size: expected at least 1, got {world_size}")
+    if multiprocessing.current_process().daemon:
+        raise ValueError("launch: called by a rank; ranks start no ranks of their own")
+    # Once for all ranks, and by value: multiprocessing would share the memory of tensors.
+    job = _pickled(fn, args)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "pyparallel.launch"])
     import torch.distributed as dist
@@ -95,7 +99,7 @@ def launch(
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
                 target=_rank_main,
-                args=(sender, fn, args, rank, *setup),
+                args=(sender, job, rank, *setup),
                 name=f"rank{rank}",
                 daemon=True,
             )
@@ -110,6 +114,16 @@ def launch(
         _end([process for process, _ in ranks])
         for _, receiver in ranks:
             receiver.close()
+
+
+def _pickled(fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
+    try:
+        return pickle.dumps((fn, args))
+    except Exception as error:
+        raise ValueError(
+            f"launch: fn and its arguments must be picklable, got {type(error).__name__}: {error}; "
+            f"define fn at the top level of a module"
+        ) from error
 
 
 def _collect(ranks: list[tuple[BaseProcess, connection.Connection]]) -> list[Any]:
@@ -139,13 +153,20 @@ def _collect(ranks: list[tuple[BaseProcess, connection.Connection]]) -> list[Any
 def _outcome(process: BaseProcess, receiver: connection.Connection) -> _Outcome:
     """Read a rank's message; the pipe's end without one means that the rank died."""
     try:
-        return pickle.loads(receiver.recv_bytes())
-    except EOFError:
+        message = receiver.recv_bytes()
+    except (EOFError, OSError):
+        # OSError: the rank died in the middle of its message.
         process.join(GRACE_S)
         code = process.exitcode
         if code is not None and code < 0:
             return _Outcome(reason=f"killed by {signal.Signals(-code).name}")
         return _Outcome(reason=f"ended with exit status {code} before it returned")
+    try:
+        return pickle.loads(message)
+    except Exception as error:
+        return _Outcome(
+            reason=f"its result can't be unpickled here: {type(error).__name__}: {error}"
+        )
 
 
 def _end(processes: list[BaseProcess]) -> None:
@@ -164,8 +185,7 @@ def _end(processes: list[BaseProcess]) -> None:
 
 def _rank_main(
     sender: connection.Connection,
-    fn: Callable[..., Any],
-    args: tuple[Any, ...],
+    job: bytes,
     rank: int,
     world_size: int,
     port: int,
@@ -203,19 +223,27 @@ def _rank_main(
             world_size=world_size,
             timeout=timedelta(seconds=timeout_s),
         )
-        try:
-            outcome = _Outcome(value=fn(*args))
-        finally:
-            from pyparallel.mesh import close_meshes
+        fn, args = pickle.loads(job)
+        # A rank that fails closes nothing first: closing may wait for peers that wait for this one.
+        message = _success(fn(*args))
+        from pyparallel.mesh import close_meshes
 
-            close_meshes()
-            dist.destroy_process_group()
-        message = pickle.dumps(outcome)
+        close_meshes()
+        dist.destroy_process_group()
     except BaseException as error:
         message = _failure(error)
     sys.stdout.flush()
     sender.send_bytes(message)
     sender.close()
+
+
+def _success(value: Any) -> bytes:
+    try:
+        return pickle.dumps(_Outcome(value=value))
+    except Exception as error:
+        raise TypeError(
+            f"the result of fn must be picklable, got {type(value).__name__}: {error}"
+        ) from error
 
 
 def _failure(error: BaseException) -> bytes:

@@ -120,7 +120,9 @@ def attention(
     repeats = q.shape[2] // k.shape[2]
     wide_k = wide_k.repeat_interleave(repeats, 1)
     wide_v = wide_v.repeat_interleave(repeats, 1)
-    scores = wide_q @ wide_k.transpose(-1, -2) * (scale or 1 / math.sqrt(q.shape[-1]))
+    scores = (
+        wide_q @ wide_k.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    )
     seen = attention_mask(q.shape[1], k.shape[1], causal=causal, window=window, device=q.device)
     if mask is not None:
         seen = seen & mask

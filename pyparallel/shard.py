@@ -68,6 +68,13 @@ class Sharding:
         """The local size of the axis on each rank."""
         return [sum(stop - start for start, stop in held) for held in self.ranges]
 
+    @property
+    def in_order(self) -> bool:
+        """Whether the ranks' parts, one after another, are the dense axis."""
+        held = [piece for ranges in self.ranges for piece in ranges]
+        stops = [0, *(stop for _, stop in held)]
+        return all(start == stop for (start, _), stop in zip(held, stops, strict=False))
+
     def local_shape(self, shape: Sequence[int], rank: int) -> tuple[int, ...]:
         """The shape of rank's shard of a tensor of ``shape``."""
         if self.dim is None:

@@ -27,13 +27,19 @@ def linear_dgrad(grad: Tensor, weight: Tensor) -> Tensor:
 @backend.register("linear_wgrad", "torch")
 def linear_wgrad(grad: Tensor, x: Tensor) -> Tensor:
     """``dw[M, K] = dy[..., M]^T x[..., K]``, summed over the leading axes."""
-    return grad.flatten(0, -2).t() @ x.flatten(0, -2)
+    return rows(grad).t() @ rows(x)
 
 
 def bias_grad(grad: Tensor) -> Tensor:
     """``db[M] = sum dy[..., M]`` over the leading axes, in fp32."""
     wide = torch.float32 if grad.itemsize < 4 else grad.dtype
-    return grad.flatten(0, -2).sum(0, dtype=wide).to(grad.dtype)
+    return rows(grad).sum(0, dtype=wide).to(grad.dtype)
+
+
+def rows(x: Tensor) -> Tensor:
+    """``x[..., K]`` as a matrix; a vector is one row."""
+    # Not reshape(-1, K): a shard may have no features, and -1 is then ambiguous.
+    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
 
 
 backend.register("linear", "reference")(reference.linear)
@@ -41,5 +47,5 @@ backend.register("linear_dgrad", "reference")(
     lambda grad, weight: reference.linear(grad, weight.t())
 )
 backend.register("linear_wgrad", "reference")(
-    lambda grad, x: reference.linear(grad.flatten(0, -2).t(), x.flatten(0, -2).t())
+    lambda grad, x: reference.linear(rows(grad).t(), rows(x).t())
 )

@@ -64,7 +64,8 @@ def greedy(logits_shard: Tensor, *, start: int, group: Group) -> Tensor:
         best, index = logits_shard.max(-1)
         offer = torch.stack([best.double(), (index + start).double()], -1)
     else:
-        offer = torch.full((rows, 2), -torch.inf, dtype=torch.float64, device=logits_shard.device)
+        offer = torch.tensor([-torch.inf, torch.inf], dtype=torch.float64)
+        offer = offer.to(logits_shard.device).expand(rows, 2)
     offers = all_gather_raw(offer.unsqueeze(0), group) if group.size > 1 else offer.unsqueeze(0)
     scores, ids = offers.unbind(-1)
     return ids.masked_fill(scores < scores.amax(0), torch.inf).amin(0).long()
@@ -132,7 +133,8 @@ def _gumbel(seed: int, draws: Tensor, ids: Tensor) -> Tensor:
     """Gumbel noise [B, V_r] in fp64, a function of (seed, draw, id) alone."""
     key = _mix(_mix(torch.full_like(draws, seed)) ^ draws)
     bits = _mix(key.unsqueeze(-1) ^ _mix(ids))
-    uniform = ((bits >> 11 & (1 << 53) - 1).double() + 0.5) * 2.0**-53
+    # 52 bits and a half: never 0 nor 1, and fp64 holds it exactly.
+    uniform = ((bits >> 12 & (1 << 52) - 1).double() + 0.5) * 2.0**-52
     return -torch.log(-torch.log(uniform))
 
 

@@ -44,7 +44,13 @@ def vocab_parallel_embedding(
         local_padding = None
         if padding_idx is not None and start <= padding_idx < stop:
             local_padding = padding_idx - start
-        local = (ids - start).masked_fill(foreign, 0)
-        rows = F.embedding(local, weight, local_padding, **options)
-        rows = rows.masked_fill(foreign.unsqueeze(-1), 0)
+        if scale_grad_by_freq:
+            # Foreign ids must not count as uses of a row: only the owned ones are looked up.
+            found = F.embedding(ids[~foreign] - start, weight, local_padding, **options)
+            rows = found.new_zeros(*ids.shape, weight.shape[1])
+            rows = rows.masked_scatter(~foreign.unsqueeze(-1), found)
+        else:
+            local = (ids - start).masked_fill(foreign, 0)
+            rows = F.embedding(local, weight, local_padding, **options)
+            rows = rows.masked_fill(foreign.unsqueeze(-1), 0)
     return all_reduce(rows, group)

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from pyparallel.collectives import all_gather
+from pyparallel.functional.all_gather_linear import all_gather_linear
 from pyparallel.functional.column_parallel_linear import column_parallel_linear
 from pyparallel.functional.replicated_parameter import sum_over_replicas
 from pyparallel.group import Group
 from pyparallel.layers.parameters import ShardedModule, init_linear
+from pyparallel.sequence import shard_sizes
 from pyparallel.shard import Sharding, features
 
 
@@ -23,12 +25,18 @@ class ColumnParallelLinear(ShardedModule):
         sharding: which output features each rank holds; by default even parts.
         replicas: where several ranks hold the same features: the local row from which on rows are
             replicas, and the sharding of those rows alone. Their gradients are summed over the ranks.
+        sequence_parallel: x is this rank's tokens, and is gathered along the sequence.
 
     Shapes:
-        x [..., K] replicated; y [..., M_r], or [..., M] with ``gather_output``.
+        x [..., K] replicated, or [..., S_r, K] with ``sequence_parallel``; y [..., M_r], or [..., M]
+        with ``gather_output``.
         ``weight`` [M_r, K], ``bias`` [M_r].
 
-    Communication: none forward (one all-gather with ``gather_output``); one all-reduce backward.
+    Communication: none forward (one all-gather with ``gather_output``); one all-reduce backward. With
+    ``sequence_parallel`` one all-gather forward; one all-gather and one reduce-scatter backward.
+
+    Raises:
+        ValueError: ``gather_output`` with a sharding of several ranges a rank, or of replicas.
     """
 
     def __init__(
@@ -43,13 +51,20 @@ class ColumnParallelLinear(ShardedModule):
         gather_output: bool = False,
         sharding: Sharding | None = None,
         replicas: tuple[int, Sharding] | None = None,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__(group)
         sharding = sharding or features(out_features, group.size)
+        if gather_output and not sharding.in_order:
+            raise ValueError(
+                "gather_output: expected False, since the features of this sharding don't lie one "
+                "rank after another; gather the parts of its output one by one"
+            )
         self.in_features = in_features
         self.out_features = out_features
         self.gather_output = gather_output
         self.replicas = replicas
+        self.sequence_parallel = sequence_parallel
         self.add_shard("weight", (out_features, in_features), sharding, device, dtype)
         if bias:
             self.add_shard("bias", (out_features,), sharding, device, dtype)
@@ -74,14 +89,23 @@ class ColumnParallelLinear(ShardedModule):
         """Initialise as ``nn.Linear`` does: the same seed gives slices of the dense weights."""
         init_linear(self, self.in_features)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, length: int | None = None) -> Tensor:
+        """Multiply.
+
+        Args:
+            length: S, with ``sequence_parallel``; by default all shards are as long as this one.
+        """
         weight, bias = self.weight, self.bias
         if self.replicas is not None:
             first_row, sharding = self.replicas
             weight = sum_over_replicas(weight, sharding, self.group, first_row=first_row)
             if bias is not None:
                 bias = sum_over_replicas(bias, sharding, self.group, first_row=first_row)
-        y = column_parallel_linear(x, weight, bias, group=self.group)
+        if self.sequence_parallel:
+            sizes = shard_sizes(x, length, self.group)
+            y = all_gather_linear(x, weight, bias, group=self.group, sizes=sizes)
+        else:
+            y = column_parallel_linear(x, weight, bias, group=self.group)
         if self.gather_output:
             sizes = self.shardings["weight"].sizes
             return all_gather(y, self.group, dim=-1, sizes=sizes, grad="split")

@@ -13,6 +13,10 @@ from pyparallel.group import Group
 class LayerNorm(nn.LayerNorm):
     """``nn.LayerNorm`` over the last axis."""
 
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        _check_one_axis(self.normalized_shape)
+
     def forward(self, x: Tensor) -> Tensor:
         return backend.call("layer_norm", x, self.weight, self.bias, self.eps)
 
@@ -20,8 +24,19 @@ class LayerNorm(nn.LayerNorm):
 class RMSNorm(nn.RMSNorm):
     """``nn.RMSNorm`` over the last axis."""
 
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        _check_one_axis(self.normalized_shape)
+
     def forward(self, x: Tensor) -> Tensor:
-        return backend.call("rms_norm", x, self.weight, self.eps)
+        # torch's own meaning of no epsilon.
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        return backend.call("rms_norm", x, self.weight, eps)
+
+
+def _check_one_axis(shape: tuple[int, ...]) -> None:
+    if len(shape) != 1:
+        raise ValueError(f"normalized_shape: expected the last axis alone, got {tuple(shape)}")
 
 
 class HeadRMSNorm(RMSNorm):

@@ -51,9 +51,18 @@ class ShardedModule(nn.Module):
         return self.shardings[name].split(dense, self.group.rank)
 
     def load_dense(self, dense: nn.Module | Mapping[str, Tensor | None]) -> ShardedModule:
-        """Take this rank's parts of a dense module's (or mapping's) parameters; returns self."""
+        """Take this rank's parts of a dense module's (or mapping's) parameters; returns self.
+
+        Raises:
+            ValueError: a parameter is missing or has another shape.
+        """
         for name in self.shardings:
-            value = dense[name] if isinstance(dense, Mapping) else getattr(dense, name)
+            value = dense.get(name) if isinstance(dense, Mapping) else getattr(dense, name, None)
+            if value is None:
+                raise ValueError(
+                    f"{name}: expected a dense tensor of shape {self.dense_shapes[name]}, got none; "
+                    f"make this module without {name}, or give one"
+                )
             trained = value.requires_grad if isinstance(value, nn.Parameter) else True
             part = self.split_dense(name, value.detach())
             setattr(self, name, nn.Parameter(part, requires_grad=trained))

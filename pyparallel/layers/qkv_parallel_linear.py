@@ -22,9 +22,10 @@ class QKVParallelLinear(ColumnParallelLinear):
         head_dim: D; by default ``embed_dim // num_heads``.
         bias, device, dtype: as in ``nn.Linear``.
         group: the ranks.
+        sequence_parallel: x is this rank's tokens, and is gathered along the sequence.
 
     Shapes:
-        x [..., K]; returns q [..., N_r, D], k and v [..., G_r, D].
+        x [..., K], or [..., S_r, K] with ``sequence_parallel``; returns q [..., N_r, D], k and v [..., G_r, D].
     """
 
     def __init__(
@@ -38,9 +39,16 @@ class QKVParallelLinear(ColumnParallelLinear):
         dtype: torch.dtype | None = None,
         *,
         group: Group,
+        sequence_parallel: bool = False,
     ) -> None:
-        num_kv_heads = num_kv_heads or num_heads
-        head_dim = head_dim or embed_dim // num_heads
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if head_dim is None:
+            if embed_dim % num_heads:
+                raise ValueError(
+                    f"embed_dim: expected a multiple of num_heads={num_heads}, got {embed_dim}; "
+                    f"or give head_dim="
+                )
+            head_dim = embed_dim // num_heads
         layout = HeadLayout.of(num_heads, num_kv_heads, group.size)
         replicas = None
         if layout.replicated:
@@ -56,6 +64,7 @@ class QKVParallelLinear(ColumnParallelLinear):
             group=group,
             sharding=layout.qkv_sharding(head_dim),
             replicas=replicas,
+            sequence_parallel=sequence_parallel,
         )
         self.layout = layout
         self.head_dim = head_dim
@@ -69,6 +78,7 @@ class QKVParallelLinear(ColumnParallelLinear):
         *,
         head_dim: int,
         group: Group,
+        sequence_parallel: bool = False,
     ) -> QKVParallelLinear:
         """The parallel twin of three projections that read the same x."""
         parts = (query, key, value)
@@ -81,14 +91,17 @@ class QKVParallelLinear(ColumnParallelLinear):
             "meta",
             query.weight.dtype,
             group=group,
+            sequence_parallel=sequence_parallel,
         )
         dense = {"weight": torch.cat([part.weight.detach() for part in parts])}
         if query.bias is not None:
             dense["bias"] = torch.cat([part.bias.detach() for part in parts])
         return module.load_dense(dense)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        heads = super().forward(x).unflatten(-1, (-1, self.head_dim))
+    def forward(
+        self, x: Tensor, *, length: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        heads = super().forward(x, length=length).unflatten(-1, (-1, self.head_dim))
         rank = self.group.rank
         num_query = self.layout.query[rank][1] - self.layout.query[rank][0]
         num_kv = self.layout.kv[rank][1] - self.layout.kv[rank][0]

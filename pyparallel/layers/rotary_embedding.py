@@ -63,10 +63,11 @@ class RotaryEmbedding(nn.Module):
         factors: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        frequencies = (scaling or RopeScaling()).apply(rope_frequencies(rotary_dim, theta))
-        if factors is not None:
-            frequencies = frequencies / torch.tensor(factors)
         # A constant, not a buffer: `.to(bfloat16)` and the meta device must leave it alone.
+        with torch.device("cpu"):
+            frequencies = (scaling or RopeScaling()).apply(rope_frequencies(rotary_dim, theta))
+            if factors is not None:
+                frequencies = frequencies / torch.tensor(factors)
         self.frequencies = frequencies
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:

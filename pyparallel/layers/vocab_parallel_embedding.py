@@ -92,6 +92,10 @@ class VocabParallelEmbedding(ShardedModule):
             weight.copy_(self.split_dense("weight", dense))
 
     def forward(self, ids: Tensor) -> Tensor:
+        if self.group.size > 1:
+            # An id that no rank holds would come back as zeros. Asynchronous: no device waits for it.
+            held = (ids >= 0) & (ids < self.num_embeddings)
+            torch._assert_async(held.all(), f"ids: expected 0 <= id < {self.num_embeddings}")
         return vocab_parallel_embedding(
             ids,
             self.weight,

@@ -1,0 +1,46 @@
+"""What holds for every test: one warm server of ranks, a fixed hypothesis profile, gpu tests counted."""
+
+from __future__ import annotations
+
+import multiprocessing
+from multiprocessing import forkserver
+
+import hypothesis
+import pytest
+
+# What every rank would import by itself otherwise; autograd imports the symbolic shapes.
+PRELOAD = [
+    "torch",
+    "torch.fx.experimental.symbolic_shapes",
+    "transformers",
+    "hypothesis",
+    "pytest",
+    "pyparallel.testing",
+    "pyparallel.layers",
+]
+
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("fixed")
+
+_gpu_left_out: list[str] = []
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rank_server() -> None:
+    """Start the server that ranks are forked from, with everything imported that tests use.
+
+    launch() asks for a shorter preload list, but a server that runs already keeps its own.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    forkserver.ensure_running()
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    _gpu_left_out.extend(item.nodeid for item in items if item.get_closest_marker("gpu"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _gpu_left_out:
+        terminalreporter.write_line(
+            f"{len(_gpu_left_out)} gpu tests need a GPU and did not run", yellow=True
+        )
