@@ -1,0 +1,232 @@
+"""parallelize() against the dense transformers models: logits, loss, every gradient, every token."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pyparallel.collectives import count_collectives
+from pyparallel.launch import launch
+from pyparallel.layers.parameters import ShardedModule
+from pyparallel.mesh import Mesh, init_mesh
+from pyparallel.parallelize import named_dense_shapes, named_shardings, parallelize
+from pyparallel.testing import UNIT_ROUNDOFF, assert_equal, assert_within, poisoned_empty
+from tests.transformers_models import CASES, GENERATES, build, class_of, config_of, inputs
+
+NEW_TOKENS = 25
+
+# More heads than the cases': fewer KV heads than ranks, cut unevenly over them.
+FEW_KV = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 32}
+ONE_KV = {"num_attention_heads": 5, "num_key_value_heads": 1, "hidden_size": 20}
+
+
+def in_mesh(fn, *args):
+    mesh = init_mesh(tp=torch.distributed.get_world_size())
+    with poisoned_empty():
+        return fn(mesh, *args)
+
+
+def on_ranks(fn, ranks: int, *args) -> list:
+    return launch(in_mesh, ranks, fn, *args, threads=1, timeout_s=60.0)
+
+
+def truth_of(dense: nn.Module) -> nn.Module:
+    """The same model in fp64."""
+    truth = copy.deepcopy(dense).double()
+    for module in truth.modules():
+        # GPT-2's upcast path insists on fp32; its other path computes the same.
+        if getattr(module, "reorder_and_upcast_attn", False):
+            module.reorder_and_upcast_attn = False
+    return truth
+
+
+def largest(tensor: Tensor) -> float:
+    return float(tensor.detach().abs().max())
+
+
+def compare(mesh: Mesh, name: str, attention: str, changes: dict) -> None:
+    """Forward, backward and generation of one case.
+
+    Bounds: the dense model in fp32 errs by e = max |dense - truth| against fp64. The parallel one makes
+    the same roundings and adds R partial sums where the dense one has one sum, which at random signs
+    grows errors by sqrt(R): ``(1 + sqrt(R)) e``. For gradients e is a tensor's own error, and what the
+    worst tensor's relative error would give it; and a rounding of the largest gradient, for those that
+    are a sum of nothing but cancelling terms (a key's bias).
+    """
+    rank, ranks = mesh.tp.rank, mesh.tp.size
+    grown, u = 1 + math.sqrt(ranks), UNIT_ROUNDOFF[torch.float32]
+    what = f"{name} {attention} {changes or ''} R={ranks} rank={rank}"
+    dense = build(name, attention, **changes)
+    truth = truth_of(dense)
+    model = parallelize(copy.deepcopy(dense), mesh)
+    x = inputs(dense)
+    outputs = [each(**x) for each in (dense, truth, model)]
+    for output in outputs:
+        output.loss.backward()
+
+    logits = [output.logits.detach() for output in outputs]
+    error = largest(logits[0].double() - logits[1]) + u * largest(logits[1])
+    assert_within(logits[2], logits[1], grown * error, what + " logits")
+    # The loss moves by at most twice the largest change of a logit.
+    losses = [output.loss.detach() for output in outputs]
+    assert_within(losses[2], losses[1], 2 * grown * error, what + " loss")
+
+    shardings, shapes = named_shardings(model), named_dense_shapes(model)
+    ours, theirs = dict(model.named_parameters()), dict(dense.named_parameters())
+    assert list(ours) == list(theirs), what
+    grads = {n: (p.grad, truth.get_parameter(n).grad) for n, p in theirs.items()}
+    assert {n for n, p in ours.items() if p.grad is None} == {
+        n for n, (grad, _) in grads.items() if grad is None
+    }, what
+    grads = {n: pair for n, pair in grads.items() if pair[0] is not None}
+    top = max(largest(t) for _, t in grads.values())
+    real = [n for n, (_, t) in grads.items() if largest(t) > 1e-4 * top]
+    assert len(real) > 0.8 * len(grads), what
+    relative = max(largest(grads[n][0].double() - grads[n][1]) / largest(grads[n][1]) for n in real)
+    for n, (grad, exact) in grads.items():
+        assert shapes[n] == tuple(exact.shape), f"{what} {n}"
+        size = largest(exact)
+        bound = grown * (largest(grad.double() - exact) + (relative + u) * size + u * top)
+        # A bound that lets a wrong gradient through would be no test.
+        assert n not in real or bound < 0.01 * size, f"{what} {n}: bound {bound} of {size}"
+        assert_within(ours[n].grad, shardings[n].split(exact, rank), bound, f"{what} d{n}")
+
+    if name in GENERATES:
+        prompt = x["input_ids"][:1, :5]
+        options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None}
+        expected = dense.generate(prompt, **options)
+        assert expected.shape[1] == 5 + NEW_TOKENS
+        assert_equal(model.generate(prompt, **options), expected, what + " tokens")
+        static = model.generate(prompt, **options, cache_implementation="static")
+        assert_equal(static, expected, what + " tokens, static cache")
+
+
+def compare_all(mesh: Mesh, cases: list[tuple[str, str, dict]]) -> None:
+    for case in cases:
+        compare(mesh, *case)
+
+
+def every_case(attention: str) -> list[tuple[str, str, dict]]:
+    # Gemma2 caps its scores, which only the eager path does.
+    return [(name, "eager" if name == "gemma2" else attention, {}) for name in CASES]
+
+
+@pytest.mark.parametrize(("ranks", "attention"), [(1, "sdpa"), (2, "sdpa"), (3, "eager"), (4, "sdpa")])
+def test_equals_dense(ranks: int, attention: str) -> None:
+    on_ranks(compare_all, ranks, every_case(attention))
+
+
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_fewer_kv_heads_than_ranks(ranks: int) -> None:
+    names = ("llama", "qwen2", "qwen3", "phi3", "gemma2")
+    cases = [(name, "eager", FEW_KV) for name in names]
+    on_ranks(compare_all, ranks, [*cases, ("qwen3", "sdpa", ONE_KV), ("phi3", "sdpa", ONE_KV)])
+
+
+def check_structure(mesh: Mesh) -> None:
+    for name in CASES:
+        dense = build(name, "eager")
+        model = parallelize(copy.deepcopy(dense), mesh)
+        with torch.device("meta"):
+            empty = class_of(name)(config_of(name, "eager"))
+        parallelize(empty, mesh)
+        shapes = {n: p.shape for n, p in model.named_parameters()}
+        assert shapes == {n: p.shape for n, p in empty.named_parameters()}, name
+        assert all(p.is_meta for p in empty.parameters()), name
+        assert named_shardings(model) == named_shardings(empty), name
+        # Every name of the dense state dict, each holding its slice.
+        shardings = {
+            n: next(s for m, s in named_shardings(model).items() if model.get_parameter(m) is p)
+            for n, p in model.named_parameters(remove_duplicate=False)
+        }
+        saved, whole = model.state_dict(), dense.state_dict()
+        assert list(saved) == list(whole), name
+        for n, value in whole.items():
+            part = shardings[n].split(value, mesh.tp.rank) if n in shardings else value
+            assert_equal(saved[n], part, f"{name} {n}")
+        # What the dense model ties is one parameter here too.
+        assert len(list(model.parameters())) == len(list(dense.parameters())), name
+        copied = copy.deepcopy(model)
+        x = inputs(dense)
+        assert_equal(copied(**x).logits, model(**x).logits, f"{name}, copied")
+        local = sum(p.numel() for p in model.parameters())
+        total = sum(p.numel() for p in dense.parameters())
+        # Norms, positions and token types alone are replicated.
+        assert local < 0.75 * total, f"{name}: {local} of {total}"
+
+
+def test_names_ties_meta_and_copies() -> None:
+    on_ranks(check_structure, 2)
+
+
+def check_ties(mesh: Mesh) -> None:
+    llama = parallelize(build("llama tied"), mesh)
+    assert llama.lm_head.weight is llama.model.embed_tokens.weight
+    bert = parallelize(build("bert"), mesh)
+    head = bert.cls.predictions
+    assert head.decoder.weight is bert.bert.embeddings.word_embeddings.weight
+    assert head.decoder.bias is head.bias
+    assert head.bias.shape[0] < 61
+
+
+def test_tied_parameters_stay_one() -> None:
+    on_ranks(check_ties, 2)
+
+
+def check_counts(mesh: Mesh) -> None:
+    layers = 2
+    for name, gathers in (("llama", 1), ("qwen2", 1), ("gpt2", 1), ("phi3", 1), ("gpt_neox", 1)):
+        model = parallelize(build(name), mesh)
+        x = inputs(model)
+        with count_collectives() as forward:
+            loss = model(**x).loss
+        with count_collectives() as backward:
+            loss.backward()
+        # Forward: the embedding, then two a layer, and the logits. Backward: two entries a layer (three
+        # projections that are separate each reduce their own), and the head's.
+        entries = {"llama": 5, "qwen2": 5}.get(name, 2)
+        counts = {n: c for n, c in forward.items() if isinstance(n, str)}
+        assert counts == {"all_reduce": 1 + 2 * layers, "all_gather": gathers}, (name, counts)
+        counts = {n: c for n, c in backward.items() if isinstance(n, str)}
+        assert counts == {"all_reduce": 1 + entries * layers}, (name, counts)
+
+
+def test_counts_of_collectives() -> None:
+    on_ranks(check_counts, 3)
+
+
+def check_training(mesh: Mesh) -> None:
+    """Two steps of SGD give the dense model's weights."""
+    dense = build("qwen3", "eager")
+    model = parallelize(copy.deepcopy(dense), mesh)
+    x = inputs(dense)
+    before = {n: p.detach().clone() for n, p in dense.named_parameters()}
+    for each in (dense, model):
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.01)
+        for _ in range(2):
+            optimizer.zero_grad()
+            each(**x).loss.backward()
+            optimizer.step()
+    shardings = named_shardings(model)
+    for n, p in dense.named_parameters():
+        moved = largest(p - before[n])
+        part = shardings[n].split(p.detach(), mesh.tp.rank)
+        assert_within(model.get_parameter(n), part, 1e-3 * moved + 1e-6, n)
+
+
+def test_training_steps() -> None:
+    on_ranks(check_training, 3)
+
+
+def test_sharded_modules_know_their_dense_shapes() -> None:
+    model = parallelize(build("gpt2"), init_mesh())
+    sharded = [module for module in model.modules() if isinstance(module, ShardedModule)]
+    # Two layers of four projections, the embedding and the head.
+    assert len(sharded) == 10
+    for module in sharded:
+        for leaf, shape in module.dense_shapes.items():
+            assert tuple(getattr(module, leaf).shape) == shape
