@@ -1,0 +1,278 @@
+"""The shared-memory engine against the sequential, rank-ordered sum: bit for bit, on every rank."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pyparallel.launch import launch
+from pyparallel.shared_memory import DTYPES, REDUCIBLE, SharedMemoryCommunicator
+
+LENGTHS = (0, 1, 7, 63, 1000, 40_001)
+HUGE = 3_000_001
+
+
+def made(dtype: torch.dtype, length: int, rank: int, seed: int) -> Tensor:
+    """What ``rank`` puts in; every rank can rebuild it, so the reference needs no communication."""
+    generator = torch.Generator().manual_seed(1000 * seed + rank)
+    if dtype.is_floating_point or dtype.is_complex:
+        return (torch.randn(length, generator=generator, dtype=torch.float64) * 50).to(dtype)
+    values = torch.randint(0, 100, (length,), generator=generator)
+    return (values % 2).bool() if dtype == torch.bool else values.to(dtype)
+
+
+def reduced(parts: list[Tensor], op: str) -> Tensor:
+    """The truth: in rank order, in fp32 where the type is narrower, rounded once."""
+    dtype = parts[0].dtype
+    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    total = parts[0].to(wide)
+    for part in parts[1:]:
+        if op == "sum":
+            total = total + part.to(wide)
+        else:
+            total = (torch.maximum if op == "max" else torch.minimum)(total, part.to(wide))
+    return total.to(dtype)
+
+
+def cut(length: int, size: int, seed: int) -> list[int]:
+    """Uneven counts, zeros among them."""
+    cuts = sorted(random.Random(seed).randint(0, length) for _ in range(size - 1))
+    return [b - a for a, b in zip([0, *cuts], [*cuts, length], strict=True)]
+
+
+def same_bits(result: Tensor, expected: Tensor) -> bool:
+    return result.dtype == expected.dtype and torch.equal(
+        result.view(torch.uint8), expected.view(torch.uint8)
+    )
+
+
+def check_reductions(comm: SharedMemoryCommunicator, dtype: torch.dtype, length: int) -> None:
+    parts = [made(dtype, length, r, seed=length) for r in range(comm.size)]
+    for op in ("sum", "max", "min"):
+        expected = reduced(parts, op)
+        data = parts[comm.rank].clone()
+        comm.all_reduce(data, op=op)
+        assert same_bits(data, expected), ("all_reduce", dtype, length, op)
+        counts = cut(length, comm.size, seed=length)
+        own = torch.full((counts[comm.rank],), 77).to(dtype)
+        comm.reduce_scatter(own, parts[comm.rank], counts=counts, op=op)
+        assert same_bits(own, expected.split(counts)[comm.rank]), ("reduce_scatter", dtype, op)
+
+
+def check_movement(comm: SharedMemoryCommunicator, dtype: torch.dtype, length: int) -> None:
+    size, rank = comm.size, comm.rank
+    counts = cut(length, size, seed=length)
+    parts = [made(dtype, count, r, seed=length) for r, count in enumerate(counts)]
+    output = torch.ones(length).to(dtype)
+    comm.all_gather(output, parts[rank], counts=counts)
+    assert same_bits(output, torch.cat(parts)), ("all_gather", dtype, length)
+
+    sent = [cut(length, size, seed=7 * length + r) for r in range(size)]
+    inputs = [made(dtype, length, r, seed=length + 1) for r in range(size)]
+    received = [sent[r][rank] for r in range(size)]
+    output = torch.ones(sum(received)).to(dtype)
+    comm.all_to_all(output, inputs[rank], output_counts=received, input_counts=sent[rank])
+    expected = torch.cat([inputs[r].split(sent[r])[rank] for r in range(size)])
+    assert same_bits(output, expected), ("all_to_all", dtype, length)
+
+    for src in range(size):
+        data = made(dtype, length, rank, seed=length + 2)
+        comm.broadcast(data, src)
+        assert same_bits(data, made(dtype, length, src, seed=length + 2)), ("broadcast", src)
+
+    if size > 1:
+        message = made(dtype, length, rank, seed=length + 3)
+        inbox = torch.ones(length).to(dtype)
+        sends_first = rank % 2 == 0
+        if sends_first:
+            comm.send(message, (rank + 1) % size, tag=length)
+        comm.recv(inbox, (rank - 1) % size, tag=length)
+        if not sends_first:
+            comm.send(message, (rank + 1) % size, tag=length)
+        assert same_bits(inbox, made(dtype, length, (rank - 1) % size, seed=length + 3))
+
+
+def all_types(lengths: tuple[int, ...]) -> None:
+    comm = SharedMemoryCommunicator.create(dist.group.WORLD, "all")
+    for length in lengths:
+        for dtype in REDUCIBLE:
+            check_reductions(comm, dtype, length)
+        for dtype in DTYPES:
+            check_movement(comm, dtype, length)
+    comm.barrier()
+    comm.close()
+
+
+@pytest.mark.parametrize("size", range(1, 9))
+def test_every_type_and_length(size: int) -> None:
+    launch(all_types, size, LENGTHS)
+
+
+@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
+def test_every_instruction_set(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyparallel._C import isa as detected
+
+    order = ["plain", "avx2", "avx512", "avx512_bf16"]
+    if order.index(isa) > order.index(detected()):
+        pytest.skip(f"this processor has no {isa}")
+    monkeypatch.setenv("PYPARALLEL_ISA", isa)
+    launch(all_types, 3, (5, 1000))
+
+
+def huge(length: int) -> None:
+    comm = SharedMemoryCommunicator.create(dist.group.WORLD, "huge")
+    check_reductions(comm, torch.float32, length)
+    check_reductions(comm, torch.bfloat16, length)
+    check_movement(comm, torch.float32, length)
+    comm.close()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_many_slices_and_streaming_stores(size: int) -> None:
+    launch(huge, size, HUGE)
+
+
+def special_values() -> None:
+    comm = SharedMemoryCommunicator.create(dist.group.WORLD, "special")
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        # Every bit pattern of the narrow types: subnormals, infinities, NaNs, ties to even.
+        bits = torch.arange(-32768, 32768, dtype=torch.int16)
+        values = bits.view(dtype) if dtype.itemsize == 2 else bits.view(torch.float16).float()
+        other = values.roll(12345)
+        data = (values if comm.rank == 0 else other).clone()
+        comm.all_reduce(data)
+        expected = reduced([values, other], "sum")
+        both_nan = data.isnan() & expected.isnan()
+        assert torch.equal(data.isnan(), expected.isnan())
+        assert same_bits(data[~both_nan], expected[~both_nan]), dtype
+        for op in ("max", "min"):
+            data = (values if comm.rank == 0 else other).clone()
+            comm.all_reduce(data, op=op)
+            expected = reduced([values, other], op)
+            assert torch.equal(data.isnan(), expected.isnan()), "a NaN must stay one"
+            assert torch.equal(data[~data.isnan()], expected[~data.isnan()]), (dtype, op)
+    comm.close()
+
+
+def test_every_bit_pattern_of_the_narrow_types() -> None:
+    launch(special_values, 2)
+
+
+def order_of_ranks() -> float:
+    comm = SharedMemoryCommunicator.create(dist.group.WORLD, "order")
+    # (1e8 + 1) - 1e8 is 0 in fp32, 1e8 - 1e8 + 1 is 1: only one order gives this rank's answer.
+    data = torch.tensor([[1e8], [1.0], [-1e8]][comm.rank])
+    comm.all_reduce(data)
+    comm.close()
+    return data.item()
+
+
+def test_sums_run_in_rank_order() -> None:
+    assert launch(order_of_ranks, 3) == [0.0, 0.0, 0.0]
+
+
+def delayed(seed: int) -> None:
+    comm = SharedMemoryCommunicator.create(dist.group.WORLD, "delayed")
+    shared = random.Random(seed)
+    own = random.Random(seed + comm.rank)
+    for epoch in range(40):
+        length = shared.choice([1, 100, 5000, 300_000])
+        if own.random() < 0.2:
+            time.sleep(own.random() * 0.03)
+        parts = [made(torch.float32, length, r, seed=epoch) for r in range(comm.size)]
+        data = parts[comm.rank].clone()
+        comm.all_reduce(data)
+        # The result is read late, when peers are already calls ahead.
+        if own.random() < 0.2:
+            time.sleep(own.random() * 0.01)
+        assert same_bits(data, reduced(parts, "sum"))
+    comm.close()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_delayed_ranks(size: int) -> None:
+    launch(delayed, size, 5)
+
+
+def interleaved(seed: int) -> None:
+    rank = dist.get_rank()
+    world = SharedMemoryCommunicator.create(dist.group.WORLD, "world")
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    evens = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    again = SharedMemoryCommunicator.create(dist.group.WORLD, "again")
+    pair = SharedMemoryCommunicator.create(pairs[rank // 2], f"pair{rank // 2}")
+    even = SharedMemoryCommunicator.create(evens[rank % 2], f"parity{rank % 2}")
+    shared = random.Random(seed)
+    for step in range(200):
+        comm = shared.choice([world, again, pair, even])
+        check = shared.choice([check_reductions, check_movement])
+        check(comm, shared.choice(REDUCIBLE), shared.choice([1, 17, 2000]) + step % 3)
+    for comm in (world, again, pair, even):
+        comm.close()
+
+
+def test_random_interleavings_of_groups() -> None:
+    launch(interleaved, 4, 11)
+
+
+def asynchronous() -> None:
+    comm = SharedMemoryCommunicator.create(dist.group.WORLD, "async")
+    tensors = [torch.full((1000 * (i + 1),), float(comm.rank + i)) for i in range(8)]
+    works = [comm.all_reduce(tensor, async_op=True) for tensor in tensors]
+    # A call that waits keeps its place behind those under way.
+    last = torch.ones(3)
+    comm.all_reduce(last)
+    gathered = torch.empty(6)
+    work = comm.all_gather(gathered, torch.full((3,), float(comm.rank)), async_op=True)
+    for i, (tensor, handle) in enumerate(zip(tensors, works, strict=True)):
+        handle.wait()
+        assert torch.equal(tensor, torch.full_like(tensor, 1.0 + 2 * i))
+    work.wait()
+    assert last.tolist() == [2.0] * 3
+    assert gathered.tolist() == [0.0] * 3 + [1.0] * 3
+    comm.close()
+
+
+def test_asynchronous_calls_keep_their_order() -> None:
+    launch(asynchronous, 2)
+
+
+def bad_arguments() -> list[str]:
+    comm = SharedMemoryCommunicator.create(dist.group.WORLD, "bad")
+    x = torch.ones(6)
+    calls = [
+        lambda: comm.all_reduce(torch.ones(4, 4).t()),
+        lambda: comm.all_reduce(x.to(torch.int8)),
+        lambda: comm.all_reduce(x, op="prod"),
+        lambda: comm.all_reduce(x.to("meta")),
+        lambda: comm.all_gather(torch.ones(5), torch.ones(3)),
+        lambda: comm.all_gather(torch.ones(6), torch.ones(3, dtype=torch.float64)),
+        lambda: comm.all_gather(torch.ones(6), torch.ones(3), counts=[3, 4]),
+        lambda: comm.all_gather(torch.ones(6), torch.ones(3), counts=[7, -1]),
+        lambda: comm.reduce_scatter(torch.ones(2), x, counts=[3, 3]),
+        lambda: comm.all_to_all(torch.ones(5), torch.ones(6)),
+        lambda: comm.broadcast(x, 2),
+        lambda: comm.send(x, comm.rank),
+        lambda: comm.recv(x, 5),
+    ]
+    messages = []
+    for call in calls:
+        with pytest.raises(ValueError) as caught:
+            call()
+        messages.append(str(caught.value))
+    # Nothing was sent by a refused call: the group is as it was.
+    comm.all_reduce(x)
+    assert x.tolist() == [2.0] * 6
+    comm.close()
+    return messages
+
+
+def test_bad_arguments_are_refused_and_harm_nothing() -> None:
+    for message in launch(bad_arguments, 2)[0]:
+        assert "\n" not in message
+        assert "expected" in message or "divide" in message, message
