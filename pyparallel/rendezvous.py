@@ -1,9 +1,9 @@
 """How the CPU ranks of a group come to share memory and to watch each other.
 
-Rank 0 makes one anonymous memory and hands its descriptor to the others through a Unix socket in the
-abstract namespace, which leaves no file behind; only processes of the same user get it. Every rank
-opens a process descriptor (pidfd) of every other, so a death is seen at once and a reused process id
-cannot be mistaken for a peer.
+The first rank on a machine makes one anonymous memory and hands its descriptor to the others there
+through a Unix socket in the abstract namespace, which leaves no file behind; only processes of the
+same user get it. Every rank opens a process descriptor (pidfd) of every other, so a death is seen at
+once and a reused process id cannot be mistaken for a peer.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ def machine_identity() -> str:
 class Presence:
     """What a rank tells the others about itself."""
 
-    machine: str
     pid: int
     start_time: int
     address: str
@@ -53,36 +52,64 @@ def gather_objects(process_group: dist.ProcessGroup, value: T) -> list[T]:
     return values
 
 
-def meet(process_group: dist.ProcessGroup, name: str, *, timeout_s: float) -> tuple[int, list[int]]:
-    """Descriptors of the group's memory and of its processes (-1 for this one); a call of all ranks.
+@dataclass(frozen=True)
+class Meeting:
+    """How the ranks of a process group lie on machines, and this machine's shared memory.
+
+    Attributes:
+        machines: the ranks of each machine, machines in the order of their first ranks.
+        machine: the index of this rank's machine.
+        memory: a descriptor of the memory that this machine's ranks share; owned by the caller.
+        processes: a descriptor of each of their processes, -1 for this one; owned by the caller.
+    """
+
+    machines: tuple[tuple[int, ...], ...]
+    machine: int
+    memory: int
+    processes: list[int]
+
+
+def meet(
+    process_group: dist.ProcessGroup, name: str, *, timeout_s: float, machine: str | None = None
+) -> Meeting:
+    """Find the ranks of ``process_group`` that share this machine; a call of all its ranks.
+
+    Args:
+        machine: what to take for this machine's identity; tests play several machines on one.
 
     Raises:
-        ValueError: more than 64 ranks, or ranks on several machines.
+        ValueError: more than 64 ranks on a machine.
         PeerError: a rank could not join; every rank raises it, with that rank and the reason.
     """
-    size = process_group.size()
-    if size > MAX_RANKS:
-        raise ValueError(f"group '{name}': expected at most {MAX_RANKS} ranks, got {size}")
+    rank = process_group.rank()
+    pid = os.getpid()
+    identity = machine_identity() if machine is None else f"{machine_identity()}/{machine}"
+    identities = gather_objects(process_group, identity)
+    ranks_of: dict[str, list[int]] = {}
+    for peer, other in enumerate(identities):
+        ranks_of.setdefault(other, []).append(peer)
+    for ranks in ranks_of.values():
+        if len(ranks) > MAX_RANKS:
+            raise ValueError(
+                f"group '{name}': expected at most {MAX_RANKS} ranks a machine, got {len(ranks)}"
+            )
+    local = ranks_of[identity]
+    leads = rank == local[0]
     opened: list[int] = []
     listener: socket.socket | None = None
     try:
         error, address = None, ""
-        if process_group.rank() == 0:
+        if leads:
             try:
-                listener, address = _listen(size)
-                opened.append(create_shared_memory(size))
+                listener, address = _listen(len(local))
+                opened.append(create_shared_memory(len(local)))
             except OSError as problem:
-                error = str(problem)
-        pid = os.getpid()
-        own = Presence(machine_identity(), pid, _start_time(pid), address, error)
-        ranks = gather_objects(process_group, own)
-        _require_none(name, "prepare", [presence.error for presence in ranks])
-        if any(presence.machine != own.machine for presence in ranks):
-            raise ValueError(
-                f"group '{name}': its ranks are on several machines (or containers); use a "
-                "HierarchicalCommunicator"
-            )
-        error = _attempt(lambda: _join(process_group.rank(), ranks, listener, opened, timeout_s))
+                error = f"{type(problem).__name__}: {problem}"
+        own = Presence(pid, _start_time(pid), address, error)
+        everyone = gather_objects(process_group, own)
+        _require_none(name, "prepare", [presence.error for presence in everyone])
+        presences = [everyone[peer] for peer in local]
+        error = _attempt(lambda: _join(local.index(rank), presences, listener, opened, timeout_s))
         _require_none(name, "join", gather_objects(process_group, error))
     except BaseException:
         for descriptor in opened:
@@ -92,7 +119,8 @@ def meet(process_group: dist.ProcessGroup, name: str, *, timeout_s: float) -> tu
     finally:
         if listener is not None:
             listener.close()
-    return opened[0], opened[1:]
+    machines = tuple(tuple(ranks) for ranks in ranks_of.values())
+    return Meeting(machines, machines.index(tuple(local)), opened[0], opened[1:])
 
 
 def _attempt(action: Callable[[], None]) -> str | None:
@@ -125,7 +153,7 @@ def _join(
     opened: list[int],
     timeout_s: float,
 ) -> None:
-    """Append to ``opened`` the memory's descriptor (rank 0 has it) and one for each process."""
+    """Append to ``opened`` the memory's descriptor (its maker has it) and one for each process."""
     deadline = time.monotonic() + timeout_s
     if listener is not None:
         for _ in range(len(ranks) - 1):
@@ -142,7 +170,7 @@ def _join(
             _check_user(connection)
             _, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
             if len(descriptors) != 1:
-                raise RuntimeError("rank 0 sent no descriptor")
+                raise RuntimeError("the memory's maker sent no descriptor")
             os.set_inheritable(descriptors[0], False)
             opened.append(descriptors[0])
     for peer, presence in enumerate(ranks):
@@ -161,7 +189,7 @@ def _open_process(peer: int, presence: Presence) -> int:
     # The start time tells the peer from a later process of the same id.
     if _start_time(presence.pid) != presence.start_time:
         os.close(descriptor)
-        raise RuntimeError(f"rank {peer} (process {presence.pid}) has died")
+        raise RuntimeError(f"local rank {peer} (process {presence.pid}) has died")
     return descriptor
 
 

@@ -6,14 +6,15 @@ this file checks tensors and hands addresses over. How ranks find each other is 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from pyparallel._C import SharedMemoryGroup, fast_collectives
+from pyparallel.call_order import CallOrder
 from pyparallel.communicator import REDUCTIONS, Communicator, Work
 from pyparallel.rendezvous import meet
 
@@ -50,13 +51,8 @@ _REDUCIBLE_CODES = {dtype: _CODES[dtype] for dtype in REDUCIBLE}
 _REDUCTION_CODES = {name: code for code, name in enumerate(REDUCTIONS, start=1)}
 
 DEFAULT_TIMEOUT_S = 300.0
-
-
-class _FutureWork(Work):
-    """A call that a thread of the communicator makes."""
-
-    def __init__(self, future: Future) -> None:
-        super().__init__(future.result)
+# Ranks that join have all arrived already.
+JOIN_TIMEOUT_S = 60.0
 
 
 class SharedMemoryCommunicator(Communicator):
@@ -87,9 +83,7 @@ class SharedMemoryCommunicator(Communicator):
         self._fast_all_reduce: Callable[..., bool] = fast["all_reduce"]
         self._fast_all_gather: Callable[..., bool] = fast["all_gather"]
         self._fast_reduce_scatter: Callable[..., bool] = fast["reduce_scatter"]
-        self._closed = False
-        self._executor: ThreadPoolExecutor | None = None
-        self._last: Future | None = None
+        self._order = CallOrder(name)
 
     @classmethod
     def create(
@@ -104,22 +98,30 @@ class SharedMemoryCommunicator(Communicator):
             ValueError: more than 64 ranks, or ranks on several machines.
             PeerError: the ranks could not reach one another; the message names rank and reason.
         """
-        memory, processes = meet(process_group, name, timeout_s=min(timeout_s, 60.0))
+        meeting = meet(process_group, name, timeout_s=min(timeout_s, JOIN_TIMEOUT_S))
+        if len(meeting.machines) > 1:
+            for descriptor in (meeting.memory, *meeting.processes):
+                if descriptor >= 0:
+                    os.close(descriptor)
+            raise ValueError(
+                f"group '{name}': its ranks are on {len(meeting.machines)} machines or containers; "
+                "use pyparallel.connect.connect, which spans them"
+            )
         return cls(
             name,
             process_group.rank(),
             process_group.size(),
-            memory,
-            processes,
+            meeting.memory,
+            meeting.processes,
             timeout_s=timeout_s,
         )
 
     def all_reduce(self, tensor: Tensor, *, op: str = "sum", async_op: bool = False) -> Work | None:
-        if not async_op and self._last is None and self._fast_all_reduce(tensor, op):
+        if not async_op and self._order.idle and self._fast_all_reduce(tensor, op):
             return None
         code = _reducible_code(tensor, "tensor")
         arguments = (tensor.data_ptr(), tensor.numel(), code, _reduction_code(op))
-        return self._in_order(async_op, self.engine.all_reduce, (tensor,), arguments)
+        return self._call(async_op, self.engine.all_reduce, arguments, tensor)
 
     def all_gather(
         self,
@@ -129,13 +131,13 @@ class SharedMemoryCommunicator(Communicator):
         counts: Sequence[int] | None = None,
         async_op: bool = False,
     ) -> Work | None:
-        if not async_op and self._last is None and self._fast_all_gather(output, input, counts):
+        if not async_op and self._order.idle and self._fast_all_gather(output, input, counts):
             return None
         code = _code(output, "output")
         _check_pair(output, input)
         self._check_parts("output", output.numel(), "input", input.numel(), counts)
         arguments = (output.data_ptr(), input.data_ptr(), output.numel(), counts, code)
-        return self._in_order(async_op, self.engine.all_gather, (output, input), arguments)
+        return self._call(async_op, self.engine.all_gather, arguments, output, input)
 
     def reduce_scatter(
         self,
@@ -148,7 +150,7 @@ class SharedMemoryCommunicator(Communicator):
     ) -> Work | None:
         if (
             not async_op
-            and self._last is None
+            and self._order.idle
             and self._fast_reduce_scatter(output, input, counts, op)
         ):
             return None
@@ -163,7 +165,7 @@ class SharedMemoryCommunicator(Communicator):
             code,
             _reduction_code(op),
         )
-        return self._in_order(async_op, self.engine.reduce_scatter, (output, input), arguments)
+        return self._call(async_op, self.engine.reduce_scatter, arguments, output, input)
 
     def all_to_all(
         self,
@@ -196,65 +198,41 @@ class SharedMemoryCommunicator(Communicator):
             input_counts,
             code,
         )
-        return self._in_order(async_op, self.engine.all_to_all, (output, input), arguments)
+        return self._call(async_op, self.engine.all_to_all, arguments, output, input)
 
     def broadcast(self, tensor: Tensor, src: int, *, async_op: bool = False) -> Work | None:
         code = _code(tensor, "tensor")
         if not 0 <= src < self.size:
             raise ValueError(f"src: expected a rank from 0 to {self.size - 1}, got {src}")
         arguments = (tensor.data_ptr(), tensor.numel(), code, src)
-        return self._in_order(async_op, self.engine.broadcast, (tensor,), arguments)
+        return self._call(async_op, self.engine.broadcast, arguments, tensor)
 
     def send(self, tensor: Tensor, dst: int, *, tag: int = 0) -> None:
         code = _code(tensor, "tensor")
-        self._drain()
+        self._order.drain()
         self.engine.send(tensor.data_ptr(), tensor.numel(), code, dst, tag)
 
     def recv(self, tensor: Tensor, src: int, *, tag: int = 0) -> None:
         code = _code(tensor, "tensor")
-        self._drain()
+        self._order.drain()
         self.engine.receive(tensor.data_ptr(), tensor.numel(), code, src, tag)
 
     def barrier(self) -> None:
-        self._drain()
+        self._order.drain()
         self.engine.barrier()
 
     def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        if self._executor is not None:
-            self._executor.shutdown(wait=True)
+        self._order.close()
         self.engine.close()
 
-    def _in_order(
-        self,
-        async_op: bool,
-        call: Callable[..., None],
-        keep: tuple[Tensor, ...],
-        arguments: tuple,
+    def _call(
+        self, async_op: bool, call: Callable[..., None], arguments: tuple, *keep: Tensor
     ) -> Work | None:
-        """Make the call here, or on the communicator's thread, after those that are there already."""
-        if not async_op:
-            self._drain()
-            call(*arguments)
-            return None
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(1, f"pyparallel-{self.name}")
-
-        def run() -> None:
-            # The tensors must outlive the call, whatever the caller does with its own references.
-            assert keep is not None
+        def made(*_: Tensor) -> None:
             call(*arguments)
 
-        self._last = self._executor.submit(run)
-        return _FutureWork(self._last)
-
-    def _drain(self) -> None:
-        """Wait for the asynchronous calls under way; their errors are told by their handles."""
-        if self._last is not None:
-            self._last.exception()
-            self._last = None
+        # The tensors go along so that they outlive the call, whatever the caller does with his.
+        return self._order.run(async_op, made, *keep)
 
     def _check_counts(self, name: str, counts: Sequence[int], total: int) -> None:
         if len(counts) != self.size or sum(counts) != total or min(counts) < 0:
