@@ -169,6 +169,10 @@ def _cut_vocabulary(model: nn.Module, group: Group, cuts: Cuts, roles: Roles) ->
 def _vocabulary(module: nn.Module, name: str, group: Group) -> Sharding:
     if not isinstance(module, nn.Embedding):
         raise ValueError(f"{name}: expected an embedding, got {type(module).__name__}")
+    if module.max_norm is not None:
+        raise ValueError(
+            f"{name}: max_norm: expected None, got {module.max_norm}; renormalise the table first"
+        )
     return vocab_sharding(module.num_embeddings, group.size)
 
 

@@ -61,12 +61,15 @@ def share_generator_state(group: Group, device: torch.device) -> None:
 
 
 def _drops(core: nn.Module) -> bool:
-    """Whether one of the core's own dropouts is more than 0: modules, or numbers by that name."""
-    rates = [child.p for child in core.children() if isinstance(child, nn.Dropout)]
-    for name, value in vars(core).items():
-        if "dropout" in name and isinstance(value, float):
-            rates.append(value)
-    return any(rate > 0 for rate in rates)
+    """Whether a dropout inside the region is more than 0: modules, or numbers by that name.
+
+    A dropout of what goes to the residual stream comes after the output projection.
+    """
+    rates = []
+    for name, value in (*vars(core).items(), *core.named_children()):
+        if "dropout" in name and not name.startswith("resid"):
+            rates.append(value.p if isinstance(value, nn.Dropout) else value)
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def _generator(device: torch.device) -> torch.Generator:
