@@ -2,9 +2,12 @@
 
 from pyparallel.functional import (  # noqa: F401
     activation,
+    all_gather_linear,
     attention,
     column_parallel_linear,
+    dropout,
     linear,
+    linear_reduce_scatter,
     norm,
     replicated_parameter,
     rope,

@@ -9,6 +9,9 @@ from pyparallel.layers.parallel_mlp import ParallelMLP
 from pyparallel.layers.qkv_parallel_linear import QKVParallelLinear
 from pyparallel.layers.rotary_embedding import RotaryEmbedding
 from pyparallel.layers.row_parallel_linear import RowParallelLinear
+from pyparallel.layers.sequence_parallel_dropout import SequenceParallelDropout
+from pyparallel.layers.sequence_parallel_layer_norm import SequenceParallelLayerNorm
+from pyparallel.layers.sequence_parallel_rms_norm import SequenceParallelRMSNorm
 from pyparallel.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 __all__ = [
@@ -21,5 +24,8 @@ __all__ = [
     "RMSNorm",
     "RotaryEmbedding",
     "RowParallelLinear",
+    "SequenceParallelDropout",
+    "SequenceParallelLayerNorm",
+    "SequenceParallelRMSNorm",
     "VocabParallelEmbedding",
 ]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pyparallel import backend
 from pyparallel.group import Group
@@ -13,6 +16,7 @@ from pyparallel.layers.qkv_parallel_linear import QKVParallelLinear
 from pyparallel.layers.rotary_embedding import RotaryEmbedding
 from pyparallel.layers.row_parallel_linear import RowParallelLinear
 from pyparallel.layers.span import Span
+from pyparallel.sequence import shard_sizes
 
 
 class ParallelAttention(nn.Module):
@@ -31,11 +35,14 @@ class ParallelAttention(nn.Module):
         rotary: rotates queries and keys by their positions.
         qk_norm_eps: RMS-normalise each head's queries and keys first (Qwen3), with this epsilon.
         window: how many tokens, itself included, a token sees.
+        sequence_parallel: x and y are this rank's tokens.
+        recompute: keep q, k and v for backward, not what comes of them, and compute it again.
 
     Shapes:
-        x, y [B, S, H], replicated.
+        x, y [B, S, H], replicated, or [B, S_r, H] with ``sequence_parallel``.
 
-    Communication: one all-reduce forward, one backward.
+    Communication: one all-reduce forward, one backward. With ``sequence_parallel`` one all-gather and
+    one reduce-scatter forward; two all-gathers and one reduce-scatter backward.
     """
 
     def __init__(
@@ -54,13 +61,25 @@ class ParallelAttention(nn.Module):
         rotary: RotaryEmbedding | None = None,
         qk_norm_eps: float | None = None,
         window: int | None = None,
+        sequence_parallel: bool = False,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.causal = causal
         self.window = window
         self.rotary = rotary
+        self.sequence_parallel = sequence_parallel
+        self.recompute = recompute
         self.qkv_proj = QKVParallelLinear(
-            embed_dim, num_heads, num_kv_heads, head_dim, bias, device, dtype, group=group
+            embed_dim,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            bias,
+            device,
+            dtype,
+            group=group,
+            sequence_parallel=sequence_parallel,
         )
         layout, head_dim = self.qkv_proj.layout, self.qkv_proj.head_dim
         self.out_proj = RowParallelLinear(
@@ -71,6 +90,7 @@ class ParallelAttention(nn.Module):
             dtype,
             group=group,
             sharding=layout.query_sharding(head_dim, dim=1),
+            sequence_parallel=sequence_parallel,
         )
         self.q_norm = self.k_norm = None
         if qk_norm_eps is not None:
@@ -129,6 +149,7 @@ class ParallelAttention(nn.Module):
         span: Span | None = None,
         cache: KVCache | None = None,
         mask: Tensor | None = None,
+        length: int | None = None,
     ) -> Tensor:
         """Attend over ``x``, and over what ``cache`` holds.
 
@@ -136,10 +157,15 @@ class ParallelAttention(nn.Module):
             span: where x's tokens stand; by default from position 0 on.
             cache: gets x's keys and values, and gives those before them.
             mask: [B, 1 or N_r, S, T], true where a token sees another; joined with ``causal``.
+            length: S, with ``sequence_parallel`` and without a span; by default all shards are as
+                long as this one.
         """
         if span is None:
-            span = Span.of([0] * x.shape[0], x.shape[1], device=x.device, rotary=self.rotary)
-        q, k, v = self.qkv_proj(x)
+            tokens = x.shape[1]
+            if self.sequence_parallel:
+                tokens = sum(shard_sizes(x, length, self.qkv_proj.group))
+            span = Span.of([0] * x.shape[0], tokens, device=x.device, rotary=self.rotary)
+        q, k, v = self.qkv_proj(x, length=span.positions.shape[1])
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if span.rotation is not None:
@@ -149,13 +175,15 @@ class ParallelAttention(nn.Module):
         if span.mask is not None:
             mask = span.mask if mask is None else span.mask & mask
         # The span's own mask is complete; alone, "causal" and the window say what is seen.
-        o = backend.call(
+        attend = partial(
+            backend.call,
             "attention",
-            q,
-            k,
-            v,
             causal=self.causal and span.mask is None,
             window=self.window if span.mask is None else None,
             mask=mask,
         )
+        if self.recompute and torch.is_grad_enabled():
+            o = checkpoint(attend, q, k, v, use_reentrant=False, preserve_rng_state=False)
+        else:
+            o = attend(q, k, v)
         return self.out_proj(o.flatten(-2))

@@ -20,6 +20,7 @@ class ParallelLMHead(ColumnParallelLinear):
         group: the ranks.
         gather_output: :meth:`forward` returns all logits [..., V] on every rank (the default), or
             this rank's [..., V_r], as the vocab-parallel cross-entropy takes them.
+        sequence_parallel: :meth:`forward` takes this rank's tokens, and gathers them.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class ParallelLMHead(ColumnParallelLinear):
         *,
         group: Group,
         gather_output: bool = True,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__(
             in_features,
@@ -42,10 +44,11 @@ class ParallelLMHead(ColumnParallelLinear):
             group=group,
             gather_output=gather_output,
             sharding=vocab_sharding(out_features, group.size),
+            sequence_parallel=sequence_parallel,
         )
 
     def local_logits(self, x: Tensor) -> Tensor:
-        """This rank's logits [..., V_r]."""
+        """This rank's logits [..., V_r] of a replicated ``x [..., K]``."""
         return column_parallel_linear(x, self.weight, self.bias, group=self.group)
 
     def greedy(self, x: Tensor) -> Tensor:

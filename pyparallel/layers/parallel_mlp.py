@@ -25,12 +25,15 @@ class ParallelMLP(nn.Module):
         bias: whether the projections add biases.
         device, dtype: as in ``nn.Linear``.
         group: the ranks.
+        sequence_parallel: x and y are this rank's tokens.
 
     Shapes:
-        x, y [..., H], replicated. ``up_proj.weight`` [F_r, H], or [2 F_r, H] = gate rows, then up
-        rows; ``down_proj.weight`` [H, F_r].
+        x, y [..., H], replicated, or [..., S_r, H] with ``sequence_parallel``.
+        ``up_proj.weight`` [F_r, H], or [2 F_r, H] = gate rows, then up rows; ``down_proj.weight``
+        [H, F_r].
 
-    Communication: one all-reduce forward, one backward.
+    Communication: one all-reduce forward, one backward. With ``sequence_parallel`` one all-gather and
+    one reduce-scatter forward; two all-gathers and one reduce-scatter backward.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class ParallelMLP(nn.Module):
         dtype: torch.dtype | None = None,
         *,
         group: Group,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
         if activation not in GATED and activation not in POINTWISE:
@@ -60,6 +64,7 @@ class ParallelMLP(nn.Module):
             dtype,
             group=group,
             sharding=fuse(cut, cut) if gated else cut,
+            sequence_parallel=sequence_parallel,
         )
         self.down_proj = RowParallelLinear(
             intermediate_size,
@@ -69,6 +74,7 @@ class ParallelMLP(nn.Module):
             dtype,
             group=group,
             sharding=cut.along(1),
+            sequence_parallel=sequence_parallel,
         )
 
     @classmethod
@@ -80,6 +86,7 @@ class ParallelMLP(nn.Module):
         *,
         activation: str,
         group: Group,
+        sequence_parallel: bool = False,
     ) -> ParallelMLP:
         """The parallel twin of dense projections; with ``gate`` the activation is a gated one."""
         if (gate is not None) != (activation in GATED):
@@ -92,6 +99,7 @@ class ParallelMLP(nn.Module):
             "meta",
             up.weight.dtype,
             group=group,
+            sequence_parallel=sequence_parallel,
         )
         parts = [up] if gate is None else [gate, up]
         dense = {"weight": torch.cat([part.weight.detach() for part in parts])}
@@ -101,8 +109,13 @@ class ParallelMLP(nn.Module):
         module.down_proj.load_dense(down)
         return module
 
-    def forward(self, x: Tensor) -> Tensor:
-        up = self.up_proj(x)
+    def forward(self, x: Tensor, *, length: int | None = None) -> Tensor:
+        """Apply the MLP.
+
+        Args:
+            length: S, with ``sequence_parallel``; by default all shards are as long as this one.
+        """
+        up = self.up_proj(x, length=length)
         if self.activation in GATED:
             return self.down_proj(backend.call("gated_activation", up, GATED[self.activation]))
         return self.down_proj(backend.call("activation", up, self.activation))

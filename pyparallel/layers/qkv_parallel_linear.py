@@ -25,7 +25,8 @@ class QKVParallelLinear(ColumnParallelLinear):
         sequence_parallel: x is this rank's tokens, and is gathered along the sequence.
 
     Shapes:
-        x [..., K], or [..., S_r, K] with ``sequence_parallel``; returns q [..., N_r, D], k and v [..., G_r, D].
+        x [..., K], or [..., S_r, K] with ``sequence_parallel``; returns q [..., N_r, D], k and v
+        [..., G_r, D].
     """
 
     def __init__(
@@ -98,9 +99,7 @@ class QKVParallelLinear(ColumnParallelLinear):
             dense["bias"] = torch.cat([part.bias.detach() for part in parts])
         return module.load_dense(dense)
 
-    def forward(
-        self, x: Tensor, *, length: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, *, length: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         heads = super().forward(x, length=length).unflatten(-1, (-1, self.head_dim))
         rank = self.group.rank
         num_query = self.layout.query[rank][1] - self.layout.query[rank][0]

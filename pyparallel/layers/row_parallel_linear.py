@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from pyparallel.collectives import split
+from pyparallel.functional.linear_reduce_scatter import linear_reduce_scatter
 from pyparallel.functional.row_parallel_linear import row_parallel_linear
 from pyparallel.group import Group
 from pyparallel.layers.parameters import ShardedModule, init_linear
+from pyparallel.sequence import sequence_sizes
 from pyparallel.shard import REPLICATED, Sharding, features
 
 
@@ -20,13 +22,19 @@ class RowParallelLinear(ShardedModule):
         group: the ranks.
         input_is_parallel: x is this rank's features already; else it is whole and is cut here.
         sharding: which input features (axis 1) each rank holds; by default even parts.
+        sequence_parallel: y is this rank's tokens.
 
     Shapes:
-        x [..., K_r], or [..., K] without ``input_is_parallel``; y [..., M] replicated.
+        x [..., K_r], or [..., K] without ``input_is_parallel``; y [..., M] replicated, or
+        [..., S_r, M] with ``sequence_parallel``.
         ``weight`` [M, K_r], ``bias`` [M], which is added once, after the reduction.
 
     Communication: one all-reduce forward; none backward (one all-gather without
-    ``input_is_parallel``).
+    ``input_is_parallel``). With ``sequence_parallel`` one reduce-scatter forward, one all-gather
+    backward.
+
+    Raises:
+        ValueError: forward, with ``sequence_parallel``, of fewer tokens than ranks.
     """
 
     def __init__(
@@ -40,12 +48,14 @@ class RowParallelLinear(ShardedModule):
         group: Group,
         input_is_parallel: bool = True,
         sharding: Sharding | None = None,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__(group)
         sharding = sharding or features(in_features, group.size, dim=1)
         self.in_features = in_features
         self.out_features = out_features
         self.input_is_parallel = input_is_parallel
+        self.sequence_parallel = sequence_parallel
         self.add_shard("weight", (out_features, in_features), sharding, device, dtype)
         if bias:
             self.add_shard("bias", (out_features,), REPLICATED, device, dtype)
@@ -73,6 +83,9 @@ class RowParallelLinear(ShardedModule):
     def forward(self, x: Tensor) -> Tensor:
         if not self.input_is_parallel:
             x = split(x, self.group, dim=-1, sizes=self.shardings["weight"].sizes)
+        if self.sequence_parallel:
+            sizes = sequence_sizes(x.shape[-2], self.group)
+            return linear_reduce_scatter(x, self.weight, self.bias, group=self.group, sizes=sizes)
         return row_parallel_linear(x, self.weight, self.bias, group=self.group)
 
     def extra_repr(self) -> str:

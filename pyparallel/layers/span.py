@@ -4,9 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+
+class Context(Protocol):
+    """How attention runs where sequences are cut over ranks: :mod:`pyparallel.layers.context_span`."""
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        cache: Any,
+        causal: bool,
+        window: int | None,
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -19,6 +35,7 @@ class Span:
         uniform: whether every sequence stands at the same positions, ``end - S`` to ``end``.
         rotation: the cosines and sines [B or 1, S, E] of the positions, where the model rotates.
         mask: [B, 1, S, end], true where a token sees a slot; None where "causal" says it all.
+        context: where sequences are cut over ranks; positions are then of this rank's tokens.
     """
 
     positions: Tensor
@@ -26,6 +43,7 @@ class Span:
     uniform: bool
     rotation: tuple[Tensor, Tensor] | None = None
     mask: Tensor | None = None
+    context: Context | None = None
 
     @classmethod
     def of(

@@ -23,11 +23,14 @@ class VocabParallelEmbedding(ShardedModule):
         num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse,
             device, dtype: as in ``nn.Embedding``; ``max_norm`` must be None.
         group: the ranks.
+        sequence_parallel: y is this rank's tokens.
 
     Shapes:
-        ids [...], int64; y [..., H] replicated. ``weight`` [V_r, H].
+        ids [..., S], int64; y [..., S, H] replicated, or [..., S_r, H] with ``sequence_parallel``.
+        ``weight`` [V_r, H].
 
-    Communication: one all-reduce forward, none backward.
+    Communication: one all-reduce forward, none backward. With ``sequence_parallel`` one reduce-scatter
+    forward, one all-gather backward.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class VocabParallelEmbedding(ShardedModule):
         dtype: torch.dtype | None = None,
         *,
         group: Group,
+        sequence_parallel: bool = False,
     ) -> None:
         if max_norm is not None:
             raise ValueError(
@@ -58,13 +62,16 @@ class VocabParallelEmbedding(ShardedModule):
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
         self.scale_grad_by_freq = scale_grad_by_freq
         self.sparse = sparse
+        self.sequence_parallel = sequence_parallel
         sharding = vocab_sharding(num_embeddings, group.size)
         self.start = sharding.ranges[group.rank][0][0]
         self.add_shard("weight", (num_embeddings, embedding_dim), sharding, device, dtype)
         self.reset_parameters()
 
     @classmethod
-    def from_dense(cls, embedding: nn.Embedding, *, group: Group) -> VocabParallelEmbedding:
+    def from_dense(
+        cls, embedding: nn.Embedding, *, group: Group, sequence_parallel: bool = False
+    ) -> VocabParallelEmbedding:
         """The parallel twin of ``embedding``."""
         return cls(
             embedding.num_embeddings,
@@ -77,6 +84,7 @@ class VocabParallelEmbedding(ShardedModule):
             "meta",
             embedding.weight.dtype,
             group=group,
+            sequence_parallel=sequence_parallel,
         ).load_dense(embedding)
 
     def reset_parameters(self) -> None:
@@ -104,6 +112,7 @@ class VocabParallelEmbedding(ShardedModule):
             padding_idx=self.padding_idx,
             scale_grad_by_freq=self.scale_grad_by_freq,
             sparse=self.sparse,
+            sequence_parallel=self.sequence_parallel,
         )
 
     def extra_repr(self) -> str:

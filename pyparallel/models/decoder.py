@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pyparallel.group import Group
 from pyparallel.layers import (
@@ -18,11 +19,16 @@ from pyparallel.layers import (
     ParallelMLP,
     RMSNorm,
     RotaryEmbedding,
+    SequenceParallelLayerNorm,
+    SequenceParallelRMSNorm,
     VocabParallelEmbedding,
 )
 from pyparallel.layers.kv_cache import KVCache
 from pyparallel.layers.span import Span
 from pyparallel.models.config import DecoderConfig
+from pyparallel.sequence import split_sequence
+
+RECOMPUTE = ("none", "attention", "layers")
 
 
 class DecoderLayer(nn.Module):
@@ -37,10 +43,12 @@ class DecoderLayer(nn.Module):
         dtype: torch.dtype | None,
         *,
         group: Group,
+        sequence_parallel: bool = False,
+        recompute: str = "none",
     ) -> None:
         super().__init__()
         self.parallel_residual = config.parallel_residual
-        self.attention_norm = _norm(config, device, dtype)
+        self.attention_norm = _norm(config, device, dtype, group, sequence_parallel)
         self.attention = ParallelAttention(
             config.hidden_size,
             config.num_heads,
@@ -55,8 +63,10 @@ class DecoderLayer(nn.Module):
             rotary=rotary,
             qk_norm_eps=config.norm_eps if config.qk_norm else None,
             window=config.windows[index],
+            sequence_parallel=sequence_parallel,
+            recompute=recompute == "attention",
         )
-        self.mlp_norm = _norm(config, device, dtype)
+        self.mlp_norm = _norm(config, device, dtype, group, sequence_parallel)
         self.mlp = ParallelMLP(
             config.hidden_size,
             config.intermediate_size,
@@ -65,14 +75,16 @@ class DecoderLayer(nn.Module):
             device,
             dtype,
             group=group,
+            sequence_parallel=sequence_parallel,
         )
 
     def forward(self, x: Tensor, span: Span, cache: KVCache | None = None) -> Tensor:
         attended = self.attention(self.attention_norm(x), span=span, cache=cache)
+        length = span.positions.shape[1]
         if self.parallel_residual:
-            return x + attended + self.mlp(self.mlp_norm(x))
+            return x + attended + self.mlp(self.mlp_norm(x), length=length)
         x = x + attended
-        return x + self.mlp(self.mlp_norm(x))
+        return x + self.mlp(self.mlp_norm(x), length=length)
 
 
 class Decoder(nn.Module):
@@ -81,6 +93,14 @@ class Decoder(nn.Module):
     Args:
         config: the dense sizes.
         group: the tensor-parallel ranks.
+        sequence_parallel: between the matmuls each rank holds its tokens alone: 1/R of the
+            activations. A call needs as many tokens as ranks.
+        recompute: what backward computes again instead of keeping it: "none"; "attention", all
+            between q, k, v and the output projection (selective recomputation, Korthikanti et al.
+            2022, section 5); "layers", everything but the layers' inputs.
+
+    Raises:
+        ValueError: another recompute.
     """
 
     def __init__(
@@ -90,12 +110,23 @@ class Decoder(nn.Module):
         dtype: torch.dtype | None = None,
         *,
         group: Group,
+        sequence_parallel: bool = False,
+        recompute: str = "none",
     ) -> None:
         super().__init__()
+        if recompute not in RECOMPUTE:
+            raise ValueError(f"recompute: expected one of {RECOMPUTE}, got {recompute!r}")
         self.config = config
         self.group = group
+        self.sequence_parallel = sequence_parallel
+        self.recompute = recompute
         self.embedding = VocabParallelEmbedding(
-            config.vocab_size, config.hidden_size, device=device, dtype=dtype, group=group
+            config.vocab_size,
+            config.hidden_size,
+            device=device,
+            dtype=dtype,
+            group=group,
+            sequence_parallel=sequence_parallel,
         )
         self.rotary = self.positions = None
         if config.rotary_dim:
@@ -107,12 +138,27 @@ class Decoder(nn.Module):
                 config.max_positions, config.hidden_size, device=device, dtype=dtype
             )
         self.layers = nn.ModuleList(
-            DecoderLayer(config, index, self.rotary, device, dtype, group=group)
+            DecoderLayer(
+                config,
+                index,
+                self.rotary,
+                device,
+                dtype,
+                group=group,
+                sequence_parallel=sequence_parallel,
+                recompute=recompute,
+            )
             for index in range(config.num_layers)
         )
-        self.norm = _norm(config, device, dtype)
+        self.norm = _norm(config, device, dtype, group, sequence_parallel)
         self.head = ParallelLMHead(
-            config.hidden_size, config.vocab_size, False, device, dtype, group=group
+            config.hidden_size,
+            config.vocab_size,
+            False,
+            device,
+            dtype,
+            group=group,
+            sequence_parallel=sequence_parallel,
         )
         if config.tied:
             self.head.weight = self.embedding.weight
@@ -133,13 +179,23 @@ class Decoder(nn.Module):
         return self.config.stop_ids
 
     def new_cache(self, batch: int, length: int) -> list[KVCache]:
-        """Empty caches, a layer each, for ``batch`` sequences of up to ``length`` tokens."""
+        """Empty caches, a layer each, for ``batch`` sequences of up to ``length`` tokens.
+
+        Raises:
+            ValueError: the model is sequence-parallel.
+        """
+        if self.sequence_parallel:
+            raise ValueError(
+                "sequence_parallel: expected False for a model with a cache, since a step of one "
+                "token cannot be cut; load the same weights without it to generate"
+            )
         return [layer.attention.new_cache(batch, length) for layer in self.layers]
 
     def hidden(
         self, ids: Tensor, starts: Sequence[int], cache: list[KVCache] | None = None
     ) -> Tensor:
-        """The normalised last hidden states [B, S, H] of ``ids [B, S]``.
+        """The normalised last hidden states [B, S, H] of ``ids [B, S]``; with ``sequence_parallel``
+        this rank's tokens of them.
 
         Args:
             starts: the position of each sequence's first token in this call.
@@ -152,19 +208,35 @@ class Decoder(nn.Module):
             )
         x = self.embedding(ids)
         if self.positions is not None:
-            x = x + self.positions(next(iter(spans.values())).positions)
+            positions = self.positions(next(iter(spans.values())).positions)
+            # Looked up whole and then cut, so that every rank has the whole gradient of the table.
+            if self.sequence_parallel:
+                positions = split_sequence(positions, self.group)
+            x = x + positions
         for index, layer in enumerate(self.layers):
             span = spans[self.config.windows[index]]
-            x = layer(x, span, None if cache is None else cache[index])
+            held = None if cache is None else cache[index]
+            if self.recompute == "layers" and torch.is_grad_enabled():
+                x = checkpoint(layer, x, span, held, use_reentrant=False)
+            else:
+                x = layer(x, span, held)
         return self.norm(x)
 
     def forward(self, ids: Tensor) -> Tensor:
         """All logits [B, S, V] of ``ids [B, S]``, on every rank."""
-        return self.head(self.hidden(ids, [0] * ids.shape[0]))
+        return self.head(self.hidden(ids, [0] * ids.shape[0]), length=ids.shape[1])
 
 
 def _norm(
-    config: DecoderConfig, device: torch.device | str | None, dtype: torch.dtype | None
+    config: DecoderConfig,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    group: Group,
+    sequence_parallel: bool,
 ) -> nn.Module:
+    options = {"device": device, "dtype": dtype}
+    if sequence_parallel:
+        kind = SequenceParallelRMSNorm if config.norm == "rms" else SequenceParallelLayerNorm
+        return kind(config.hidden_size, config.norm_eps, group=group, **options)
     kind = RMSNorm if config.norm == "rms" else LayerNorm
-    return kind(config.hidden_size, config.norm_eps, device=device, dtype=dtype)
+    return kind(config.hidden_size, config.norm_eps, **options)

@@ -1,0 +1,66 @@
+"""``nn.RMSNorm`` on this rank's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pyparallel import backend
+from pyparallel.functional.shared_parameters import sum_gradients
+from pyparallel.group import Group
+from pyparallel.layers.norm import RMSNorm
+
+
+class SequenceParallelRMSNorm(RMSNorm):
+    """``y = x / sqrt(mean(x^2) + eps) * weight`` over the last axis of a sequence shard.
+
+    The weight is replicated; each rank sees its tokens' part of the gradient.
+
+    Args:
+        normalized_shape, eps, elementwise_affine, device, dtype: as in ``nn.RMSNorm``; the last axis
+            alone.
+        group: the ranks that the sequence is cut over.
+
+    Shapes:
+        x, y [..., S_r, H].
+
+    Communication: none forward, one all-reduce backward.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        group: Group,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+        self.group = group
+
+    @classmethod
+    def from_dense(cls, norm: nn.RMSNorm, *, group: Group) -> SequenceParallelRMSNorm:
+        """The parallel twin of ``norm``, with a copy of its weight."""
+        affine = norm.weight is not None
+        module = cls(
+            norm.normalized_shape,
+            norm.eps,
+            affine,
+            "meta",
+            norm.weight.dtype if affine else None,
+            group=group,
+        )
+        if affine:
+            weight = norm.weight
+            module.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+        return module
+
+    def forward(self, x: Tensor) -> Tensor:
+        (weight,) = sum_gradients(self.weight, group=self.group)
+        # torch's own meaning of no epsilon.
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        return backend.call("rms_norm", x, weight, eps)
