@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyparallel.shard import Range, Sharding
+from pyparallel.shard import Sharding
 
 
 class CheckpointError(ValueError):
@@ -39,10 +39,12 @@ class Checkpoint(ABC):
         """The model's configuration: a config.json, or GGUF metadata."""
 
     @abstractmethod
-    def _read(
-        self, name: str, dim: int | None, ranges: Sequence[Range], dtype: torch.dtype | None
-    ) -> Tensor:
-        """The ranges of axis ``dim`` (None: everything), one after another."""
+    def _copy(self, name: str, dim: int, start: int, out: Tensor) -> None:
+        """Fill ``out`` with the tensor's indices from ``start`` on of axis ``dim``."""
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """What a tensor's values are stored as (fp32 where they are quantised)."""
 
     def read(
         self, name: str, sharding: Sharding, rank: int, *, dtype: torch.dtype | None = None
@@ -52,17 +54,43 @@ class Checkpoint(ABC):
         Raises:
             CheckpointError: there is no such tensor, or its size is not the sharding's.
         """
+        shape = sharding.local_shape(self._shape(name, sharding), rank)
+        out = torch.empty(shape, dtype=dtype or self.dtype(name))
+        self.read_into(out, name, sharding, rank)
+        return out
+
+    def read_into(self, out: Tensor, name: str, sharding: Sharding, rank: int) -> None:
+        """Fill ``out`` with rank's shard of the tensor ``name``, converted to its dtype.
+
+        Raises:
+            CheckpointError: there is no such tensor, or its size is not the sharding's or ``out``'s.
+        """
+        shape = self._shape(name, sharding)
+        if sharding.local_shape(shape, rank) != tuple(out.shape):
+            raise CheckpointError(
+                f"{self.path}: tensor {name} of shape {shape} does not give this model's "
+                f"{tuple(out.shape)}"
+            )
+        if sharding.dim is None:
+            self._copy(name, 0, 0, out)
+            return
+        filled = 0
+        for start, stop in sharding.ranges[rank]:
+            part = out.narrow(sharding.dim, filled, stop - start)
+            self._copy(name, sharding.dim, start, part)
+            filled += stop - start
+
+    def _shape(self, name: str, sharding: Sharding) -> tuple[int, ...]:
+        """The dense shape of a tensor that a sharding is to cut."""
         if name not in self.shapes:
             raise CheckpointError(f"{self.path}: tensor {name} is missing")
-        if sharding.dim is None:
-            return self._read(name, None, (), dtype)
         shape = self.shapes[name]
-        if shape[sharding.dim] != sharding.length:
+        if sharding.dim is not None and shape[sharding.dim] != sharding.length:
             raise CheckpointError(
                 f"{self.path}: tensor {name} of shape {shape} should have length "
                 f"{sharding.length} on axis {sharding.dim}"
             )
-        return self._read(name, sharding.dim, sharding.ranges[rank], dtype)
+        return shape
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -96,19 +124,20 @@ class SafetensorsCheckpoint(Checkpoint):
             raise CheckpointError(f"{self.path}: there is no config.json beside the tensors")
         return _json(self._config_file)
 
-    def _read(
-        self, name: str, dim: int | None, ranges: Sequence[Range], dtype: torch.dtype | None
-    ) -> Tensor:
+    def dtype(self, name: str) -> torch.dtype:
+        with _open_safetensors(self._files[name]) as tensors:
+            rows = tensors.get_slice(name)
+            return rows[:0].dtype if rows.get_shape() else tensors.get_tensor(name).dtype
+
+    def _copy(self, name: str, dim: int, start: int, out: Tensor) -> None:
         # Opened anew for each tensor: closing unmaps the pages that were read, which would otherwise
         # add up to the whole file.
         with _open_safetensors(self._files[name]) as tensors:
-            if dim is None:
-                return tensors.get_tensor(name).to(dtype=dtype, copy=True)
-            rows = tensors.get_slice(name)
-            before = (slice(None),) * dim
-            parts = [rows[(*before, slice(start, stop))] for start, stop in ranges]
-            joined = torch.cat(parts, dim) if len(parts) > 1 else parts[0].clone()
-            return joined if dtype is None else joined.to(dtype)
+            if not self.shapes[name]:
+                out.copy_(tensors.get_tensor(name))
+                return
+            held = (slice(None),) * dim + (slice(start, start + out.shape[dim]),)
+            out.copy_(tensors.get_slice(name)[held])
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

@@ -7,7 +7,7 @@ put back into Hugging Face's order here.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pyparallel.checkpoint import Checkpoint, CheckpointError
-from pyparallel.shard import Range
+from pyparallel.shard import REPLICATED, Range
 
 # Bytes of one piece that is dequantised at a time; bounds the temporary fp32 copies.
 PIECE_BYTES = 4 << 20
@@ -106,41 +106,31 @@ class GGUFCheckpoint(Checkpoint):
             "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self.shapes,
         }
         if "rope_freqs.weight" in self.shapes:
-            factors = self._read("rope_freqs.weight", None, (), torch.float32)
+            factors = self.read("rope_freqs.weight", REPLICATED, 0)
             found["rope_factors"] = tuple(factors.tolist())
         return {**self._metadata, **found}
 
-    def _read(
-        self, name: str, dim: int | None, ranges: Sequence[Range], dtype: torch.dtype | None
-    ) -> Tensor:
-        entry, shape = self._entries[name], self.shapes[name]
-        dtype = dtype or torch.float32
-        if len(shape) == 1:
-            values = self._rows(entry, 0, 1, None)[0]
-            values = values if not entry.interleaved else _deinterleave(values, self._head_dim)
-            parts = [values] if dim is None else [values[start:stop] for start, stop in ranges]
-            return torch.cat(parts).to(dtype)
-        if dim is None:
-            dim, ranges = 0, [(0, shape[0])]
-        if dim == 1:
-            parts = [self._matrix(entry, (0, entry.rows), cut, dtype) for cut in ranges]
-        else:
-            parts = [self._matrix(entry, rows, (0, shape[1]), dtype) for rows in ranges]
-        return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
 
-    def _matrix(self, entry: _Entry, rows: Range, columns: Range, dtype: torch.dtype) -> Tensor:
-        """A block of a matrix, piece by piece."""
+    def _copy(self, name: str, dim: int, start: int, out: Tensor) -> None:
+        entry = self._entries[name]
+        if out.dim() == 1:
+            values = self._rows(entry, 0, 1, None)[0]
+            values = _deinterleave(values, self._head_dim) if entry.interleaved else values
+            out.copy_(values[start : start + out.shape[0]])
+            return
+        first_row, first_column = (start, 0) if dim == 0 else (0, start)
+        columns = (first_column, first_column + out.shape[1])
         grain = self._head_dim if entry.interleaved else 1
-        first = rows[0] // grain * grain
-        last = -(-rows[1] // grain) * grain
+        if first_row % grain or out.shape[0] % grain:
+            raise CheckpointError(f"{self.path}: tensor {name} is only read by whole heads")
         step = max(grain, PIECE_BYTES // max(1, entry.row_bytes) // grain * grain)
-        out = torch.empty(last - first, columns[1] - columns[0], dtype=dtype)
-        for start in range(first, last, step):
-            stop = min(last, start + step)
-            piece = self._rows(entry, start, stop, columns)
+        for row in range(0, out.shape[0], step):
+            stop = min(out.shape[0], row + step)
+            piece = self._rows(entry, first_row + row, first_row + stop, columns)
             piece = _deinterleave(piece, self._head_dim) if entry.interleaved else piece
-            out[start - first : stop - first] = piece
-        return out[rows[0] - first : rows[1] - first]
+            out[row:stop] = piece
 
     def _rows(self, entry: _Entry, start: int, stop: int, columns: Range | None) -> Tensor:
         """Rows in fp32; of the columns only the blocks that are asked for are dequantised."""

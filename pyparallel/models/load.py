@@ -18,6 +18,7 @@ from pyparallel.models.config import (
     from_gguf,
     from_hugging_face,
 )
+from pyparallel.models.context_decoder import ContextDecoder
 from pyparallel.models.decoder import Decoder
 from pyparallel.models.weights import Source, Sources, sources
 
@@ -45,7 +46,7 @@ def load(
     """The model in ``path``, cut over ``mesh.tp``; each rank reads only its own slices.
 
     Peak memory of a rank is its share and one tensor. Llama, Mistral, Qwen2, Qwen3, GPT-2 and GPT-NeoX
-    become a :class:`Decoder`; any other architecture with a tensor-parallel plan becomes its
+    become a :class:`Decoder`, or over several ``mesh.cp`` ranks a :class:`ContextDecoder`; any other architecture with a tensor-parallel plan becomes its
     transformers model, parallelized.
 
     Args:
@@ -55,7 +56,8 @@ def load(
 
     Raises:
         CheckpointError: a file is missing or broken; a tensor is missing, extra or mis-shaped.
-        ValueError: an unknown architecture, or more ranks than its heads can be cut into.
+        ValueError: an unknown architecture, one that can't be cut over ``mesh.cp``, or more ranks than
+            its heads can be cut into.
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     device = device or mesh.device_mesh.device_type
@@ -64,10 +66,19 @@ def load(
     except UnknownArchitectureError:
         if isinstance(checkpoint, GGUFCheckpoint):
             raise
+        if mesh.cp.size > 1:
+            raise ValueError(
+                f"cp: expected 1 for a {checkpoint.config().get('model_type')} model, which keeps its own "
+                f"attention; got {mesh.cp.size}"
+            ) from None
         from pyparallel.models.hugging_face import load_hugging_face
 
         return load_hugging_face(checkpoint, mesh, dtype=dtype, device=device, progress=progress)
-    model = Decoder(config, "meta", dtype or stored_dtype(checkpoint), group=mesh.tp)
+    dtype = dtype or stored_dtype(checkpoint)
+    if mesh.cp.size > 1:
+        model = ContextDecoder(config, "meta", dtype, group=mesh.tp, context=mesh.cp)
+    else:
+        model = Decoder(config, "meta", dtype, group=mesh.tp)
     fill(model, checkpoint, device=device, progress=progress)
     return model.eval()
 
@@ -111,12 +122,9 @@ def fill(
     total = sum(p.numel() * p.itemsize for p in parameters.values())
     done = 0
     for name, parameter in parameters.items():
-        value = _read(checkpoint, wanted[name], model.group.rank, parameter.dtype)
-        if value.shape != parameter.shape:
-            raise CheckpointError(
-                f"{checkpoint.path}: {wanted[name][0].name} gives {name} the shape "
-                f"{tuple(value.shape)}, expected {tuple(parameter.shape)}"
-            )
+        # Allocated before anything is read, so that what reading takes is given back on top of it.
+        value = torch.empty_like(parameter, device="cpu", requires_grad=False)
+        _read(value, checkpoint, wanted[name], model.group.rank)
         _assign(model, name, value.to(device))
         done += value.numel() * value.itemsize
         if progress is not None:
@@ -125,17 +133,17 @@ def fill(
         model.head.weight = model.embedding.weight
 
 
-def _read(
-    checkpoint: Checkpoint,
-    found: tuple[Source, ...],
-    rank: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    parts = []
+def _read(out: Tensor, checkpoint: Checkpoint, found: tuple[Source, ...], rank: int) -> None:
+    """Fill a parameter from its sources, one after another along its axis 0."""
+    filled = 0
     for source in found:
-        part = checkpoint.read(source.name, source.sharding, rank, dtype=dtype)
-        parts.append(part.t().contiguous() if source.transposed else part)
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+        rows = out.shape[0]
+        if source.sharding.dim is not None and source.sharding.dim == int(source.transposed):
+            rows = source.sharding.sizes[rank]
+        part = out.narrow(0, filled, rows)
+        part = part.t() if source.transposed else part
+        checkpoint.read_into(part, source.name, source.sharding, rank)
+        filled += rows
 
 
 def _as_stored(wanted: Sources, checkpoint: Checkpoint) -> Sources:
