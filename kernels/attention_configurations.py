@@ -55,8 +55,8 @@ _ROWS: dict[str, dict[tuple[str, str, int], AttentionConfig]] = {
         ("decode", "half", 64): AttentionConfig(16, 64, 4, 3),
         ("decode", "half", 128): AttentionConfig(16, 64, 4, 3),
         ("decode", "half", 256): AttentionConfig(16, 32, 4, 2),
-        ("decode", "ieee", 64): AttentionConfig(16, 32, 4, 2, _FMA),
-        ("decode", "ieee", 128): AttentionConfig(16, 32, 4, 2, _FMA),
+        ("decode", "ieee", 64): AttentionConfig(16, 32, 8, 2, _FMA),
+        ("decode", "ieee", 128): AttentionConfig(16, 32, 8, 2, _FMA),
         ("decode", "ieee", 256): AttentionConfig(16, 16, 8, 2, _FMA),
     },
 }
@@ -72,7 +72,10 @@ _ROWS["sm_90"] = _ROWS["sm_80"] | {
     ("backward_q", "half", 128): AttentionConfig(64, 64, 8, 2),
     ("backward_q", "half", 256): AttentionConfig(64, 64, 8, 1),
 }
-_ROWS["sm_100"] = dict(_ROWS["sm_90"])
+_ROWS["sm_100"] = _ROWS["sm_90"] | {
+    ("forward", "half", 64): AttentionConfig(128, 64, 8, 3),
+    ("forward", "half", 128): AttentionConfig(128, 64, 8, 2),
+}
 _ROWS["gfx942"] = {
     key: AttentionConfig(row.block_m, row.block_n, min(row.num_warps, 4), 1)
     for key, row in _ROWS["sm_80"].items()

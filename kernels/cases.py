@@ -18,7 +18,7 @@ from . import (
 )
 from .attention_configurations import attention_rows
 from .compile_kernel import Case
-from .configurations import matmul_rows, row_warps
+from .configurations import WIDE_ROW, matmul_rows, row_warps
 from .launch import next_power_of_two
 
 _DECODE = "16 rows of scores a step, bound by the cache's bytes: wgmma and tcgen05 need 64 rows"
@@ -146,7 +146,10 @@ _DROP_FLOATS, _DROP_LONGS = ("eps", "keep_scale"), ("seed", "keep_threshold")
 def norm_cases(arch: str) -> Iterator[Case]:
     for width in (2048, 4096, 8192, 16384):
         warps = row_warps(next_power_of_two(width))
+        wide = width > WIDE_ROW
         for center, drop in ((False, False), (True, False), (False, True)):
+            if wide and drop:
+                continue
             what = f"{'layer_norm' if center else 'rms_norm'} +residual{' +dropout' * drop} H{width}"
             pointers = dict.fromkeys(
                 ("x_ptr", "residual_ptr", "weight_ptr", "out_ptr", "h_ptr"), "bf16"
@@ -161,16 +164,19 @@ def norm_cases(arch: str) -> Iterator[Case]:
                     BLOCK_H=next_power_of_two(width),
                 ), warps, floats=_DROP_FLOATS, longs=_DROP_LONGS, odd=_DROP_LONGS,
             )
+            if drop and width >= WIDE_ROW:
+                continue
             pointers = dict.fromkeys(
                 ("dout_ptr", "h_ptr", "weight_ptr", "dh_after_ptr", "dh_ptr", "dx_ptr"), "bf16"
             ) | {"rstd_ptr": "fp32", "dweight_ptr": "fp32"}
             pointers |= {"mean_ptr": "fp32", "dbias_ptr": "fp32"} if center else {}
             missing = {} if center else {"dbias_ptr": None, "mean_ptr": None}
+            missing |= {"dbias_ptr": None} if wide else {}
             yield Case(
                 "norm_backward", f"bf16 {what}", norm_backward.norm_backward_kernel, pointers,
                 missing | dict(
-                    CENTER=center, HAS_WEIGHT=True, HAS_BIAS=center, HAS_AFTER=True, DROPOUT=drop,
-                    BLOCK_H=next_power_of_two(width),
+                    CENTER=center, HAS_WEIGHT=True, HAS_BIAS=center and not wide, HAS_AFTER=True,
+                    DROPOUT=drop, KEEP_WEIGHT=not wide, BLOCK_H=next_power_of_two(width),
                 ), warps, floats=_DROP_FLOATS, longs=_DROP_LONGS, odd=_DROP_LONGS,
             )
     yield Case(

@@ -126,7 +126,10 @@ def matmul_rows(arch: str) -> list[tuple[str, str, MatmulConfig]]:
 
 
 # Row kernels hold a whole row in registers: 16 elements a thread, two 128-bit loads of bf16.
-MAX_ROW = 32768
+# Above WIDE_ROW a thread holds 32, and the bias gradient and dropout, which need registers of
+# their own, run as kernels of their own (dropout of the backward pass from WIDE_ROW on).
+MAX_ROW = 16384
+WIDE_ROW = 8192
 ROWS_PER_PROGRAM = 16
 
 

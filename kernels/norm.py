@@ -17,8 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .configurations import row_warps
-from .dropout import Dropout, check_dropout, global_row
+from .configurations import WIDE_ROW, row_warps
+from .dropout import Dropout, check_dropout, dropout_out, global_row
 from .language import keep_mask, narrow
 from .launch import FLOATS, as_rows, check_dtype, check_runnable, check_shape, next_power_of_two
 
@@ -93,12 +93,15 @@ def norm_out(
             check_shape(name, tensor, tuple(x.shape))
     if h is None and (residual is not None or dropout is not None):
         raise ValueError("h: expected a tensor to hold residual + dropout(x), got None; pass one")
+    block = next_power_of_two(width)
+    if dropout is not None and h is not None and block > WIDE_ROW:
+        x = dropout_out(x, h, dropout=dropout, residual=residual)
+        residual = h = dropout = None
     rows = as_rows("x", x)
     dest = as_rows("out", out)
     added = as_rows("residual", residual) if residual is not None else None
     kept = as_rows("h", h) if h is not None else None
     drop = check_dropout(dropout, rows.shape[0])
-    block = next_power_of_two(width)
     if rows.shape[0] == 0 or width == 0:
         return out
     norm_kernel[(rows.shape[0],)](

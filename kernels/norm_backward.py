@@ -19,8 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .configurations import ROWS_PER_PROGRAM, row_warps
-from .dropout import Dropout, check_dropout, global_row
+from .configurations import ROWS_PER_PROGRAM, WIDE_ROW, row_warps
+from .dropout import Dropout, check_dropout, dropout_out, global_row
 from .language import keep_mask, narrow
 from .launch import (
     FLOATS,
@@ -40,15 +40,18 @@ def norm_backward_kernel(
     stride_dm, stride_hm, stride_am, stride_gm, stride_xm,
     seed, keep_threshold, keep_scale, rows_local, rows_global, row_start,
     CENTER: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_AFTER: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_H: tl.constexpr,
+    HAS_AFTER: tl.constexpr, DROPOUT: tl.constexpr, KEEP_WEIGHT: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):
-    """Grid (programs): program p takes rows p * rows_per_program onwards."""
+    """Grid (programs): program p takes rows p * rows_per_program onwards. KEEP_WEIGHT holds the
+    weight in registers; wide rows read it again for each row."""
     program = tl.program_id(0).to(tl.int64)
     first = program * rows_per_program
     cols = tl.arange(0, BLOCK_H)
     mask = cols < H
-    if HAS_WEIGHT:
+    if KEEP_WEIGHT:
         weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    if HAS_WEIGHT:
         dweight = tl.zeros((BLOCK_H,), tl.float32)
     if HAS_BIAS:
         dbias = tl.zeros((BLOCK_H,), tl.float32)
@@ -63,7 +66,10 @@ def norm_backward_kernel(
             dbias += dout
         if HAS_WEIGHT:
             dweight += dout * n
-            dout *= weight
+            if KEEP_WEIGHT:
+                dout *= weight
+            else:
+                dout *= tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
         dh = dout - n * (tl.sum(dout * n, axis=0) / H)
         if CENTER:
             dh -= tl.sum(dout, axis=0) / H
@@ -142,20 +148,26 @@ def norm_backward(
     dh = torch.empty(num_rows, width, dtype=h.dtype, device=h.device)
     dx = torch.empty_like(dh) if dropout is not None else dh
     programs = cdiv(num_rows, ROWS_PER_PROGRAM)
+    block = next_power_of_two(width)
+    wide = block > WIDE_ROW
     sums = [
         torch.empty(programs, width, dtype=torch.float32, device=h.device) if wanted else None
-        for wanted in (weight is not None, has_bias)
+        for wanted in (weight is not None, has_bias and not wide)
     ]
     if h.numel():
-        block = next_power_of_two(width)
         norm_backward_kernel[(programs,)](
             grads, rows, weight, mean, rstd, after, dh, dx, *sums, num_rows, width,
             ROWS_PER_PROGRAM, grads.stride(0), rows.stride(0),
             after.stride(0) if after is not None else 0, dh.stride(0), dx.stride(0),
             *drop.arguments(), CENTER=mean is not None, HAS_WEIGHT=weight is not None,
-            HAS_BIAS=has_bias, HAS_AFTER=after is not None, DROPOUT=dropout is not None,
-            BLOCK_H=block, num_warps=row_warps(block),
+            HAS_BIAS=sums[1] is not None, HAS_AFTER=after is not None,
+            DROPOUT=dropout is not None and block < WIDE_ROW, BLOCK_H=block,
+            KEEP_WEIGHT=weight is not None and not wide, num_warps=row_warps(block),
         )
+        if block >= WIDE_ROW and dropout is not None:
+            dropout_out(dh, dx, dropout=drop)
+    if wide and has_bias:
+        sums[1] = grads
     dtype = weight.dtype if weight is not None else h.dtype
     totals = [
         None if s is None else column_sum_out(

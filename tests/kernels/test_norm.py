@@ -159,5 +159,32 @@ def test_empty_and_bad_input(device):
         dropout(x, dropout=Dropout(1.0, 0))
     with pytest.raises(ValueError, match="rows_local dividing 4"):
         dropout(x, dropout=Dropout(0.5, 0, rows_local=3))
-    with pytest.raises(ValueError, match="at most 32768"):
+    with pytest.raises(ValueError, match="at most 16384"):
         rms_norm(torch.zeros(1, 40000, device=device), None, eps=EPS)
+
+
+@pytest.mark.parametrize("center", [False, True], ids=["rms_norm", "layer_norm"])
+def test_wide_rows_take_the_same_steps(center, device, monkeypatch):
+    """Rows too wide for the fused dropout and bias gradient: same answers, more launches."""
+    from pyparallel.kernels import norm as forward
+    from pyparallel.kernels import norm_backward as backward
+
+    x, residual = normal(9, 20, device=device), normal(9, 20, device=device, seed=2)
+    weight, bias = normal(20, device=device), normal(20, device=device, seed=9)
+    dout, drop = normal(9, 20, device=device, seed=4), Dropout(0.25, 77)
+
+    def both():
+        result = run(center, x, weight, bias, residual=residual, dropout=drop)
+        return result, norm_backward(
+            dout, result.h, weight, result.mean, result.rstd, has_bias=center, dropout=drop
+        )
+
+    narrow_result, narrow_grads = both()
+    monkeypatch.setattr(forward, "WIDE_ROW", 16)
+    monkeypatch.setattr(backward, "WIDE_ROW", 16)
+    result, grads = both()
+    assert torch.equal(result.out, narrow_result.out) and torch.equal(result.h, narrow_result.h)
+    assert torch.equal(grads.dx, narrow_grads.dx)
+    assert torch.equal(grads.dweight, narrow_grads.dweight)
+    if center:
+        assert_within(grads.dbias, narrow_grads.dbias, 1e-5, "dbias")
