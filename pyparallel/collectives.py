@@ -117,6 +117,13 @@ def _sizes(
     return list(sizes)
 
 
+def _two_axes(x: Tensor, split_dim: int, join_dim: int) -> tuple[int, int]:
+    axes = split_dim % x.dim(), join_dim % x.dim()
+    if axes[0] == axes[1]:
+        raise ValueError(f"join_dim: expected another axis than split_dim={axes[0]}")
+    return axes
+
+
 def all_reduce_raw(
     x: Tensor, group: Group, *, op: str = "sum", async_op: bool = False
 ) -> Tensor | Pending:
@@ -187,9 +194,7 @@ def all_to_all_raw(
     join_sizes: Sequence[int] | None = None,
 ) -> Tensor:
     """Send part r of ``split_dim`` to rank r; join what arrives along ``join_dim``."""
-    split_dim, join_dim = split_dim % x.dim(), join_dim % x.dim()
-    if split_dim == join_dim:
-        raise ValueError(f"join_dim: expected another axis than split_dim={split_dim}")
+    split_dim, join_dim = _two_axes(x, split_dim, join_dim)
     sent = _sizes("all_to_all", x, group, split_dim, split_sizes, whole=True)
     held = _sizes("all_to_all", x, group, join_dim, join_sizes, whole=False)
     pieces = [piece.reshape(-1) for piece in x.split(sent, split_dim)]
@@ -286,7 +291,7 @@ class _AllToAll(Function):
     def forward(
         ctx, x: Tensor, group: Group, split_dim: int, join_dim: int, split_sizes, join_sizes
     ) -> Tensor:
-        split_dim, join_dim = split_dim % x.dim(), join_dim % x.dim()
+        split_dim, join_dim = _two_axes(x, split_dim, join_dim)
         sent = _sizes("all_to_all", x, group, split_dim, split_sizes, whole=True)
         held = _sizes("all_to_all", x, group, join_dim, join_sizes, whole=False)
         ctx.saved = group, split_dim, join_dim, sent, held

@@ -119,7 +119,7 @@ def sum_bound(magnitude: Tensor, terms: int, ranks: int, dtype: torch.dtype) -> 
 def assert_within(actual: Tensor, truth: Tensor, bound: Tensor | float, what: str) -> None:
     """``|actual - truth| <= bound`` everywhere; a NaN fails."""
     assert actual.shape == truth.shape, f"{what}: shape {actual.shape}, not {truth.shape}"
-    error = (actual.double() - truth.double()).abs()
+    error = (actual.detach().double() - truth.detach().double()).abs()
     excess = error - bound
     if not bool((excess <= 0).all()):
         worst = int(excess.nan_to_num(math.inf).argmax())
@@ -153,6 +153,7 @@ def assert_as_dense(actual: Tensor, dense: Tensor, truth: Tensor, ranks: int, wh
         truth: the dense module's result in fp64.
     """
     unit = UNIT_ROUNDOFF[dense.dtype]
+    dense, truth = dense.detach(), truth.detach()
     if truth.numel() == 0:
         assert actual.shape == truth.shape, f"{what}: shape {actual.shape}, not {truth.shape}"
         return

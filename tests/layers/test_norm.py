@@ -1,0 +1,78 @@
+"""LayerNorm, RMSNorm and HeadRMSNorm against torch's modules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from pyparallel import backend
+from pyparallel.collectives import count_collectives
+from pyparallel.group import Group
+from pyparallel.layers import LayerNorm, RMSNorm
+from pyparallel.layers.norm import HeadRMSNorm
+from pyparallel.shard import part_sizes
+from pyparallel.testing import assert_as_dense, normals, run_ranks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["layer", "rms", "rms_without_eps"])
+@pytest.mark.parametrize("name", ["torch", "reference"])
+def test_equals_torchs_module(kind, dtype, name):
+    ours, theirs = {
+        "layer": (LayerNorm(7, 1e-3), nn.LayerNorm(7, 1e-3)),
+        "rms": (RMSNorm(7, 1e-3), nn.RMSNorm(7, 1e-3)),
+        "rms_without_eps": (RMSNorm(7), nn.RMSNorm(7)),
+    }[kind]
+    for parameter in theirs.parameters():
+        parameter.data = normals(7, seed=3)
+    ours.load_state_dict(theirs.state_dict())
+    ours, theirs = ours.to(dtype), theirs.to(dtype)
+    # Rows of all zeros, where the epsilon decides.
+    x = torch.cat([normals(4, 7, seed=1, dtype=dtype), torch.zeros(1, 7, dtype=dtype)])
+    wide = {"layer": nn.LayerNorm(7, 1e-3), "rms": nn.RMSNorm(7, 1e-3)}.get(
+        kind, nn.RMSNorm(7, torch.finfo(dtype).eps)
+    )
+    wide.load_state_dict(theirs.state_dict())
+    with backend.use(name):
+        actual = ours(x)
+    assert_as_dense(actual, theirs(x), wide.double()(x.double()), 1, kind)
+
+
+def test_norms_of_several_axes_are_refused():
+    for kind in (LayerNorm, RMSNorm):
+        with pytest.raises(ValueError, match=r"normalized_shape: expected the last axis.*\(2, 3\)"):
+            kind((2, 3))
+
+
+def heads(group: Group) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        module = HeadRMSNorm(6, 1e-5, group=group, dtype=dtype)
+        module.weight.data = normals(6, seed=1, dtype=dtype)
+        x, dy = (normals(2, 3, 9, 6, seed=s, dtype=dtype) for s in (2, 3))
+        results = []
+        for wide in (dtype, torch.float64):
+            dense = nn.RMSNorm(6, 1e-5, dtype=wide)
+            dense.weight.data = module.weight.detach().to(wide)
+            leaf = x.to(wide).requires_grad_()
+            y = dense(leaf)
+            results.append((y, *torch.autograd.grad(y, [leaf, dense.weight], dy.to(wide))))
+        (y, dx, dw), (true_y, true_dx, true_dw) = results
+        sizes = part_sizes(9, group.size)
+        part = slice(sum(sizes[: group.rank]), sum(sizes[: group.rank + 1]))
+        own_x = x[:, :, part].clone().requires_grad_()
+        own_y = module(own_x)
+        with count_collectives() as counter:
+            own_dx, own_dw = torch.autograd.grad(own_y, [own_x, module.weight], dy[:, :, part])
+        for actual, dense, truth, what in (
+            (own_y, y[:, :, part], true_y[:, :, part], "y"),
+            (own_dx, dx[:, :, part], true_dx[:, :, part], "dx"),
+            (own_dw, dw, true_dw, "dw"),
+        ):
+            assert_as_dense(actual, dense, truth, group.size, f"{dtype} {what}")
+        assert counter["all_reduce"] == (group.size > 1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_heads_share_one_weight(ranks):
+    run_ranks(heads, ranks)

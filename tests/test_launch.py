@@ -1,0 +1,319 @@
+"""launch(): results, failures of every kind, and nothing left behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import struct
+import subprocess
+import sys
+import textwrap
+import time
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
+from pyparallel.collectives import all_reduce_raw
+from pyparallel.communicator import TorchCommunicator
+from pyparallel.launch import RankError, _outcome, launch
+from pyparallel.mesh import init_mesh
+
+# A rank's own errors arrive within this; nothing here waits for a collective's timeout.
+SOON_S = 30.0
+
+
+def rank_and_world(*args):
+    return dist.get_rank(), dist.get_world_size(), *args
+
+
+def shared_memory() -> set[str]:
+    return set(os.listdir("/dev/shm"))
+
+
+def ranks_alive() -> list[psutil.Process]:
+    """Ranks are children of the server, which is this process's child."""
+    servers = psutil.Process().children()
+    return [rank for server in servers for rank in server.children()]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    """No rank of this process lives on, and no shared memory has a name."""
+    before = shared_memory()
+    yield
+    deadline = time.monotonic() + 3
+    while (ranks_alive() or shared_memory() - before) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not ranks_alive()
+    assert not shared_memory() - before
+
+
+def test_ranks_are_seen_while_they_live():
+    seen = launch(rank_and_world, 1)
+    assert seen == [(0, 1)]
+    context = multiprocessing.get_context("forkserver")
+    sleeper = context.Process(target=time.sleep, args=(60,))
+    sleeper.start()
+    try:
+        assert [rank.pid for rank in ranks_alive()] == [sleeper.pid]
+    finally:
+        sleeper.kill()
+        sleeper.join()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_results_are_in_the_order_of_ranks(ranks):
+    assert launch(rank_and_world, ranks, "a", 2) == [(r, ranks, "a", 2) for r in range(ranks)]
+
+
+def raise_on(rank: int) -> None:
+    if dist.get_rank() == rank:
+        raise KeyError("the cause")
+    group = init_mesh(tp=dist.get_world_size()).tp
+    all_reduce_raw(torch.ones(4), group)
+
+
+def raise_in_the_midst(rank: int) -> None:
+    group = init_mesh(tp=dist.get_world_size()).tp
+    if dist.get_rank() == rank:
+        # The peers wait in a collective, lose this rank and report that first.
+        time.sleep(0.2)
+        raise KeyError("the cause")
+    all_reduce_raw(torch.ones(4), group)
+
+
+@pytest.mark.parametrize("fn", [raise_on, raise_in_the_midst])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_cause_is_raised_before_its_consequences(fn, rank):
+    start = time.monotonic()
+    with pytest.raises(RankError, match=rf"rank {rank} of 3: KeyError: 'the cause'") as caught:
+        launch(fn, 3, rank)
+    assert time.monotonic() - start < SOON_S
+    assert caught.value.rank == rank and caught.value.world_size == 3
+    assert isinstance(caught.value.__cause__, KeyError)
+    assert fn.__name__ in caught.value.remote_traceback
+
+
+def fail_after_a_send() -> None:
+    communicator = TorchCommunicator(dist.group.WORLD, "test")
+    if communicator.rank == 0:
+        communicator.send(torch.ones(1 << 20), 1)
+        raise KeyError("the cause")
+    time.sleep(60)
+
+
+def test_a_failed_rank_does_not_wait_for_what_it_sent():
+    start = time.monotonic()
+    with pytest.raises(RankError, match="rank 0 of 2: KeyError"):
+        launch(fail_after_a_send, 2)
+    assert time.monotonic() - start < SOON_S
+
+
+def die(rank: int, how: str) -> None:
+    group = init_mesh(tp=dist.get_world_size()).tp
+    if dist.get_rank() == rank:
+        if how == "exit":
+            os._exit(0)
+        if how == "sys.exit":
+            sys.exit(7)
+        os.kill(os.getpid(), signal.SIGKILL)
+    all_reduce_raw(torch.ones(4), group)
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("exit", "ended with exit status 0 before it returned"),
+        ("sys.exit", "SystemExit: 7"),
+        ("kill", "killed by SIGKILL"),
+    ],
+)
+def test_a_death_is_told_as_such(how, told):
+    start = time.monotonic()
+    with pytest.raises(RankError, match=f"rank 1 of 3: {told}"):
+        launch(die, 3, 1, how)
+    assert time.monotonic() - start < SOON_S
+
+
+class Killed:
+    exitcode = -signal.SIGKILL
+
+    def join(self, timeout: float) -> None:
+        pass
+
+
+def test_a_rank_killed_in_the_middle_of_its_message_is_told():
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    os.write(sender.fileno(), struct.pack("!i", 1000) + bytes(10))
+    sender.close()
+    assert _outcome(Killed(), receiver).reason == "killed by SIGKILL"
+
+
+class Unpicklable(Exception):
+    def __init__(self, first, second):
+        super().__init__(f"{first} and {second}")
+        self.lock = __import__("threading").Lock()
+
+
+def raise_unpicklable() -> None:
+    raise Unpicklable("this", "that")
+
+
+def return_unpicklable():
+    return lambda: None
+
+
+def return_what_only_a_rank_can_read():
+    return OnlyInARank()
+
+
+class OnlyInARank:
+    def __reduce__(self):
+        return _restore, (os.getpid(),)
+
+
+def _restore(pid: int):
+    if os.getpid() != pid:
+        raise LookupError("not this process")
+
+
+@pytest.mark.parametrize(
+    ("fn", "told"),
+    [
+        (raise_unpicklable, "Unpicklable: this and that"),
+        (return_unpicklable, "TypeError: the result of fn must be picklable, got function"),
+        (return_what_only_a_rank_can_read, "its result can't be unpickled here: LookupError"),
+    ],
+)
+def test_what_does_not_pickle_is_told(fn, told):
+    with pytest.raises(RankError, match=f"rank [01] of 2: {told}"):
+        launch(fn, 2)
+
+
+def test_bad_calls_are_refused_before_a_rank_starts():
+    with pytest.raises(ValueError, match="world_size: expected at least 1, got 0"):
+        launch(rank_and_world, 0)
+    with pytest.raises(ValueError, match="fn and its arguments must be picklable"):
+        launch(lambda: None, 2)
+    with pytest.raises(ValueError, match="fn and its arguments must be picklable"):
+        launch(rank_and_world, 2, lambda: None)
+
+
+def start_more() -> str:
+    try:
+        launch(rank_and_world, 1)
+    except ValueError as error:
+        return str(error)
+    return "started"
+
+
+def test_a_rank_starts_no_ranks():
+    assert launch(start_more, 1) == ["launch: called by a rank; ranks start no ranks of their own"]
+
+
+def add_rank(tensor: torch.Tensor) -> torch.Tensor:
+    tensor += dist.get_rank() + 1
+    return tensor
+
+
+def test_tensors_go_by_value():
+    tensor = torch.zeros(3)
+    results = launch(add_rank, 3, tensor)
+    assert not tensor.any() and not tensor.is_shared()
+    assert [result.tolist() for result in results] == [[1.0] * 3, [2.0] * 3, [3.0] * 3]
+
+
+def big(megabytes: int) -> torch.Tensor:
+    return torch.full((megabytes << 18,), float(dist.get_rank()))
+
+
+def test_large_results_arrive():
+    for rank, result in enumerate(launch(big, 2, 16)):
+        assert result.numel() == 16 << 18 and bool((result == rank).all())
+
+
+def environment() -> tuple:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "PYPARALLEL_TEST_MARK")
+    return *(os.environ.get(name) for name in names), torch.get_num_threads()
+
+
+def test_the_environment_is_the_callers_and_the_rank_its_own(monkeypatch):
+    # As inside a torchrun job, whose variables must not reach the ranks.
+    monkeypatch.setenv("RANK", "7")
+    monkeypatch.setenv("WORLD_SIZE", "9")
+    monkeypatch.setenv("PYPARALLEL_TEST_MARK", "now")
+    expected = [(str(r), str(r), "2", "2", "now", 1) for r in range(2)]
+    assert launch(environment, 2, threads=1) == expected
+    monkeypatch.delenv("PYPARALLEL_TEST_MARK")
+    assert launch(environment, 1, threads=2) == [("0", "0", "1", "1", None, 2)]
+
+
+LAUNCHER = """
+    import os, sys, time
+    import torch
+    from pyparallel.collectives import all_reduce_raw
+    from pyparallel.launch import launch
+    from pyparallel.mesh import init_mesh
+
+    def busy(folder):
+        group = init_mesh(tp=3).tp
+        all_reduce_raw(torch.ones(8), group)
+        open(os.path.join(folder, f"pid{group.rank}"), "w").write(str(os.getpid()))
+        # Rank 0 sleeps, and the others wait for it inside a collective.
+        if group.rank == 0:
+            time.sleep(120)
+        all_reduce_raw(torch.ones(8), group)
+
+    if __name__ == "__main__":
+        launch(busy, 3, sys.argv[1])
+"""
+
+
+@pytest.fixture
+def launcher(tmp_path):
+    """A process that has three busy ranks, and the processes of its session."""
+    script = tmp_path / "launcher.py"
+    script.write_text(textwrap.dedent(LAUNCHER))
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)],
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    pids = [tmp_path / f"pid{rank}" for rank in range(3)]
+    deadline = time.monotonic() + 60
+    while not all(path.exists() and path.read_text() for path in pids):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "the ranks did not start"
+        time.sleep(0.05)
+    yield process, psutil.Process(process.pid).children(recursive=True)
+    if process.poll() is None:
+        process.kill()
+    process.communicate()
+
+
+def all_gone(family: list[psutil.Process]) -> list[psutil.Process]:
+    _, alive = psutil.wait_procs(family, timeout=10)
+    return [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGTERM])
+def test_killing_the_launcher_leaves_no_process(launcher, blow):
+    process, family = launcher
+    assert len(family) >= 4
+    process.send_signal(blow)
+    process.wait(10)
+    assert not all_gone(family)
+
+
+def test_ctrl_c_ends_everything(launcher):
+    process, family = launcher
+    # Ctrl-C reaches every process of the terminal's group.
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode != 0
+    assert "KeyboardInterrupt" in stderr
+    assert not all_gone(family)
