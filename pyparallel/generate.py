@@ -39,6 +39,8 @@ class CausalLM(Protocol):
 
     def hidden(self, ids: Tensor, starts: Sequence[int], cache: Any) -> Tensor: ...
 
+    def last_hidden(self, ids: Tensor, lengths: Sequence[int], cache: Any) -> Tensor: ...
+
 
 class ModuleSession:
     """Decoding through the modules: any model, any device.
@@ -58,10 +60,8 @@ class ModuleSession:
         ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
         for row, prompt in zip(ids, self.prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt)
-        hidden = self.model.hidden(ids.to(self.device), [0] * len(lengths), self.cache)
-        last = torch.tensor(lengths, device=self.device) - 1
-        rows = torch.arange(len(lengths), device=self.device)
-        return self.model.head.sample(hidden[rows, last], sampling, draws).tolist()
+        hidden = self.model.last_hidden(ids.to(self.device), lengths, self.cache)
+        return self.model.head.sample(hidden, sampling, draws).tolist()
 
     def step(
         self, tokens: Sequence[int], starts: Sequence[int], sampling: Sampling, draws: Tensor

@@ -27,8 +27,8 @@ def merge_attention_(o: Tensor, lse: Tensor, part_o: Tensor, part_lse: Tensor) -
 
 
 def merge_all(parts_o: Sequence[Tensor], parts_lse: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """All parts merged, in order, as new fp32 tensors."""
-    o, lse = parts_o[0].float().clone(), parts_lse[0].float().clone()
+    """All parts merged, in order, as new tensors of the parts' dtype: fp32 or fp64."""
+    o, lse = parts_o[0].clone(), parts_lse[0].clone()
     for part_o, part_lse in zip(parts_o[1:], parts_lse[1:], strict=True):
         merge_attention_(o, lse, part_o, part_lse)
     return o, lse

@@ -14,8 +14,8 @@ from pyparallel.group import Group
 class ContextSlots:
     """Which slot of which rank holds a position: the same for all sequences and layers.
 
-    The prompt's positions lie where the prefill worked on them. Later ones go round the ranks, those with
-    fewer tokens first, so that no rank ever holds more than ceil(T / R) of T positions.
+    The prompt's positions lie where the prefill worked on them. Later ones go round the ranks, those
+    with fewer tokens first, so that no rank ever holds more than ceil(T / R) of T positions.
 
     Args:
         prompt: how the prompt was cut.

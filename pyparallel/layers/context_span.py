@@ -1,8 +1,8 @@
 """What attention does in one call of a model whose sequences are cut over ranks.
 
 A :class:`~pyparallel.layers.span.Span` carries one of these where the context is cut:
-:class:`ContextPrefill`, every rank has its tokens of whole sequences; :class:`ContextStep`, every rank has
-the same few new tokens, and its part of a cache.
+:class:`ContextPrefill`, every rank has its tokens of whole sequences; :class:`ContextStep`, every rank
+has the same few new tokens, and its part of a cache.
 """
 
 from __future__ import annotations

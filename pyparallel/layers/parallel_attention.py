@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyparallel import backend
 from pyparallel.group import Group
+from pyparallel.layers.context_kv_cache import ContextKVCache
 from pyparallel.layers.kv_cache import KVCache
 from pyparallel.layers.norm import HeadRMSNorm
 from pyparallel.layers.qkv_parallel_linear import QKVParallelLinear
@@ -133,21 +134,25 @@ class ParallelAttention(nn.Module):
         module.out_proj.load_dense(attention.out_proj)
         return module
 
-    def new_cache(self, batch: int, length: int) -> KVCache:
-        """An empty cache of ``length`` slots for this rank's KV heads."""
+    def new_cache(
+        self, batch: int, length: int, *, context: Group | None = None
+    ) -> KVCache | ContextKVCache:
+        """An empty cache of ``length`` slots for this rank's KV heads; with ``context`` its ranks each
+        have their part of the slots."""
         start, stop = self.qkv_proj.layout.kv[self.qkv_proj.group.rank]
         weight = self.qkv_proj.weight
-        head_dim = self.qkv_proj.head_dim
-        return KVCache(
-            batch, stop - start, length, head_dim, device=weight.device, dtype=weight.dtype
-        )
+        sizes = (batch, stop - start, length, self.qkv_proj.head_dim)
+        options = {"device": weight.device, "dtype": weight.dtype}
+        if context is not None:
+            return ContextKVCache(*sizes, group=context, **options)
+        return KVCache(*sizes, **options)
 
     def forward(
         self,
         x: Tensor,
         *,
         span: Span | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | ContextKVCache | None = None,
         mask: Tensor | None = None,
         length: int | None = None,
     ) -> Tensor:
@@ -170,20 +175,51 @@ class ParallelAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if span.rotation is not None:
             q, k = (backend.call("rope", t, *span.rotation) for t in (q, k))
-        if cache is not None:
-            k, v = cache.write(k, v, span)
-        if span.mask is not None:
-            mask = span.mask if mask is None else span.mask & mask
-        # The span's own mask is complete; alone, "causal" and the window say what is seen.
-        attend = partial(
-            backend.call,
-            "attention",
-            causal=self.causal and span.mask is None,
-            window=self.window if span.mask is None else None,
-            mask=mask,
-        )
+        attend = self._attend_in_context if span.context is not None else self._attend
+        attend = partial(attend, span=span, cache=cache, mask=mask)
         if self.recompute and torch.is_grad_enabled():
             o = checkpoint(attend, q, k, v, use_reentrant=False, preserve_rng_state=False)
         else:
             o = attend(q, k, v)
         return self.out_proj(o.flatten(-2))
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        span: Span,
+        cache: KVCache | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        if cache is not None:
+            k, v = cache.write(k, v, span)
+        if span.mask is not None:
+            mask = span.mask if mask is None else span.mask & mask
+        # The span's own mask is complete; alone, "causal" and the window say what is seen.
+        return backend.call(
+            "attention",
+            q,
+            k,
+            v,
+            causal=self.causal and span.mask is None,
+            window=self.window if span.mask is None else None,
+            mask=mask,
+        )
+
+    def _attend_in_context(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        span: Span,
+        cache: ContextKVCache | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        if mask is not None:
+            raise ValueError(
+                "mask: expected None where the context is cut over ranks; use documents"
+            )
+        return span.context.attend(q, k, v, cache=cache, causal=self.causal, window=self.window)

@@ -184,12 +184,15 @@ class Decoder(nn.Module):
         Raises:
             ValueError: the model is sequence-parallel.
         """
+        self._check_cacheable()
+        return [layer.attention.new_cache(batch, length) for layer in self.layers]
+
+    def _check_cacheable(self) -> None:
         if self.sequence_parallel:
             raise ValueError(
                 "sequence_parallel: expected False for a model with a cache, since a step of one "
                 "token cannot be cut; load the same weights without it to generate"
             )
-        return [layer.attention.new_cache(batch, length) for layer in self.layers]
 
     def hidden(
         self, ids: Tensor, starts: Sequence[int], cache: list[KVCache] | None = None
@@ -206,6 +209,25 @@ class Decoder(nn.Module):
             spans[window] = Span.of(
                 starts, ids.shape[1], device=ids.device, rotary=self.rotary, window=window
             )
+        return self._run(ids, spans, cache)
+
+    def last_hidden(
+        self, ids: Tensor, lengths: Sequence[int], cache: list[KVCache] | None = None
+    ) -> Tensor:
+        """The hidden states [B, H] of the last tokens of prompts ``ids [B, S]``, padded on the right.
+
+        Args:
+            lengths: without the padding.
+            cache: empty; gets the prompts.
+        """
+        hidden = self.hidden(ids, [0] * len(lengths), cache)
+        last = torch.tensor(lengths, device=ids.device) - 1
+        return hidden[torch.arange(len(lengths), device=ids.device), last]
+
+    def _run(
+        self, ids: Tensor, spans: dict[int | None, Span], cache: list[KVCache] | None
+    ) -> Tensor:
+        """The layers over the tokens of a call; ``spans`` by the layers' windows."""
         x = self.embedding(ids)
         if self.positions is not None:
             positions = self.positions(next(iter(spans.values())).positions)

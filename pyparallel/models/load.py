@@ -46,8 +46,8 @@ def load(
     """The model in ``path``, cut over ``mesh.tp``; each rank reads only its own slices.
 
     Peak memory of a rank is its share and one tensor. Llama, Mistral, Qwen2, Qwen3, GPT-2 and GPT-NeoX
-    become a :class:`Decoder`, or over several ``mesh.cp`` ranks a :class:`ContextDecoder`; any other architecture with a tensor-parallel plan becomes its
-    transformers model, parallelized.
+    become a :class:`Decoder`, or over several ``mesh.cp`` ranks a :class:`ContextDecoder`; any other
+    architecture with a tensor-parallel plan becomes its transformers model, parallelized.
 
     Args:
         path: a folder of safetensors, a .safetensors or .gguf file, or an opened checkpoint.
@@ -68,8 +68,8 @@ def load(
             raise
         if mesh.cp.size > 1:
             raise ValueError(
-                f"cp: expected 1 for a {checkpoint.config().get('model_type')} model, which keeps its own "
-                f"attention; got {mesh.cp.size}"
+                f"cp: expected 1 for a {checkpoint.config().get('model_type')} model, which keeps its "
+                f"own attention; got {mesh.cp.size}"
             ) from None
         from pyparallel.models.hugging_face import load_hugging_face
 

@@ -150,6 +150,14 @@ class TransformersDecoder(nn.Module):
         )
         return output.last_hidden_state
 
+    def last_hidden(
+        self, ids: Tensor, lengths: Sequence[int], cache: Cache | None = None
+    ) -> Tensor:
+        """The hidden states [B, H] of the last tokens of prompts ``ids [B, S]``, padded on the right."""
+        hidden = self.hidden(ids, [0] * len(lengths), cache)
+        last = torch.tensor(lengths, device=ids.device) - 1
+        return hidden[torch.arange(len(lengths), device=ids.device), last]
+
     def forward(self, ids: Tensor) -> Tensor:
         """All logits [B, S, V] of ``ids [B, S]``, on every rank."""
         return self.model(input_ids=ids, use_cache=False).logits

@@ -1,0 +1,135 @@
+"""A decoder whose sequences are cut over context-parallel ranks.
+
+Every rank holds the same weights (its tensor-parallel share of them) and works on its tokens: 1/R of the
+activations, of the attention and of the KV cache.
+
+Legend: B sequences, S tokens of each, S_r this rank's, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyparallel.collectives import all_gather_raw, all_reduce_raw
+from pyparallel.context import ContextShards
+from pyparallel.group import Group
+from pyparallel.layers.context_kv_cache import ContextKVCache
+from pyparallel.layers.context_span import prefill_span, step_span
+from pyparallel.models.config import DecoderConfig
+from pyparallel.models.decoder import Decoder
+
+
+class ContextDecoder(Decoder):
+    """A :class:`Decoder` over the ranks of ``context`` too.
+
+    Training: ``logits = model(ids)`` are those of this rank's tokens, so the loss is
+    ``cross_entropy(logits, shards.split(targets), reduction="sum") / number of all targets``. Every
+    parameter's gradient is then this rank's part, and the dense one is the sum over ``context``.
+
+    Args:
+        context: the context-parallel ranks; the others as in :class:`Decoder`.
+        algorithm: "ring", "ulysses" or "auto".
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        group: Group,
+        context: Group,
+        algorithm: str = "auto",
+        sequence_parallel: bool = False,
+        recompute: str = "none",
+    ) -> None:
+        super().__init__(
+            config,
+            device,
+            dtype,
+            group=group,
+            sequence_parallel=sequence_parallel,
+            recompute=recompute,
+        )
+        self.context = context
+        self.algorithm = algorithm
+
+    def shards(self, length: int, *, documents: Any = None) -> ContextShards:
+        """How sequences of ``length`` tokens are cut; ``documents`` as in :meth:`ContextShards.of`."""
+        return ContextShards.of(length, self.context, documents=documents, algorithm=self.algorithm)
+
+    def new_cache(self, batch: int, length: int) -> list[ContextKVCache]:
+        """Empty caches, a layer each, for ``batch`` sequences of up to ``length`` tokens, of which
+        each rank holds its part.
+
+        Raises:
+            ValueError: the model is sequence-parallel.
+        """
+        self._check_cacheable()
+        return [
+            layer.attention.new_cache(batch, length, context=self.context) for layer in self.layers
+        ]
+
+    def forward(self, ids: Tensor, shards: ContextShards | None = None) -> Tensor:
+        """The logits [B, S_r, V] of this rank's tokens of ``ids [B, S]``.
+
+        Args:
+            shards: from :meth:`shards`; by default each sequence is one document.
+        """
+        shards = shards or self.shards(ids.shape[1])
+        hidden = self._prefill(ids, shards, None)
+        return self.head(hidden, length=shards.sizes[self.context.rank])
+
+    def hidden(
+        self, ids: Tensor, starts: Sequence[int], cache: list[ContextKVCache] | None = None
+    ) -> Tensor:
+        """The normalised last hidden states [B, S, H] of ``ids [B, S]``, whole on every rank, without
+        gradients.
+
+        Args:
+            starts: the position of each sequence's first token; all 0 for the first call on a cache
+                and without one.
+        """
+        if cache is not None and cache[0].slots is not None:
+            span = step_span(starts, ids.shape[1], cache[0], device=ids.device, rotary=self.rotary)
+            return self._run(ids, dict.fromkeys(self.config.windows, span), cache)
+        if any(starts):
+            raise ValueError(
+                f"starts: expected 0 for the first call of a cache, got {list(starts)}"
+            )
+        shards = self.shards(ids.shape[1])
+        joined = all_gather_raw(
+            self._prefill(ids, shards, cache), self.context, dim=1, sizes=shards.sizes
+        )
+        order = shards.dense_order()
+        return joined if order is None else joined[:, order.to(joined.device)]
+
+    def last_hidden(
+        self, ids: Tensor, lengths: Sequence[int], cache: list[ContextKVCache] | None = None
+    ) -> Tensor:
+        """The hidden states [B, H] of the prompts' last tokens; no rank holds those of all tokens."""
+        shards = self.shards(ids.shape[1])
+        hidden = self._prefill(ids, shards, cache)
+        is_last = torch.tensor(lengths).unsqueeze(1) - 1 == shards.positions()
+        rows, tokens = torch.nonzero(is_last, as_tuple=True)
+        last = hidden.new_zeros(len(lengths), hidden.shape[-1])
+        last[rows.to(hidden.device)] = hidden[rows, tokens]
+        # One rank has it and the others add zeros: no rounding.
+        return all_reduce_raw(last, self.context)
+
+    def _prefill(
+        self, ids: Tensor, shards: ContextShards, cache: list[ContextKVCache] | None
+    ) -> Tensor:
+        """The hidden states [B, S_r, H] of this rank's tokens."""
+        span = prefill_span(
+            ids.shape[0],
+            shards,
+            device=ids.device,
+            rotary=self.rotary,
+            cached=cache is not None,
+        )
+        return self._run(shards.split(ids), dict.fromkeys(self.config.windows, span), cache)
