@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pyparallel import _C, backend
 from pyparallel.functional.next_token import Sampling, sample
 from pyparallel.layers.kv_cache import KVCache
+from pyparallel.models.context_decoder import ContextDecoder
 from pyparallel.models.decoder import Decoder
 from pyparallel.shared_memory import SharedMemoryCommunicator
 
@@ -239,6 +240,8 @@ def reason_against(model: nn.Module, *args: Any) -> str | None:
     """Why the C++ decoder can't run this model, or None."""
     if not isinstance(model, Decoder):
         return f"expected a pyparallel Decoder, got {type(model).__name__}"
+    if isinstance(model, ContextDecoder):
+        return "its KV cache holds whole sequences, and this model's are cut over ranks"
     parameters = list(model.parameters())
     if any(p.device.type != "cpu" for p in parameters):
         return f"expected parameters on the CPU, got {parameters[0].device}"

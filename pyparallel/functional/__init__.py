@@ -4,6 +4,7 @@ from pyparallel.functional import (  # noqa: F401
     activation,
     all_gather_linear,
     attention,
+    attention_with_lse,
     column_parallel_linear,
     dropout,
     linear,
