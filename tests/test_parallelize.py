@@ -128,32 +128,28 @@ def compare_all(mesh: Mesh, cases: list[Case], expected: list[Tensor | None]) ->
         compare(mesh, *case, tokens)
 
 
-def equals_dense(ranks: int, cases: list[Case]) -> None:
+def cases_of(names: Iterable[str], attention: str, changes: dict | None = None) -> list[Case]:
+    # Gemma2 caps its scores, which only the eager path does.
+    return [(n, "eager" if n == "gemma2" else attention, changes or {}) for n in names]
+
+
+SWEEPS = {
+    1: cases_of(FAMILIES, "sdpa"),
+    2: cases_of(FAMILIES, "eager") + cases_of(OTHERS, "sdpa"),
+    3: cases_of(FAMILIES, "sdpa")
+    + cases_of(OTHERS, "eager")
+    + cases_of(("llama", "qwen2", "qwen3", "phi3", "gemma2"), "eager", FEW_KV),
+    4: cases_of(FAMILIES, "sdpa")
+    + cases_of(("qwen3", "phi3"), "sdpa", ONE_KV)
+    + cases_of(("llama", "qwen3"), "eager", FEW_KV),
+}
+
+
+@pytest.mark.parametrize("ranks", SWEEPS)
+def test_equals_dense(ranks: int) -> None:
+    cases = SWEEPS[ranks]
     tokens = [dense_tokens(name, kind, tuple(changes.items())) for name, kind, changes in cases]
     on_ranks(compare_all, ranks, cases, tokens)
-
-
-def cases_of(names: Iterable[str], attention: str) -> list[Case]:
-    # Gemma2 caps its scores, which only the eager path does.
-    return [(name, "eager" if name == "gemma2" else attention, {}) for name in names]
-
-
-@pytest.mark.parametrize(
-    ("ranks", "attention"), [(1, "sdpa"), (2, "eager"), (3, "sdpa"), (4, "sdpa")]
-)
-def test_equals_dense(ranks: int, attention: str) -> None:
-    equals_dense(ranks, cases_of(FAMILIES, attention))
-
-
-@pytest.mark.parametrize(("ranks", "attention"), [(2, "sdpa"), (3, "eager")])
-def test_families_by_their_configs_plan(ranks: int, attention: str) -> None:
-    equals_dense(ranks, cases_of(OTHERS, attention))
-
-
-def test_fewer_kv_heads_than_ranks() -> None:
-    names = ("llama", "qwen2", "qwen3", "phi3", "gemma2")
-    equals_dense(3, [(name, "eager", FEW_KV) for name in names])
-    equals_dense(4, [(name, "sdpa", ONE_KV) for name in ("qwen3", "phi3", "llama")])
 
 
 def check_structure(mesh: Mesh) -> None:
@@ -188,10 +184,6 @@ def check_structure(mesh: Mesh) -> None:
         assert local < 0.75 * total, f"{name}: {local} of {total}"
 
 
-def test_names_ties_meta_and_copies() -> None:
-    on_ranks(check_structure, 2)
-
-
 def check_ties(mesh: Mesh) -> None:
     llama = parallelize(build("llama tied"), mesh)
     assert llama.lm_head.weight is llama.model.embed_tokens.weight
@@ -200,10 +192,6 @@ def check_ties(mesh: Mesh) -> None:
     assert head.decoder.weight is bert.bert.embeddings.word_embeddings.weight
     assert head.decoder.bias is head.bias
     assert head.bias.shape[0] < 61
-
-
-def test_tied_parameters_stay_one() -> None:
-    on_ranks(check_ties, 2)
 
 
 def check_counts(mesh: Mesh) -> None:
@@ -222,10 +210,6 @@ def check_counts(mesh: Mesh) -> None:
         assert counts == {"all_reduce": 1 + 2 * layers, "all_gather": gathers}, (name, counts)
         counts = {n: c for n, c in backward.items() if isinstance(n, str)}
         assert counts == {"all_reduce": 1 + entries * layers}, (name, counts)
-
-
-def test_counts_of_collectives() -> None:
-    on_ranks(check_counts, 3)
 
 
 def check_training(mesh: Mesh) -> None:
@@ -247,8 +231,24 @@ def check_training(mesh: Mesh) -> None:
         assert_within(model.get_parameter(n), part, 1e-3 * moved + 1e-6, n)
 
 
-def test_training_steps() -> None:
-    on_ranks(check_training, 3)
+CHECKS = {
+    "structure": check_structure,
+    "ties": check_ties,
+    "counts": check_counts,
+    "training": check_training,
+}
+
+
+def check_named(mesh: Mesh) -> None:
+    for name, check in CHECKS.items():
+        try:
+            check(mesh)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+def test_structure_ties_counts_training() -> None:
+    on_ranks(check_named, 2)
 
 
 def test_sharded_modules_know_their_dense_shapes() -> None:
