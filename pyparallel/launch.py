@@ -56,12 +56,24 @@ class _Outcome:
         return 2 if isinstance(self.error, PeerError) else 1
 
 
+@dataclass
+class _Report:
+    """What a rank tells on its way."""
+
+    value: Any
+
+
+# In a rank: the pipe to its launcher.
+_sender: connection.Connection | None = None
+
+
 def launch(
     fn: Callable[..., Any],
     world_size: int,
     *args: Any,
     threads: int | None = None,
     timeout_s: float = 300.0,
+    on_report: Callable[[int, Any], None] | None = None,
 ) -> list[Any]:
     """Run ``fn(*args)`` on ``world_size`` new ranks of this machine; return their results by rank.
 
@@ -73,6 +85,7 @@ def launch(
     Args:
         threads: intra-op threads per rank; by default the machine's cores divided by ``world_size``.
         timeout_s: how long a collective may wait for a peer, in seconds.
+        on_report: called here with (rank, value) for each :func:`report` of a rank, as it comes.
 
     Raises:
         ValueError: ``world_size`` is below 1, ``fn`` or an argument can't be pickled, or a rank calls.
@@ -106,7 +119,7 @@ def launch(
             process.start()
             sender.close()
             ranks.append((process, receiver))
-        results = _collect(ranks)
+        results = _collect(ranks, on_report)
         for process, _ in ranks:
             process.join(GRACE_S)
         return results
@@ -126,7 +139,16 @@ def _pickled(fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
         ) from error
 
 
-def _collect(ranks: list[tuple[BaseProcess, connection.Connection]]) -> list[Any]:
+def report(value: Any) -> None:
+    """Send ``value`` to the launcher's ``on_report`` while this rank goes on; nothing elsewhere."""
+    if _sender is not None:
+        _sender.send_bytes(pickle.dumps(_Report(value)))
+
+
+def _collect(
+    ranks: list[tuple[BaseProcess, connection.Connection]],
+    on_report: Callable[[int, Any], None] | None,
+) -> list[Any]:
     outcomes: dict[int, _Outcome] = {}
     waiting = dict(enumerate(ranks))
     deadline = None
@@ -137,7 +159,12 @@ def _collect(ranks: list[tuple[BaseProcess, connection.Connection]]) -> list[Any
             break
         for rank, (process, receiver) in list(waiting.items()):
             if receiver in ready:
-                outcomes[rank] = _outcome(process, receiver)
+                message = _message(process, receiver)
+                if isinstance(message, _Report):
+                    if on_report is not None:
+                        on_report(rank, message.value)
+                    continue
+                outcomes[rank] = message
                 del waiting[rank]
         if deadline is None and any(outcome.reason for outcome in outcomes.values()):
             deadline = time.monotonic() + SETTLE_S
@@ -150,7 +177,7 @@ def _collect(ranks: list[tuple[BaseProcess, connection.Connection]]) -> list[Any
     return [outcomes[rank].value for rank in range(len(ranks))]
 
 
-def _outcome(process: BaseProcess, receiver: connection.Connection) -> _Outcome:
+def _message(process: BaseProcess, receiver: connection.Connection) -> _Outcome | _Report:
     """Read a rank's message; the pipe's end without one means that the rank died."""
     try:
         message = receiver.recv_bytes()
@@ -194,6 +221,8 @@ def _rank_main(
     environment: dict[str, str],
 ) -> None:
     """The life of one rank."""
+    global _sender
+    _sender = sender
     # Ctrl-C reaches the whole terminal group; the parent alone decides what becomes of the ranks.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 
 from pyparallel.collectives import all_reduce_raw
-from pyparallel.communicator import TorchCommunicator
-from pyparallel.launch import RankError, _outcome, launch
+from pyparallel.launch import RankError, _message, launch
 from pyparallel.mesh import init_mesh
+from pyparallel.torch_communicator import TorchCommunicator
 
 # A rank's own errors arrive within this; nothing here waits for a collective's timeout.
 SOON_S = 30.0
@@ -149,7 +149,7 @@ def test_a_rank_killed_in_the_middle_of_its_message_is_told():
     receiver, sender = multiprocessing.Pipe(duplex=False)
     os.write(sender.fileno(), struct.pack("!i", 1000) + bytes(10))
     sender.close()
-    assert _outcome(Killed(), receiver).reason == "killed by SIGKILL"
+    assert _message(Killed(), receiver).reason == "killed by SIGKILL"
 
 
 class Unpicklable(Exception):

@@ -6,9 +6,6 @@ import argparse
 import json
 import resource
 import sys
-import threading
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -16,7 +13,7 @@ import torch
 from pyparallel.checkpoint import Checkpoint, open_checkpoint
 from pyparallel.functional.next_token import Sampling
 from pyparallel.generate import check_prompts, generate
-from pyparallel.launch import launch
+from pyparallel.launch import launch, report
 from pyparallel.mesh import init_mesh
 from pyparallel.models.config import DecoderConfig, UnknownArchitectureError
 from pyparallel.models.dense import compare, load_tokenizer
@@ -34,6 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt", required=True, action="append", help="text to continue; may be repeated")
     add("--chat", action="store_true", help="put each prompt into the model's chat template")
     add("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks")
+    add(
+        "--cp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="context-parallel ranks, each with its part of the prompt and the KV cache; tp x cp in all",
+    )
     add("--max-new-tokens", type=int, default=64, metavar="K")
     add("--dtype", choices=DTYPES, help="of weights and activations; default: the checkpoint's")
     add("--temperature", type=float, default=0.0, help="0: the likeliest token (default)")
@@ -46,8 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.tp < 1:
-        raise ValueError(f"--tp: expected at least 1, got {args.tp}")
+    for axis in ("tp", "cp"):
+        if getattr(args, axis) < 1:
+            raise ValueError(f"--{axis}: expected at least 1, got {getattr(args, axis)}")
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"--threads: expected at least 1, got {args.threads}")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
@@ -55,30 +60,34 @@ def run(args: argparse.Namespace) -> int:
     config = _decoder_config(checkpoint)
     if config is not None:
         HeadLayout.of(config.num_heads, config.num_kv_heads, args.tp)
+    elif args.cp > 1:
+        raise ValueError(f"--cp: expected 1 for a model with its own attention, got {args.cp}")
     dtype = getattr(torch, args.dtype) if args.dtype else stored_dtype(checkpoint)
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     prompts = [_encode(tokenizer, prompt, args.chat) for prompt in args.prompt]
     if config is not None:
         check_prompts(prompts, args.max_new_tokens, config.vocab_size, config.max_positions)
-    with _Printer(tokenizer, show=not args.json and len(prompts) == 1) as printer:
-        ranks = launch(
-            _rank,
-            args.tp,
-            checkpoint,
-            prompts,
-            args.max_new_tokens,
-            sampling,
-            dtype,
-            args.check,
-            not args.json,
-            printer.sender,
-            threads=args.threads,
-        )
-    report = _report(tokenizer, ranks)
+    printer = _Printer(tokenizer, shown=not args.json and len(prompts) == 1)
+    ranks = launch(
+        _rank,
+        args.tp * args.cp,
+        args.cp,
+        checkpoint,
+        prompts,
+        args.max_new_tokens,
+        sampling,
+        dtype,
+        args.check,
+        not args.json,
+        threads=args.threads,
+        on_report=printer.show,
+    )
+    printer.end()
+    summary = _summary(tokenizer, ranks)
     if args.check:
-        report |= compare(args.model, prompts, ranks[0], sampling, dtype)
-    _print(report, args, len(prompts))
-    return 0 if report.get("matches_dense", True) else 1
+        summary |= compare(args.model, prompts, ranks[0], sampling, dtype)
+    _print(summary, args, len(prompts))
+    return 0 if summary.get("matches_dense", True) else 1
 
 
 def _decoder_config(checkpoint: Checkpoint) -> DecoderConfig | None:
@@ -98,6 +107,7 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
 
 
 def _rank(
+    cp: int,
     checkpoint: Checkpoint,
     prompts: list[list[int]],
     max_new_tokens: int,
@@ -105,18 +115,17 @@ def _rank(
     dtype: torch.dtype,
     check: bool,
     show_progress: bool,
-    sender: Connection,
 ) -> dict[str, Any]:
     """What each rank does: load its share, generate, tell."""
-    mesh = init_mesh(tp=torch.distributed.get_world_size())
-    first = mesh.tp.rank == 0
+    mesh = init_mesh(cp=cp, tp=torch.distributed.get_world_size() // cp)
+    first = mesh.world.rank == 0
     with _progress_bar(show_progress and first) as progress:
         model = load(checkpoint, mesh, dtype=dtype, progress=progress)
-    on_token = (lambda row, token: sender.send((row, token))) if first else None
+    on_token = (lambda row, token: report(token)) if first and len(prompts) == 1 else None
     made = generate(
         model, prompts, max_new_tokens=max_new_tokens, sampling=sampling, on_token=on_token
     )
-    report = {
+    told = {
         "tokens": made.tokens,
         "prefill_s": made.prefill_s,
         "decode_tokens_per_s": made.decode_tokens_per_s,
@@ -125,8 +134,8 @@ def _rank(
     }
     if check:
         logits = teacher_forced_logits(model, prompts, made.tokens)
-        report["logits"] = [rows.numpy() for rows in logits] if first else None
-    return report
+        told["logits"] = [rows.numpy() for rows in logits] if first else None
+    return told
 
 
 class _progress_bar:
@@ -155,42 +164,28 @@ class _progress_bar:
 
 
 class _Printer:
-    """Prints the first prompt's text while rank 0 sends its tokens."""
+    """Prints one prompt's text while its tokens come."""
 
-    def __init__(self, tokenizer: Any, *, show: bool) -> None:
-        self._receiver, self.sender = Pipe(duplex=False)
+    def __init__(self, tokenizer: Any, *, shown: bool) -> None:
         self._tokenizer = tokenizer
-        self._show = show
-        self._thread = threading.Thread(target=self._print, daemon=True)
+        self._shown = shown
+        self._tokens: list[int] = []
+        self._text = ""
 
-    def __enter__(self) -> _Printer:
-        self._thread.start()
-        return self
+    def show(self, rank: int, token: int) -> None:
+        self._tokens.append(token)
+        text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        # A character may be spread over several tokens; wait until it is whole.
+        if self._shown and not text.endswith("\ufffd"):
+            print(text[len(self._text) :], end="", flush=True)
+            self._text = text
 
-    def __exit__(self, *_: object) -> None:
-        # The ranks' copies are closed by now, so this makes the end of the pipe.
-        self.sender.close()
-        self._thread.join()
-        if self._show:
+    def end(self) -> None:
+        if self._shown:
             print(flush=True)
 
-    def _print(self) -> None:
-        tokens: list[int] = []
-        shown = ""
-        while True:
-            try:
-                _, token = self._receiver.recv()
-            except EOFError:
-                return
-            tokens.append(token)
-            text = self._tokenizer.decode(tokens, skip_special_tokens=True)
-            # A character may be spread over several tokens; wait until it is whole.
-            if self._show and not text.endswith("\ufffd"):
-                print(text[len(shown) :], end="", flush=True)
-                shown = text
 
-
-def _report(tokenizer: Any, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(tokenizer: Any, ranks: list[dict[str, Any]]) -> dict[str, Any]:
     tokens = ranks[0]["tokens"]
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
     single = len(tokens) == 1
@@ -206,22 +201,22 @@ def _report(tokenizer: Any, ranks: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _print(report: dict[str, Any], args: argparse.Namespace, num_prompts: int) -> None:
+def _print(summary: dict[str, Any], args: argparse.Namespace, num_prompts: int) -> None:
     if args.json:
-        print(json.dumps(report))
+        print(json.dumps(summary))
         return
     if num_prompts > 1:
-        for prompt, text in zip(args.prompt, report["text"], strict=True):
+        for prompt, text in zip(args.prompt, summary["text"], strict=True):
             print(f"> {prompt}\n{text}\n")
     shares = ", ".join(
         f"{row['weight_bytes'] / 1e6:.0f} MB of weights (peak {row['peak_rss_bytes'] / 1e6:.0f} MB)"
-        for row in report["ranks"]
+        for row in summary["ranks"]
     )
     print(
-        f"\nprefill {report['prefill_s']:.2f} s, {report['decode_tokens_per_s']:.1f} tokens/s; "
+        f"\nprefill {summary['prefill_s']:.2f} s, {summary['decode_tokens_per_s']:.1f} tokens/s; "
         f"ranks hold {shares}",
         file=sys.stderr,
     )
-    if "matches_dense" in report:
-        matches = str(report["matches_dense"]).lower()
-        print(f"matches_dense: {matches}, max_abs_logit_diff: {report['max_abs_logit_diff']:.3g}")
+    if "matches_dense" in summary:
+        matches = str(summary["matches_dense"]).lower()
+        print(f"matches_dense: {matches}, max_abs_logit_diff: {summary['max_abs_logit_diff']:.3g}")

@@ -1,0 +1,176 @@
+"""The command line: its JSON, its errors, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import tokenizers
+
+from pyparallel.models import dense
+from tests.transformers_models import build
+
+
+def run(*args: object, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "pyparallel", *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama with a tokenizer that knows 61 words."""
+    path = tmp_path_factory.mktemp("llama")
+    build("llama").save_pretrained(path)
+    words = {f"w{i}": i for i in range(60)} | {"[UNK]": 60}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    return path
+
+
+@pytest.mark.parametrize("extra", [(), ("--temperature", 1, "--top-k", 9, "--seed", 5)])
+def test_generate_json(folder: Path, extra: tuple) -> None:
+    result = run(
+        *("generate", "--model", folder, "--tp", 2, "--prompt", "w5 w9 w2", "--check", "--json"),
+        *("--max-new-tokens", 7, *extra),
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["matches_dense"] is True
+    assert report["max_abs_logit_diff"] < 1e-4
+    assert 1 <= len(report["tokens"]) <= 7
+    assert report["prefill_s"] > 0
+    assert [row["rank"] for row in report["ranks"]] == [0, 1]
+    dense_bytes = sum(p.numel() * p.itemsize for p in build("llama").parameters())
+    # The norms and the output bias of two layers, and the last norm, are on both ranks.
+    replicated = (3 * 2 + 1) * 36 * 4
+    assert sum(row["weight_bytes"] for row in report["ranks"]) == dense_bytes + replicated
+    assert all(row["peak_rss_bytes"] > row["weight_bytes"] for row in report["ranks"])
+
+
+def test_generate_prints_text(folder: Path) -> None:
+    result = run(
+        *("generate", "--model", folder, "--tp", 2, "--max-new-tokens", 3),
+        *("--prompt", "w5 w9", "--prompt", "w3"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("> w5 w9\n")
+    assert "\n> w3\n" in result.stdout
+    assert "tokens/s" in result.stderr
+
+
+def test_streamed_text_is_the_whole_text(folder: Path) -> None:
+    args = ("generate", "--model", folder, "--tp", 2, "--prompt", "w5 w9", "--max-new-tokens", 9)
+    streamed, whole = run(*args), run(*args, "--json")
+    assert streamed.stdout.strip() == json.loads(whole.stdout)["text"].strip()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--model", "nowhere"], "nowhere: no such file or folder"),
+        (["--tokenizer", "nowhere"], "nowhere: no such file or folder for the tokenizer"),
+        (["--tokenizer", "."], "no tokenizer could be read from it"),
+        (["--tp", "0"], "--tp: expected at least 1, got 0"),
+        (["--tp", "10"], "use at most tp=9"),
+        (["--max-new-tokens", "100"], "more than the context of 64"),
+        (["--max-new-tokens", "0"], "max_new_tokens: expected at least 1"),
+        (["--temperature", "-1"], "temperature: expected 0 or more"),
+        (["--threads", "0"], "--threads: expected at least 1"),
+        (["--prompt", ""], "expected at least one token"),
+    ],
+)
+def test_mistakes_are_one_line(
+    folder: Path, tmp_path: Path, args: list[str], words: str, capsys, monkeypatch
+) -> None:
+    """In this process, which has everything imported; the status is what the shell would see."""
+    from pyparallel.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    given = ["generate", "--model", str(folder), *args]
+    if "--prompt" not in args:
+        given += ["--prompt", "w1"]
+    assert main(given) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_unknown_architecture_is_one_line(folder: Path, tmp_path: Path, capsys) -> None:
+    from pyparallel.cli import main
+
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "perceptron"}))
+    assert main(["generate", "--model", str(tmp_path), "--prompt", "w1", "--tp", "2"]) == 2
+    error = capsys.readouterr().err
+    assert "perceptron" in error
+    assert error.count("\n") == 1
+
+
+def test_a_killed_rank_is_told_and_leaves_nothing(folder: Path) -> None:
+    shm = set(os.listdir("/dev/shm"))
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "pyparallel", "generate", "--model", str(folder)),
+            *("--tp", "3", "--prompt", "w1", "--max-new-tokens", "60", "--threads", "1"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    family = psutil.Process(process.pid)
+    victim = None
+    deadline = time.monotonic() + 60
+    while victim is None and time.monotonic() < deadline and process.poll() is None:
+        # Ranks are the server's children.
+        ranks = [c for child in family.children() for c in child.children()]
+        if len(ranks) == 3:
+            victim = ranks[1]
+            victim.send_signal(signal.SIGKILL)
+        time.sleep(0.001)
+    everyone = [family, *family.children(recursive=True)]
+    _, error = process.communicate(timeout=60)
+    assert victim is not None
+    assert process.returncode == 1
+    assert "killed by SIGKILL" in error
+    assert "Traceback" not in error
+    psutil.wait_procs(everyone, timeout=10)
+    assert not [p for p in everyone if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert set(os.listdir("/dev/shm")) <= shm
+
+
+def test_doctor() -> None:
+    result = run("doctor", "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    backends = {row["name"]: row for row in report["backends"]}
+    assert backends["torch"]["supports"]
+    assert backends["cpu"]["supports"], backends["cpu"]["reason"]
+    assert backends["cuda"]["supports"] or backends["cuda"]["reason"]
+    assert report["cpu"]["cores"] == len(os.sched_getaffinity(0))
+    assert "linear" in report["ops"]
+    assert run("doctor").stdout.count("yes") >= 2
+
+
+def test_the_dense_model_is_transformers_own(folder: Path) -> None:
+    import torch
+
+    model = dense.load_dense(str(folder), torch.float32)
+    assert type(model).__module__.startswith("transformers.")

@@ -1,0 +1,72 @@
+"""SmolLM2-135M-Instruct, whose 9 heads and 3 KV heads divide by neither 2 nor 4, token for token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyparallel.checkpoint import Checkpoint, open_checkpoint
+from pyparallel.generate import generate
+from pyparallel.launch import launch
+from pyparallel.mesh import init_mesh
+from pyparallel.models.dense import load_dense, load_tokenizer
+from pyparallel.models.load import load
+from pyparallel.models.logits import teacher_forced_logits
+
+MODEL = Path(__file__).parent.parent / "models/SmolLM2-135M-Instruct.Q4_1.gguf"
+TEXTS = (
+    "The capital of France is",
+    "def fibonacci(n):",
+    "Once upon a time, in a village by the sea, there lived",
+)
+NEW_TOKENS = 24
+
+pytestmark = pytest.mark.model
+
+
+@pytest.fixture(scope="module")
+def truth() -> tuple[list[list[int]], list[list[int]], list[torch.Tensor]]:
+    """Prompts, transformers' greedy tokens, and its logits at each of them."""
+    assert MODEL.exists(), "run `make model` first"
+    tokenizer = load_tokenizer(str(MODEL))
+    dense = load_dense(str(MODEL), torch.float32)
+    prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
+    tokens, logits = [], []
+    for prompt in prompts:
+        with torch.inference_mode():
+            output = dense.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                eos_token_id=None,
+            )
+            tokens.append(output[0, len(prompt) :].tolist())
+            logits.append(dense(output[:, :-1]).logits[0, len(prompt) - 1 :])
+    return prompts, tokens, logits
+
+
+def answer(
+    checkpoint: Checkpoint, prompts: list[list[int]], expected: list[torch.Tensor]
+) -> tuple[list[list[int]], float, int]:
+    model = load(checkpoint, init_mesh(tp=torch.distributed.get_world_size()))
+    made = generate(model, prompts, max_new_tokens=NEW_TOKENS, stop_ids=())
+    logits = teacher_forced_logits(model, prompts, made.tokens)
+    errors = [(got - want).abs().max() for got, want in zip(logits, expected, strict=True)]
+    weights = sum(p.numel() * p.itemsize for p in model.parameters())
+    return made.tokens, float(max(errors)), weights
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_greedy_tokens_are_the_dense_models(truth: tuple, ranks: int) -> None:
+    prompts, tokens, logits = truth
+    results = launch(answer, ranks, open_checkpoint(MODEL), prompts, logits)
+    for made, error, _ in results:
+        assert made == tokens
+        # 30 layers of fp32 matmuls with up to 1536 terms, summed in another order.
+        assert error < 1e-3
+    # All weights but the norms, which every rank holds, are cut without a remainder.
+    norms = 61 * 576 * 4
+    assert sum(weights for *_, weights in results) == 538_060_032 + (ranks - 1) * norms
