@@ -196,3 +196,31 @@ def test_bad_arguments_are_refused_and_harm_nothing() -> None:
     for message in launch(bad_arguments, 2)[0]:
         assert "\n" not in message
         assert "expected" in message or "divide" in message, message
+
+
+def all_send_first(length: int) -> None:
+    comm = SharedMemoryCommunicator.create(dist.group.WORLD, "eager")
+    for step in range(3):
+        for tag in range(2):
+            comm.send(made(torch.float32, length, comm.rank, tag), (comm.rank + 1) % 3, tag=tag)
+        # What has no room yet goes on its way during other calls.
+        data = torch.ones(1000)
+        comm.all_reduce(data)
+        assert data[0] == 3
+        for tag in range(2):
+            inbox = torch.empty(length)
+            comm.recv(inbox, (comm.rank - 1) % 3, tag=tag)
+            assert same_bits(inbox, made(torch.float32, length, (comm.rank - 1) % 3, tag)), step
+    # The last message is delivered by close().
+    if comm.rank == 0:
+        comm.send(torch.ones(length), 1)
+    if comm.rank == 1:
+        time.sleep(0.2)
+        inbox = torch.empty(length)
+        comm.recv(inbox, 0)
+        assert inbox.sum() == length
+    comm.close()
+
+
+def test_everyone_may_send_first() -> None:
+    launch(all_send_first, 3, 500_000)

@@ -115,6 +115,7 @@ void bind_collectives(py::module_& m) {
            [](PythonGroup& self, uintptr_t data, int64_t n, uint32_t dtype, int peer, int tag) {
              self.run([&](Group& g) { g.receive(at(data), n, DType(dtype), peer, tag); });
            })
+      .def("flush", [](PythonGroup& self) { self.run([](Group& g) { g.flush(); }); })
       .def("close", [](PythonGroup& self) { self.run([](Group& g) { g.close(); }); })
       // The Group's address, for fused operations of this extension that take one.
       .def_property_readonly("handle", [](PythonGroup& self) {

@@ -27,23 +27,46 @@ PP_HOST_DEVICE bool wait_count(M& m, const uint64_t* word, uint64_t target, int 
   return m.lanes.all(ok);
 }
 
-// data [n] to rank `peer`; `filled` counts the chunks sent to it so far, kept by the owner.
+// Elements of T in a chunk, and chunks in a message of n.
+template <class T>
+PP_HOST_DEVICE int64_t chunk_elements(const World& w) {
+  return line_elements<T>(w.ring_bytes - kLine);
+}
+template <class T>
+PP_HOST_DEVICE int64_t chunks_of(const World& w, int64_t n) {
+  return max_of(1, ceil_div(n, chunk_elements<T>(w)));
+}
+
+// Whether rank `peer` has drained enough for one more chunk; for the lane that asks.
+PP_HOST_DEVICE bool has_room(const World& w, int peer, uint64_t filled) {
+  return int64_t(load_acquire(w.drained(w.rank, peer)) - (filled + 1 - kRing)) >= 0;
+}
+
+// Chunk `s` of data [n] to rank `peer`, which must have room for it; `filled` counts the chunks sent
+// to it so far, kept by the owner.
+template <class T, class M>
+PP_HOST_DEVICE void send_chunk(M& m, const T* data, int64_t n, int64_t s, int peer,
+                               const Description& said, uint64_t& filled) {
+  const World& w = m.world;
+  unsigned char* chunk = w.ring(w.rank, peer, filled);
+  const Part slice = slice_of({0, n}, chunk_elements<T>(w), s);
+  if (m.lanes.index() == 0) *reinterpret_cast<Description*>(chunk) = said;
+  m.lanes.copy(reinterpret_cast<T*>(chunk + kLine), data + slice.begin, slice.size(),
+               Store::cached);
+  m.lanes.sync();
+  ++filled;
+  if (m.lanes.index() == 0) store_release(w.filled(peer, w.rank), filled);
+}
+
+// data [n] to rank `peer`, waiting for room as often as it takes.
 template <class T, class M>
 PP_HOST_DEVICE bool send(M& m, const T* data, int64_t n, int peer, const Description& said,
                          uint64_t& filled) {
   const World& w = m.world;
-  const int64_t size = line_elements<T>(w.ring_bytes - kLine);
-  const int64_t chunks = max_of(1, ceil_div(n, size));
+  const int64_t chunks = chunks_of<T>(w, n);
   for (int64_t s = 0; s < chunks; ++s) {
     if (!wait_count(m, w.drained(w.rank, peer), filled + 1 - kRing, peer)) return false;
-    unsigned char* chunk = w.ring(w.rank, peer, filled);
-    const Part slice = slice_of({0, n}, size, s);
-    if (m.lanes.index() == 0) *reinterpret_cast<Description*>(chunk) = said;
-    m.lanes.copy(reinterpret_cast<T*>(chunk + kLine), data + slice.begin, slice.size(),
-                 Store::cached);
-    m.lanes.sync();
-    ++filled;
-    if (m.lanes.index() == 0) store_release(w.filled(peer, w.rank), filled);
+    send_chunk(m, data, n, s, peer, said, filled);
   }
   return true;
 }
@@ -53,8 +76,8 @@ template <class T, class M>
 PP_HOST_DEVICE bool receive(M& m, T* data, int64_t n, int peer, const Description& expected,
                             uint64_t& drained) {
   const World& w = m.world;
-  const int64_t size = line_elements<T>(w.ring_bytes - kLine);
-  const int64_t chunks = max_of(1, ceil_div(n, size));
+  const int64_t size = chunk_elements<T>(w);
+  const int64_t chunks = chunks_of<T>(w, n);
   for (int64_t s = 0; s < chunks; ++s) {
     if (!wait_count(m, w.filled(w.rank, peer), drained + 1, peer)) return false;
     const unsigned char* chunk = w.ring(peer, w.rank, drained);

@@ -81,8 +81,11 @@ Group::Group(std::string name, int rank, int size, int memory_descriptor,
       world_(world_over(mapping_->data(), rank, size)),
       waiter_(world_, name_, std::move(process_descriptors)),
       file_bytes_(shared_bytes(size)),
+      unsent_(size_t(size)),
       sent_(size_t(size)),
-      received_(size_t(size)) {}
+      received_(size_t(size)) {
+  waiter_.meanwhile = [this] { push_unsent(); };
+}
 
 Group::~Group() { close(); }
 
@@ -123,6 +126,7 @@ void Group::guard(const Description& doing, bool long_call, Body body) {
 template <class Body>
 void Group::call(Description doing, int64_t slice_bytes, bool long_call, Body body) {
   check_open();
+  push_unsent();
   doing.sequence = ++sequence_;
   *world_.header(world_.rank) = doing;
   MemberOf member{world_, lanes_, waiter_, epoch_, signature_of(doing), slice_bytes, Store::cached};
@@ -226,11 +230,54 @@ void Group::send(const void* data, int64_t n, DType dtype, int peer, int tag) {
   const int64_t bytes = n * size_of(dtype);
   Description doing = description(Operation::message, dtype, n, Reduction::none, tag);
   doing.sequence = sent_[size_t(peer)] + 1;
+  const auto* from = static_cast<const unsigned char*>(data);
+  uint64_t& sent = sent_[size_t(peer)];
+  const int64_t chunks = chunks_of<unsigned char>(world_, bytes);
+  push_unsent();
   MemberOf member{world_, lanes_, waiter_, epoch_, 0, 0, Store::cached};
-  guard(doing, bytes > kLongBytes, [&] {
-    pyparallel::send(member, static_cast<const unsigned char*>(data), bytes, peer, doing,
-                     sent_[size_t(peer)]);
-  });
+  int64_t next = 0;
+  if (unsent_[size_t(peer)].empty()) {
+    while (next < chunks && has_room(world_, peer, sent)) {
+      send_chunk(member, from, bytes, next++, peer, doing, sent);
+    }
+  }
+  if (next < chunks) {
+    unsent_[size_t(peer)].push_back({doing, {from, from + bytes}, next});
+    has_unsent_ = true;
+  }
+}
+
+void Group::push_unsent() {
+  if (!has_unsent_) return;
+  MemberOf member{world_, lanes_, waiter_, epoch_, 0, 0, Store::cached};
+  has_unsent_ = false;
+  for (int peer = 0; peer < size(); ++peer) {
+    auto& queue = unsent_[size_t(peer)];
+    uint64_t& sent = sent_[size_t(peer)];
+    while (!queue.empty() && has_room(world_, peer, sent)) {
+      Unsent& first = queue.front();
+      const int64_t bytes = int64_t(first.data.size());
+      send_chunk(member, first.data.data(), bytes, first.next++, peer, first.said, sent);
+      if (first.next == chunks_of<unsigned char>(world_, bytes)) queue.pop_front();
+    }
+    has_unsent_ = has_unsent_ || !queue.empty();
+  }
+}
+
+void Group::flush() {
+  push_unsent();
+  for (int peer = 0; peer < size(); ++peer) {
+    auto& queue = unsent_[size_t(peer)];
+    while (!queue.empty()) {
+      const Description doing = queue.front().said;
+      MemberOf member{world_, lanes_, waiter_, epoch_, 0, 0, Store::cached};
+      guard(doing, true, [&] {
+        wait_count(member, world_.drained(world_.rank, peer), sent_[size_t(peer)] + 1 - kRing,
+                   peer);
+      });
+      push_unsent();
+    }
+  }
 }
 
 void Group::receive(void* data, int64_t n, DType dtype, int peer, int tag) {
@@ -239,6 +286,7 @@ void Group::receive(void* data, int64_t n, DType dtype, int peer, int tag) {
   const int64_t bytes = n * size_of(dtype);
   Description doing = description(Operation::message, dtype, n, Reduction::none, tag);
   doing.sequence = received_[size_t(peer)] + 1;
+  push_unsent();
   MemberOf member{world_, lanes_, waiter_, epoch_, 0, 0, Store::cached};
   guard(doing, bytes > kLongBytes, [&] {
     pyparallel::receive(member, static_cast<unsigned char*>(data), bytes, peer, doing,
@@ -257,6 +305,23 @@ void Group::check_peer(const char* argument, int peer) const {
 void Group::exchange(int64_t count, DType dtype) {
   call(description(Operation::exchange, dtype, count), kSlotBytes, false,
        [&](MemberOf& m) { pyparallel::barrier(m); });
+}
+
+void Group::announce(int64_t count, DType dtype) {
+  check_open();
+  push_unsent();
+  announced_ = description(Operation::exchange, dtype, count);
+  announced_.sequence = ++sequence_;
+  *world_.header(world_.rank) = announced_;
+  MemberOf member{world_, lanes_, waiter_, epoch_, signature_of(announced_), kSlotBytes, Store::cached};
+  member.signal(epoch_ + 1);
+}
+
+void Group::await() {
+  check_open();
+  MemberOf member{world_, lanes_, waiter_, epoch_, signature_of(announced_), kSlotBytes, Store::cached};
+  guard(announced_, false, [&] { member.wait(epoch_ + 1); });
+  ++epoch_;
 }
 
 std::unique_ptr<Window> Group::window(int64_t bytes) {

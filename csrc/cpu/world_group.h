@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <string>
 #include <vector>
@@ -59,6 +60,7 @@ class Group {
   void all_to_all(void* output, const void* input, const Split& output_split,
                   const Split& input_split, DType dtype);
   void broadcast(void* data, int64_t n, DType dtype, int root);
+  // Returns at once: what has no room yet is copied, and goes on its way during later calls.
   void send(const void* data, int64_t n, DType dtype, int peer, int tag);
   void receive(void* data, int64_t n, DType dtype, int peer, int tag);
 
@@ -68,9 +70,16 @@ class Group {
   unsigned char* own_slot() { return world_.slot(world_.rank, epoch_ + 1); }
   void exchange(int64_t count, DType dtype);
   const unsigned char* slot_of(int rank) const { return world_.slot(rank, epoch_); }
+  // exchange() in two, for work between them: what this rank wrote is there; what all others wrote
+  // is. No other call on the group may come between.
+  void announce(int64_t count, DType dtype);
+  void await();
 
   // New symmetric memory of `bytes` a rank, zeros; a call of all ranks, with the same size.
   std::unique_ptr<Window> window(int64_t bytes);
+
+  // Waits until the peers have room for all that was sent.
+  void flush();
 
   // Tells the peers that this rank makes no more calls, and gives the memory back.
   void close();
@@ -85,6 +94,8 @@ class Group {
   template <class Body>
   void guard(const Description& doing, bool long_call, Body body);
   void check_open() const;
+  // Sends on what has room now.
+  void push_unsent();
   void check_peer(const char* argument, int peer) const;
 
   std::string name_;
@@ -98,8 +109,18 @@ class Group {
   uint32_t epoch_ = 0;
   uint64_t sequence_ = 0;
   int64_t file_bytes_;
+  // A message of which the chunks from `next` on wait for room.
+  struct Unsent {
+    Description said;
+    std::vector<unsigned char> data;
+    int64_t next;
+  };
+
+  std::vector<std::deque<Unsent>> unsent_;
+  bool has_unsent_ = false;
   std::vector<uint64_t> sent_;
   std::vector<uint64_t> received_;
+  Description announced_{};
   std::unique_ptr<PeerError> failure_;
 };
 

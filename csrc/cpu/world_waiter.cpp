@@ -74,6 +74,7 @@ void Waiter::run_release() {
 }
 
 void Waiter::slow_turn() {
+  if (meanwhile) meanwhile();
   const auto now = Clock::now();
   if (turns_ == spin_turns_ + 1) {
     since_ = looked_ = asked_ = now;

@@ -51,6 +51,8 @@ class Waiter {
   [[noreturn]] bool unexpected(int peer, const Description& said, const Description& expected);
 
   double timeout_s = 300.0;
+  // Run in every turn of a longer wait: what this rank still has to do for its peers.
+  std::function<void()> meanwhile;
   WaitHooks hooks;
 
  private:
