@@ -1,4 +1,57 @@
 """pyparallel: many devices work on one transformer."""
 
 # The extension links against torch's libraries, which importing torch loads.
-import torch  # noqa: F401
+import torch  # noqa: F401  isort: skip
+
+from pyparallel.backend import use
+from pyparallel.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
+from pyparallel.communicator import PeerError
+from pyparallel.functional.next_token import Sampling
+from pyparallel.functional.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
+from pyparallel.generate import generate
+from pyparallel.group import Group
+from pyparallel.launch import RankError, launch
+from pyparallel.layers import (
+    ColumnParallelLinear,
+    ParallelAttention,
+    ParallelLMHead,
+    ParallelMLP,
+    QKVParallelLinear,
+    RowParallelLinear,
+    SequenceParallelDropout,
+    SequenceParallelLayerNorm,
+    SequenceParallelRMSNorm,
+    VocabParallelEmbedding,
+)
+from pyparallel.mesh import Mesh, init_mesh
+from pyparallel.models.load import load
+from pyparallel.parallelize import parallelize
+
+__all__ = [
+    "ColumnParallelLinear",
+    "Group",
+    "Mesh",
+    "ParallelAttention",
+    "ParallelLMHead",
+    "ParallelMLP",
+    "PeerError",
+    "QKVParallelLinear",
+    "RankError",
+    "RowParallelLinear",
+    "Sampling",
+    "SequenceParallelDropout",
+    "SequenceParallelLayerNorm",
+    "SequenceParallelRMSNorm",
+    "VocabParallelEmbedding",
+    "all_gather",
+    "all_reduce",
+    "all_to_all",
+    "generate",
+    "init_mesh",
+    "launch",
+    "load",
+    "parallelize",
+    "reduce_scatter",
+    "use",
+    "vocab_parallel_cross_entropy",
+]

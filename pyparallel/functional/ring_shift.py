@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pyparallel.collectives import Pending, _count
+from pyparallel.collectives_raw import Pending, record_collective
 from pyparallel.group import Group
 
 
@@ -25,7 +25,7 @@ def ring_shift_raw(x: Tensor, group: Group, *, received: int) -> Pending:
     held = [0] * group.size
     held[(group.rank - 1) % group.size] = received
     result = x.new_empty(received)
-    _count("ring_shift", x.numel() * x.itemsize)
+    record_collective("ring_shift", x.numel() * x.itemsize)
     work = group.communicator.all_to_all(
         result, x.view(-1), output_counts=held, input_counts=sent, async_op=True
     )
