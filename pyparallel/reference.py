@@ -139,16 +139,28 @@ def cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
+    z_loss: float = 0.0,
 ) -> Tensor:
-    """``-log softmax(logits[..., V])[targets]``, with torch's smoothing and reductions."""
+    """``-log softmax(logits[..., V])[targets] + z_loss lse^2``, with torch's smoothing and reductions.
+
+    A target of ``ignore_index`` has no z-loss either.
+    """
     (wide,) = _wide(logits)
-    return F.cross_entropy(
-        wide.flatten(0, -2),
-        targets.flatten(),
+    wide, targets = wide.flatten(0, -2), targets.flatten()
+    loss = F.cross_entropy(
+        wide,
+        targets,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         reduction=reduction,
     )
+    if not z_loss:
+        return loss
+    counts = targets != ignore_index
+    extra = torch.where(counts, z_loss * wide.logsumexp(-1).square(), 0.0)
+    if reduction == "none":
+        return loss + extra
+    return loss + extra.sum() / (counts.sum() if reduction == "mean" else 1)
 
 
 def philox_word(index: Tensor, seed: int) -> Tensor:
