@@ -1,0 +1,248 @@
+"""What a schedule costs: an event simulation of all ranks with given matmul and link speeds.
+
+Model, all of it declared in `Machine`:
+
+- A matmul of m rows is ceil(m / TILE_M) * ceil(N / TILE_N) tiles, each 2 TILE_M TILE_N K flops on one
+  multiprocessor at peak * efficiency * tile efficiency / SMs. Tiles of both compute streams share the
+  multiprocessors first come, first served, so a short last wave of one chunk is filled by the next
+  chunk. All matmuls of a schedule use one tile shape, that with which the whole ends first, as a tuned
+  kernel would.
+- An exchange takes latency + bytes / link; it starts when both sides have reached it. While the link is
+  driven by a kernel, it holds `communication_sms` multiprocessors for good.
+- A reduction is bound by memory: bytes / memory bandwidth.
+- Every launch costs `launch` on its stream.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pyparallel.overlap.layout import Layout
+from pyparallel.overlap.schedule import CALLER, COMMUNICATION, Schedule, Step
+
+# Rows, columns, and the share of the largest tile's speed it reaches.
+Tile = tuple[int, int, float]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A GPU and its link.
+
+    peak: flop/s of the matmul's dtype; efficiency: the share of it a large matmul reaches.
+    link: bytes/s one GPU sends (and receives) at once. Times in seconds, bandwidths in bytes/s.
+    communication_sms: multiprocessors that a communication kernel takes from the matmul while the
+    schedule overlaps; 0 for copy engines.
+    """
+
+    name: str
+    peak: float
+    efficiency: float
+    multiprocessors: int
+    link: float
+    memory: float
+    latency: float = 6e-6
+    launch: float = 2e-6
+    communication_sms: int = 8
+    # Smaller tiles reuse less of what they load.
+    tiles: tuple[Tile, ...] = (
+        (128, 256, 1.0),
+        (128, 128, 0.85),
+        (64, 128, 0.70),
+    )
+
+
+# 989 TFLOP/s dense bf16, 450 GB/s each way over NVLink, 3.35 TB/s: the data sheet's; 70% is what large
+# bf16 matmuls reach under the power limit.
+H100 = Machine(
+    name="H100 SXM", peak=989e12, efficiency=0.70, multiprocessors=132, link=450e9, memory=3.35e12
+)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One linear layer: rows M of all ranks, K and N of this rank's matmul, bytes of an element.
+
+    moved_columns: columns of the rows that travel: K for a gather, N for a scatter.
+    """
+
+    rows: tuple[int, ...]
+    k: int
+    n: int
+    moved_columns: int
+    element: int = 2
+
+
+@dataclass(frozen=True)
+class Span:
+    """When one step ran."""
+
+    rank: int
+    stream: str
+    name: str
+    action: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The spans of all ranks, and when the last of them ended."""
+
+    spans: tuple[Span, ...]
+    total: float
+
+
+def matmul_seconds(machine: Machine, rows: int, k: int, n: int) -> float:
+    """One matmul alone on all multiprocessors: whole waves of tiles of the best shape."""
+    waves = (
+        -(-_tiles(tile, rows, n) // machine.multiprocessors) * _tile_seconds(machine, tile, k)
+        for tile in machine.tiles
+    )
+    return machine.launch + min(waves)
+
+
+def simulate(schedules: Sequence[Schedule], work: Workload, machine: Machine) -> Timeline:
+    """Runs the schedules of all ranks against the clock of the model.
+
+    One schedule alone stands for R equal ranks: its peers are where it is.
+    """
+    runs = (_Simulation(schedules, work, machine, tile).run() for tile in machine.tiles)
+    return min(runs, key=lambda timeline: timeline.total)
+
+
+def _tiles(tile: Tile, rows: int, columns: int) -> int:
+    return -(-rows // tile[0]) * -(-columns // tile[1])
+
+
+def _tile_seconds(machine: Machine, tile: Tile, k: int) -> float:
+    speed = machine.peak * machine.efficiency / machine.multiprocessors
+    return 2.0 * tile[0] * tile[1] * k / (speed * tile[2])
+
+
+class _Simulation:
+    def __init__(
+        self, schedules: Sequence[Schedule], work: Workload, machine: Machine, tile: Tile
+    ) -> None:
+        self.schedules, self.work, self.machine, self.tile = schedules, work, machine, tile
+        self.layout = Layout(work.rows, pieces=schedules[0].pieces)
+        overlapped = schedules[0].pieces > 0
+        sms = machine.multiprocessors - (machine.communication_sms if overlapped else 0)
+        # When each multiprocessor of each rank is free again, earliest first.
+        self.free = [[0.0] * sms for _ in schedules]
+        self.ended: dict[tuple[int, str], float] = {}
+        self.stream_free = {
+            (s.rank, stream): 0.0 for s in schedules for stream in {x.stream for x in s.steps}
+        }
+        self.spans: list[Span] = []
+
+    def run(self) -> Timeline:
+        queues = {
+            (s.rank, stream): [step for step in s.steps if step.stream == stream]
+            for s in self.schedules
+            for stream in {step.stream for step in s.steps}
+        }
+        while any(queues.values()):
+            # Of the steps that can run, the one that starts first: multiprocessors are taken in order.
+            ready = [
+                (start, key)
+                for key, queue in queues.items()
+                if queue and (start := self._ready_at(key, queue[0], queues)) is not None
+            ]
+            if not ready:
+                raise ValueError("timing: the schedules wait for one another; run check() on them")
+            start, key = min(ready)
+            self._execute(key, queues[key].pop(0), start)
+        return Timeline(tuple(self.spans), max(self.ended.values()))
+
+    def _ready_at(
+        self,
+        key: tuple[int, str],
+        step: Step,
+        queues: dict[tuple[int, str], list[Step]],
+    ) -> float | None:
+        start = self._local_ready(key, step)
+        if start is None or not step.is_exchange:
+            return start
+        if len(self.schedules) == 1:
+            return start
+        # The sender's side of what this step receives must have been reached too.
+        sender = (step.receive_from, COMMUNICATION)
+        position = self._position(key, step)
+        matching = self._exchanges(step.receive_from)[position]
+        done = self.ended.get((step.receive_from, matching.name))
+        if done is not None:
+            return max(start, done - self._duration(step))
+        queue = queues[sender]
+        if not queue or queue[0].name != matching.name:
+            return None
+        peer_start = self._local_ready(sender, queue[0])
+        return None if peer_start is None else max(start, peer_start)
+
+    def _local_ready(self, key: tuple[int, str], step: Step) -> float | None:
+        start = self.stream_free[key]
+        for name in step.waits:
+            if (key[0], name) not in self.ended:
+                return None
+            start = max(start, self.ended[key[0], name])
+        return start
+
+    def _exchanges(self, rank: int) -> list[Step]:
+        return [step for step in self.schedules[rank].steps if step.is_exchange]
+
+    def _position(self, key: tuple[int, str], step: Step) -> int:
+        return next(i for i, s in enumerate(self._exchanges(key[0])) if s.name == step.name)
+
+    def _execute(self, key: tuple[int, str], step: Step, start: float) -> None:
+        rank = key[0]
+        if step.action in ("matmul", "matmul_all", "partial", "weight_gradient"):
+            begin, end = self._matmul(rank, step, start)
+        else:
+            begin, end = start, start + self._duration(step)
+        self.ended[rank, step.name] = end
+        self.stream_free[key] = end
+        if key[1] != CALLER:
+            self.spans.append(Span(rank, key[1], step.name, step.action, begin, end))
+
+    def _matmul(self, rank: int, step: Step, start: float) -> tuple[float, float]:
+        free = self.free[rank if len(self.schedules) > 1 else 0]
+        rows, inner, columns = self._rows(step), self.work.k, self.work.n
+        if step.action == "weight_gradient":
+            # [N, M] @ [M, K]: the same flops in another shape.
+            rows, inner, columns = columns, rows, inner
+        tile = _tile_seconds(self.machine, self.tile, inner)
+        start += self.machine.launch
+        begin, end = float("inf"), start
+        for _ in range(_tiles(self.tile, rows, columns)):
+            at = max(heapq.heappop(free), start)
+            begin, end = min(begin, at), max(end, at + tile)
+            heapq.heappush(free, at + tile)
+        return min(begin, end), end
+
+    def _rows(self, step: Step) -> int:
+        if step.action in ("matmul_all", "weight_gradient"):
+            return self.layout.total
+        rows = self.layout.rows_of(*step.chunk)
+        return rows.stop - rows.start
+
+    def _duration(self, step: Step) -> float:
+        machine, row_bytes = self.machine, self.work.moved_columns * self.work.element
+        own = max(self.layout.rows)
+        if step.is_exchange:
+            rows = self.layout.local(*step.receive_chunk)
+            if step.action == "scatter":
+                rows = self.layout.local(step.send_chunk[0], step.send_chunk[1])
+            return machine.latency + (rows.stop - rows.start) * row_bytes / machine.link
+        if step.action in ("gather_all", "reduce_scatter_all"):
+            moved = (self.layout.total - min(self.layout.rows)) * row_bytes / machine.link
+            summed = (len(self.work.rows) + 1) * own * row_bytes / machine.memory
+            extra = machine.launch + summed if step.action == "reduce_scatter_all" else 0.0
+            return machine.latency + moved + extra
+        if step.action == "reduce":
+            rows = self.layout.local(*step.chunk)
+            count = (rows.stop - rows.start) * (len(self.work.rows) + 1)
+            return machine.launch + count * row_bytes / machine.memory
+        if step.action == "copy_own":
+            return machine.launch + 2 * own * row_bytes / machine.memory
+        return 0.0
