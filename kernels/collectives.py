@@ -15,7 +15,7 @@ Program p moves every num_programs-th block of every part, on all ranks alike.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 import triton
@@ -164,7 +164,7 @@ def even_counts(n: int, num_ranks: int, grain: int = 16) -> list[int]:
     grains = cdiv(n, grain)
     base, more = divmod(grains, num_ranks)
     edges = [0, *accumulate((base + (r < more)) * grain for r in range(num_ranks))]
-    return [min(b, n) - min(a, n) for a, b in zip(edges, edges[1:], strict=False)]
+    return [min(b, n) - min(a, n) for a, b in pairwise(edges)]
 
 
 def check_counts(counts: Sequence[int] | None, num_ranks: int, n: int) -> list[int]:

@@ -15,6 +15,12 @@ ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 
 
 @triton.jit
+def wide(index):
+    """index as int64. A loop's index is a plain number in the interpreter: it has no .to()."""
+    return tl.full((), 0, tl.int64) + index
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc [M, N] fp32 + a [M, K] @ b [K, N].
 

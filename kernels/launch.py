@@ -44,10 +44,10 @@ def _num_processors(index: int) -> int:
 
 
 def num_processors(tensor: torch.Tensor) -> int:
-    """Programs of a persistent kernel that run at once. The interpreter gets three, so that
+    """Programs of a persistent kernel that run at once. The interpreter gets two, so that
     a small test has programs with several tiles and programs with none."""
     if tensor.device.type == "cpu":
-        return 3
+        return 2
     return _num_processors(tensor.device.index or 0)
 
 

@@ -104,6 +104,7 @@ def test_a_rank_that_never_comes_is_named_in_time(algorithm):
     def body(memory):
         x = torch.ones(300)
         all_reduce(x, memory, algorithm=algorithm)
+        memory.timeout_ns = 1_000_000_000
         if memory.rank == 1:
             return None
         started = time.monotonic()
@@ -113,11 +114,11 @@ def test_a_rank_that_never_comes_is_named_in_time(algorithm):
             return time.monotonic() - started, str(error)
         raise AssertionError("nobody noticed")
 
-    results = run_ranks(3, body, timeout_s=0.5)
+    results = run_ranks(3, body)
     for rank in (0, 2):
         waited, message = results[rank]
-        assert waited < 5
-        assert message.startswith(f"all_reduce: rank {rank} of 3 waited 0.5 s in call 2 for rank")
+        assert waited < 20
+        assert message.startswith(f"all_reduce: rank {rank} of 3 waited 1 s in call 2 for rank")
     assert "for rank 1," in results[0][1]
 
 
