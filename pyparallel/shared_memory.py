@@ -17,6 +17,7 @@ from pyparallel._C import SharedMemoryGroup, fast_collectives
 from pyparallel.call_order import CallOrder
 from pyparallel.communicator import REDUCTIONS, Communicator, Work
 from pyparallel.rendezvous import meet
+from pyparallel.shared_buffer import SharedBuffer
 
 # As numbered by DType in csrc/cpu/world_types.h.
 DTYPES = (
@@ -47,7 +48,7 @@ REDUCIBLE = (
     torch.int64,
 )
 _CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
-_REDUCIBLE_CODES = {dtype: _CODES[dtype] for dtype in REDUCIBLE}
+REDUCIBLE_CODES = {dtype: _CODES[dtype] for dtype in REDUCIBLE}
 _REDUCTION_CODES = {name: code for code, name in enumerate(REDUCTIONS, start=1)}
 
 DEFAULT_TIMEOUT_S = 300.0
@@ -84,6 +85,7 @@ class SharedMemoryCommunicator(Communicator):
         self._fast_all_gather: Callable[..., bool] = fast["all_gather"]
         self._fast_reduce_scatter: Callable[..., bool] = fast["reduce_scatter"]
         self._order = CallOrder(name)
+        self._buffer: SharedBuffer | None = None
 
     @classmethod
     def create(
@@ -221,9 +223,25 @@ class SharedMemoryCommunicator(Communicator):
         self._order.drain()
         self.engine.barrier()
 
+    def shared_buffer(self, num_bytes: int) -> SharedBuffer:
+        """Memory of every rank that the others read in place, for one fused operation.
+
+        Args:
+            num_bytes: what a turn must hold; the same on all ranks. More than before makes a new
+                buffer, which is then a call of all ranks.
+        """
+        self._order.drain()
+        if self._buffer is None or self._buffer.num_bytes < num_bytes:
+            # Twice what is needed, so that growing lengths don't make a buffer each.
+            self._buffer = SharedBuffer(self.engine, self.rank, self.size, 2 * num_bytes)
+        return self._buffer
+
     def close(self) -> None:
         self._order.close()
-        self.engine.close()
+        try:
+            self.engine.flush()
+        finally:
+            self.engine.close()
 
     def _call(
         self, async_op: bool, call: Callable[..., None], arguments: tuple, *keep: Tensor
@@ -286,7 +304,7 @@ def _code(tensor: Tensor, name: str) -> int:
 
 def _reducible_code(tensor: Tensor, name: str) -> int:
     _check_place(tensor, name)
-    code = _REDUCIBLE_CODES.get(tensor.dtype)
+    code = REDUCIBLE_CODES.get(tensor.dtype)
     if code is None:
         raise ValueError(
             f"{name}: expected one of {', '.join(str(d) for d in REDUCIBLE)} for a reduction, "

@@ -6,4 +6,5 @@ PYBIND11_MODULE(_C, m) {
   pyparallel::bind_collectives(m);
   pyparallel::bind_cpu_ops(m);
   pyparallel::bind_decode(m);
+  pyparallel::bind_shared_buffer(m);
 }

@@ -6,6 +6,7 @@ from pyparallel.functional import (  # noqa: F401
     attention,
     attention_with_lse,
     column_parallel_linear,
+    cross_entropy_shard,
     dropout,
     linear,
     linear_reduce_scatter,
@@ -13,5 +14,7 @@ from pyparallel.functional import (  # noqa: F401
     replicated_parameter,
     rope,
     row_parallel_linear,
+    shared_memory_linear,
+    vocab_parallel_cross_entropy,
     vocab_parallel_embedding,
 )

@@ -21,19 +21,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from pyparallel import backend
 from pyparallel.collectives import all_gather_raw, reduce_scatter_raw
-from pyparallel.functional.linear import bias_grad
+from pyparallel.functional.linear import bias_grad, linear_into, triton_reason
 from pyparallel.group import Group
 
 
 @backend.register("all_gather_linear", "torch")
-@backend.register("all_gather_linear", "triton")
+@backend.register("all_gather_linear", "triton", supports=triton_reason)
 @backend.register("all_gather_linear", "reference")
 def gather_then_linear(
     x_shard_s: Tensor, weight: Tensor, bias: Tensor | None, group: Group, sizes: Sequence[int]
@@ -48,11 +47,10 @@ def gather_then_linear(
     rows = [count * size for size in sizes]
     # Rank by rank, not joined along the sequence: each chunk is then one piece of memory.
     gathered = all_gather_raw(x_shard_s.reshape(-1, x_shard_s.shape[-1]), group, sizes=rows)
-    chunks = [
-        chunk.view(*lead, size, chunk.shape[-1])
-        for chunk, size in zip(gathered.split(rows), sizes, strict=True)
-    ]
-    return torch.cat([backend.call("linear", chunk, weight, bias) for chunk in chunks], -2)
+    y = x_shard_s.new_empty(*lead, sum(sizes), weight.shape[0])
+    for chunk, out in zip(gathered.split(rows), y.split(list(sizes), -2), strict=True):
+        linear_into(chunk.view(*out.shape[:-1], chunk.shape[-1]), weight, bias, out)
+    return y
 
 
 class _AllGatherLinear(Function):

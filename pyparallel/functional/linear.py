@@ -18,6 +18,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def triton_reason(x: Tensor, *_: object) -> str | None:
+    """Why the plain path of a fused op is not offered for tensors that Triton does not multiply."""
+    if x.is_cuda or backend.chosen() == "triton":
+        return None
+    return f"the tensor is on {x.device.type}"
+
+
+def linear_into(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """``out = x w^T + b``, in place where torch multiplies and the rows of ``out`` are dense.
+
+    Args:
+        x: [..., K]. out: [..., M], of any strides.
+    """
+    run = backend.select("linear", x, weight, bias)
+    if run is not linear or not out.is_contiguous() or x.numel() == 0:
+        out.copy_(run(x, weight, bias))
+    elif bias is None:
+        torch.mm(rows(x), weight.t(), out=rows(out))
+    else:
+        torch.addmm(bias, rows(x), weight.t(), out=rows(out))
+
+
 @backend.register("linear_dgrad", "torch")
 def linear_dgrad(grad: Tensor, weight: Tensor) -> Tensor:
     """``dx[..., K] = dy[..., M] w[M, K]``."""

@@ -28,12 +28,12 @@ from torch.autograd.function import once_differentiable
 
 from pyparallel import backend
 from pyparallel.collectives import all_gather_raw, reduce_scatter_raw
-from pyparallel.functional.linear import bias_grad
+from pyparallel.functional.linear import bias_grad, linear_into, triton_reason
 from pyparallel.group import Group
 
 
 @backend.register("linear_reduce_scatter", "torch")
-@backend.register("linear_reduce_scatter", "triton")
+@backend.register("linear_reduce_scatter", "triton", supports=triton_reason)
 @backend.register("linear_reduce_scatter", "reference")
 def linear_then_reduce_scatter(
     x_shard_k: Tensor, weight: Tensor, bias: Tensor | None, group: Group, sizes: Sequence[int]
@@ -47,12 +47,12 @@ def linear_then_reduce_scatter(
     lead = x_shard_k.shape[:-2]
     count = lead.numel()
     width = weight.shape[0]
-    partial = [
-        backend.call("linear", chunk.contiguous(), weight).view(-1, width)
-        for chunk in x_shard_k.split(list(sizes), -2)
-    ]
     rows = [count * size for size in sizes]
-    y = reduce_scatter_raw(torch.cat(partial), group, sizes=rows)
+    # Rank by rank, not joined along the sequence: each chunk is then one piece of memory.
+    partial = x_shard_k.new_empty(sum(rows), width)
+    for chunk, out in zip(x_shard_k.split(list(sizes), -2), partial.split(rows), strict=True):
+        linear_into(chunk.contiguous(), weight, None, out.view(*chunk.shape[:-1], width))
+    y = reduce_scatter_raw(partial, group, sizes=rows)
     y = y.view(*lead, sizes[group.rank], width)
     return y if bias is None else y.add_(bias)
 

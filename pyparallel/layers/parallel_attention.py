@@ -178,7 +178,7 @@ class ParallelAttention(nn.Module):
         attend = self._attend_in_context if span.context is not None else self._attend
         attend = partial(attend, span=span, cache=cache, mask=mask)
         if self.recompute and torch.is_grad_enabled():
-            o = checkpoint(attend, q, k, v, use_reentrant=False, preserve_rng_state=False)
+            o = checkpoint(attend, q, k, v, use_reentrant=False)
         else:
             o = attend(q, k, v)
         return self.out_proj(o.flatten(-2))
