@@ -9,47 +9,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from pyparallel._C import SharedMemoryGroup, fast_collectives
 from pyparallel.call_order import CallOrder
-from pyparallel.communicator import REDUCTIONS, Communicator, Work
+from pyparallel.communicator import Communicator, Work
+from pyparallel.host_tensors import (
+    check_pair,
+    exchange_code,
+    reducible_code,
+    reduction_code,
+)
 from pyparallel.rendezvous import meet
 from pyparallel.shared_buffer import SharedBuffer
-
-# As numbered by DType in csrc/cpu/world_types.h.
-DTYPES = (
-    torch.uint8,
-    torch.int8,
-    torch.bool,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-    torch.complex64,
-    torch.complex128,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-    torch.uint16,
-    torch.uint32,
-    torch.uint64,
-)
-REDUCIBLE = (
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.float64,
-    torch.int32,
-    torch.int64,
-)
-_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
-REDUCIBLE_CODES = {dtype: _CODES[dtype] for dtype in REDUCIBLE}
-_REDUCTION_CODES = {name: code for code, name in enumerate(REDUCTIONS, start=1)}
 
 DEFAULT_TIMEOUT_S = 300.0
 # Ranks that join have all arrived already.
@@ -121,8 +94,8 @@ class SharedMemoryCommunicator(Communicator):
     def all_reduce(self, tensor: Tensor, *, op: str = "sum", async_op: bool = False) -> Work | None:
         if not async_op and self._order.idle and self._fast_all_reduce(tensor, op):
             return None
-        code = _reducible_code(tensor, "tensor")
-        arguments = (tensor.data_ptr(), tensor.numel(), code, _reduction_code(op))
+        code = reducible_code(tensor, "tensor")
+        arguments = (tensor.data_ptr(), tensor.numel(), code, reduction_code(op))
         return self._call(async_op, self.engine.all_reduce, arguments, tensor)
 
     def all_gather(
@@ -135,8 +108,8 @@ class SharedMemoryCommunicator(Communicator):
     ) -> Work | None:
         if not async_op and self._order.idle and self._fast_all_gather(output, input, counts):
             return None
-        code = _code(output, "output")
-        _check_pair(output, input)
+        code = exchange_code(output, "output")
+        check_pair(output, input)
         self._check_parts("output", output.numel(), "input", input.numel(), counts)
         arguments = (output.data_ptr(), input.data_ptr(), output.numel(), counts, code)
         return self._call(async_op, self.engine.all_gather, arguments, output, input)
@@ -156,8 +129,8 @@ class SharedMemoryCommunicator(Communicator):
             and self._fast_reduce_scatter(output, input, counts, op)
         ):
             return None
-        code = _reducible_code(output, "output")
-        _check_pair(output, input)
+        code = reducible_code(output, "output")
+        check_pair(output, input)
         self._check_parts("input", input.numel(), "output", output.numel(), counts)
         arguments = (
             output.data_ptr(),
@@ -165,7 +138,7 @@ class SharedMemoryCommunicator(Communicator):
             input.numel(),
             counts,
             code,
-            _reduction_code(op),
+            reduction_code(op),
         )
         return self._call(async_op, self.engine.reduce_scatter, arguments, output, input)
 
@@ -178,8 +151,8 @@ class SharedMemoryCommunicator(Communicator):
         input_counts: Sequence[int] | None = None,
         async_op: bool = False,
     ) -> Work | None:
-        code = _code(output, "output")
-        _check_pair(output, input)
+        code = exchange_code(output, "output")
+        check_pair(output, input)
         for name, counts, tensor in (
             ("output", output_counts, output),
             ("input", input_counts, input),
@@ -203,19 +176,19 @@ class SharedMemoryCommunicator(Communicator):
         return self._call(async_op, self.engine.all_to_all, arguments, output, input)
 
     def broadcast(self, tensor: Tensor, src: int, *, async_op: bool = False) -> Work | None:
-        code = _code(tensor, "tensor")
+        code = exchange_code(tensor, "tensor")
         if not 0 <= src < self.size:
             raise ValueError(f"src: expected a rank from 0 to {self.size - 1}, got {src}")
         arguments = (tensor.data_ptr(), tensor.numel(), code, src)
         return self._call(async_op, self.engine.broadcast, arguments, tensor)
 
     def send(self, tensor: Tensor, dst: int, *, tag: int = 0) -> None:
-        code = _code(tensor, "tensor")
+        code = exchange_code(tensor, "tensor")
         self._order.drain()
         self.engine.send(tensor.data_ptr(), tensor.numel(), code, dst, tag)
 
     def recv(self, tensor: Tensor, src: int, *, tag: int = 0) -> None:
-        code = _code(tensor, "tensor")
+        code = exchange_code(tensor, "tensor")
         self._order.drain()
         self.engine.receive(tensor.data_ptr(), tensor.numel(), code, src, tag)
 
@@ -278,50 +251,3 @@ class SharedMemoryCommunicator(Communicator):
                 f"{whole_name}: expected {self.size} x {part_name}'s {part} elements, got {whole}; "
                 "give counts= where the parts are uneven"
             )
-
-
-def _check_place(tensor: Tensor, name: str) -> None:
-    if not tensor.is_cpu:
-        raise ValueError(f"{name}: expected a CPU tensor, got one on {tensor.device}")
-    if not tensor.is_contiguous():
-        raise ValueError(
-            f"{name}: expected a contiguous tensor, got strides {tensor.stride()} for shape "
-            f"{tuple(tensor.shape)}; pass {name}.contiguous()"
-        )
-    if tensor.is_neg() or tensor.is_conj():
-        raise ValueError(
-            f"{name}: expected resolved values; pass {name}.resolve_neg().resolve_conj()"
-        )
-
-
-def _code(tensor: Tensor, name: str) -> int:
-    _check_place(tensor, name)
-    code = _CODES.get(tensor.dtype)
-    if code is None:
-        raise ValueError(f"{name}: {tensor.dtype} cannot be exchanged; view it as torch.uint8")
-    return code
-
-
-def _reducible_code(tensor: Tensor, name: str) -> int:
-    _check_place(tensor, name)
-    code = REDUCIBLE_CODES.get(tensor.dtype)
-    if code is None:
-        raise ValueError(
-            f"{name}: expected one of {', '.join(str(d) for d in REDUCIBLE)} for a reduction, "
-            f"got {tensor.dtype}; convert it first"
-        )
-    return code
-
-
-def _reduction_code(op: str) -> int:
-    code = _REDUCTION_CODES.get(op)
-    if code is None:
-        raise ValueError(f"op: expected one of {', '.join(REDUCTIONS)}, got {op!r}")
-    return code
-
-
-def _check_pair(output: Tensor, input: Tensor) -> None:
-    _check_place(output, "output")
-    _check_place(input, "input")
-    if input.dtype != output.dtype:
-        raise ValueError(f"input: expected output's dtype {output.dtype}, got {input.dtype}")

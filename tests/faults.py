@@ -11,10 +11,35 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from pyparallel.communicator import PeerError
 from pyparallel.shared_memory import SharedMemoryCommunicator
+
+LENGTH = 3000
+
+
+def one_call(comm: SharedMemoryCommunicator, operation: str, length: int = LENGTH) -> None:
+    """One call of that kind, on every rank."""
+    x = torch.ones(length)
+    whole = torch.ones(length * comm.size)
+    if operation == "all_reduce":
+        comm.all_reduce(x)
+    elif operation == "all_gather":
+        comm.all_gather(whole, x)
+    elif operation == "reduce_scatter":
+        comm.reduce_scatter(x, whole)
+    elif operation == "all_to_all":
+        comm.all_to_all(torch.empty_like(whole), whole)
+    elif operation == "broadcast":
+        comm.broadcast(x, comm.size - 1)
+    elif operation == "message":
+        # Round the ring; a short message waits for nobody, so nobody waits for himself.
+        comm.send(x, (comm.rank + 1) % comm.size)
+        comm.recv(x, (comm.rank - 1) % comm.size)
+    else:
+        comm.barrier()
 
 
 @dataclass

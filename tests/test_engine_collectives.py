@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from pyparallel.host_tensors import DTYPES, REDUCIBLE
 from pyparallel.launch import launch
-from pyparallel.shared_memory import DTYPES, REDUCIBLE, SharedMemoryCommunicator
+from pyparallel.shared_memory import SharedMemoryCommunicator
 from tests.engine_checks import check_movement, check_reductions, made, reduced, same_bits
 
 LENGTHS = (0, 1, 7, 63, 1000, 40_001)

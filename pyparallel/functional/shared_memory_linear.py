@@ -23,8 +23,9 @@ from pyparallel import backend
 from pyparallel.collectives import record_collective
 from pyparallel.functional.linear import linear_into
 from pyparallel.group import Group
+from pyparallel.host_tensors import REDUCIBLE_CODES
 from pyparallel.shared_buffer import SharedBuffer, sum_parts
-from pyparallel.shared_memory import REDUCIBLE_CODES, SharedMemoryCommunicator
+from pyparallel.shared_memory import SharedMemoryCommunicator
 
 
 def reason_against(
