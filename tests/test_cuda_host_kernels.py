@@ -4,6 +4,7 @@ one lane and several, forward and backward."""
 from __future__ import annotations
 
 import ctypes
+import itertools
 import subprocess
 from pathlib import Path
 
@@ -210,7 +211,7 @@ def test_cross_entropy(library, dtype, lanes, ranks, vocab) -> None:
     unit = 8 if wide else 1
     cuts = [unit * (size // unit * r // ranks) for r in range(ranks)] + [size]
     stats = nan(ranks, rows, 3)
-    shards = [logits[:, a:b].contiguous() for a, b in zip(cuts, cuts[1:], strict=False)]
+    shards = [logits[:, a:b].contiguous() for a, b in itertools.pairwise(cuts)]
     for rank, shard in enumerate(shards):
         columns = shard.shape[1]
         run(

@@ -5,7 +5,7 @@ namespace pyparallel::cuda {
 namespace {
 
 template <int W, class T>
-__global__ void __launch_bounds__(kRowThreads, 2)
+__global__ void __launch_bounds__(kRowThreads, 1)
     cross_entropy_stats_kernel(const __grid_constant__ CrossEntropy<T> a, float* stats) {
   __shared__ float scratch[kWarp];
   cross_entropy_stats_row<W>(BlockRowLanes(scratch), a, stats, blockIdx.x);
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kElementThreads)
 }
 
 template <int W, class T>
-__global__ void __launch_bounds__(kRowThreads, 2)
+__global__ void __launch_bounds__(kRowThreads, 1)
     cross_entropy_backward_kernel(const __grid_constant__ CrossEntropy<T> a, const float* log_sum,
                                   const float* dloss, T* dlogits) {
   cross_entropy_backward_row<W>(BlockLanes(), a, log_sum, dloss, dlogits, blockIdx.x);

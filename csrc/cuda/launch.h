@@ -20,7 +20,8 @@ inline void check(cudaError_t status, const char* what) {
 
 inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
 
-// Two blocks of 512 share a multiprocessor, so a thread may use 64 registers: a kept row is 32 of them.
+// At most 512, so that a thread may use 128 registers: a kept row is 32 of them. The kernels are bound
+// to one block a multiprocessor at least, since for more ptxas would spill.
 constexpr int kRowThreads = 512;
 constexpr int kElementThreads = 256;
 

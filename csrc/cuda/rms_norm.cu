@@ -5,14 +5,14 @@ namespace pyparallel::cuda {
 namespace {
 
 template <int W, class T>
-__global__ void __launch_bounds__(kRowThreads, 2)
+__global__ void __launch_bounds__(kRowThreads, 1)
     rms_norm_kernel(const __grid_constant__ RmsNorm<T> a) {
   __shared__ float scratch[kWarp];
   rms_norm_row<W>(BlockRowLanes(scratch), a, blockIdx.x);
 }
 
 template <int W, class T>
-__global__ void __launch_bounds__(kRowThreads, 2)
+__global__ void __launch_bounds__(kRowThreads, 1)
     rms_norm_backward_kernel(const __grid_constant__ RmsNormBackward<T> a) {
   __shared__ float scratch[kWarp];
   rms_norm_backward_row<W>(BlockRowLanes(scratch), a, blockIdx.x);

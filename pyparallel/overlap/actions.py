@@ -116,8 +116,10 @@ class GatherSide:
         self.link.all_gather(self.gathered, self.own, self.layout.rows)
 
     def matmul_all(self, step: Step) -> None:
-        """All gathered rows in one matmul."""
-        self.multiply(self.gathered, self.output)
+        """All gathered rows, one matmul a rank: the shapes, and so the bits, of the overlapped path."""
+        for rank in range(len(self.layout.rows)):
+            rows = self.layout.rows_of(rank)
+            self.multiply(self.gathered[rows], self.output[rows])
 
 
 class ScatterSide:
@@ -186,8 +188,10 @@ class ScatterSide:
         self.reduce_rows(self.landed[:, rows], self.output[rows])
 
     def matmul_all(self, step: Step) -> None:
-        """All partial sums in one matmul."""
-        self.multiply(self.rows, self.partial)
+        """All partial sums, one matmul a rank: the shapes, and so the bits, of the overlapped path."""
+        for rank in range(len(self.layout.rows)):
+            rows = self.layout.rows_of(rank)
+            self.multiply(self.rows[rows], self.partial[rows])
 
     def reduce_scatter_all(self, step: Step) -> None:
         """The plain collective, with the same sum in the same order."""

@@ -19,6 +19,10 @@ from pyparallel.overlap.timing import H100, Machine, Timeline, Workload, matmul_
 
 # Pieces a shard may be cut into; 0 is the path that does not overlap.
 CANDIDATES = (0, 1, 2, 4, 8)
+# A library multiplies 512 rows in another order than 1024: with whole shards as chunks the overlapped
+# path has the matmuls of the plain one, and so its bits. More pieces need a matmul whose rows do not
+# depend on how many there are, such as a Triton kernel of fixed tiles.
+LIBRARY_CANDIDATES = (0, 1)
 OPERATIONS: dict[str, Callable[..., Schedule]] = {
     "all_gather_linear": all_gather_linear,
     "linear_reduce_scatter": linear_reduce_scatter,
@@ -87,14 +91,21 @@ def predict(
 
 @lru_cache(maxsize=4096)
 def choose_pieces(
-    operation: str, *, m: int, k: int, n: int, size: int, machine: Machine = H100
+    operation: str,
+    *,
+    m: int,
+    k: int,
+    n: int,
+    size: int,
+    machine: Machine = H100,
+    candidates: tuple[int, ...] = CANDIDATES,
 ) -> int:
-    """The fastest of CANDIDATES by the model; 0 wins ties, so overlapping is never a loss by it."""
+    """The fastest candidate by the model; 0 wins ties, so overlapping is never a loss by it."""
     if size == 1:
         return 0
     shape = {"m": m, "k": k, "n": n, "size": size, "machine": machine}
     least_rows = min(rows for rows, _, _ in machine.tiles)
-    usable = [c for c in CANDIDATES if c == 0 or m // size // c >= least_rows]
+    usable = [c for c in candidates if c == 0 or m // size // c >= least_rows]
     return min(usable, key=lambda c: (predict(operation, **shape, pieces=c).total, c))
 
 
@@ -104,9 +115,15 @@ class PiecesTable:
     The file is JSON: a list of {"operation", "size", "m", "k", "n", "seconds": {pieces: seconds}}.
     """
 
-    def __init__(self, path: Path | None = None, *, machine: Machine = H100) -> None:
-        self.machine = machine
-        self.measured: dict[tuple[str, int, int, int, int], int] = {}
+    def __init__(
+        self,
+        path: Path | None = None,
+        *,
+        machine: Machine = H100,
+        candidates: tuple[int, ...] = CANDIDATES,
+    ) -> None:
+        self.machine, self.candidates = machine, candidates
+        self.measured: dict[tuple[str, int, int, int, int], dict[int, float]] = {}
         if path is not None:
             self.read(path)
 
@@ -126,11 +143,14 @@ class PiecesTable:
                     f"{path}: entry {position}: expected a measurement for 0 pieces (the plain path), "
                     f"got {sorted(seconds)}"
                 )
-            self.measured[key] = min(seconds, key=lambda c: (seconds[c], c))
+            self.measured[key] = seconds
 
     def pieces(self, operation: str, *, m: int, k: int, n: int, size: int) -> int:
         """What to cut a shard into. Never a choice that was measured, or is predicted, to lose."""
-        known = self.measured.get((operation, size, m, k, n))
-        if known is not None:
-            return known
-        return choose_pieces(operation, m=m, k=k, n=n, size=size, machine=self.machine)
+        seconds = self.measured.get((operation, size, m, k, n))
+        if seconds is not None:
+            usable = [c for c in seconds if c in self.candidates or c == 0]
+            return min(usable, key=lambda c: (seconds[c], c))
+        return choose_pieces(
+            operation, m=m, k=k, n=n, size=size, machine=self.machine, candidates=self.candidates
+        )

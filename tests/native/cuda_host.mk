@@ -6,7 +6,7 @@ CUDA_HOST_FLAGS := -std=c++17 -g -Wall -Wextra -Wno-unknown-pragmas -Werror -pth
 CUDA_MUTANTS := no_sync_before_show epoch_of_the_next_slot shared_slot
 CUDA_MUTATION_no_sync_before_show := all_reduce_norm.h s/^          m.lanes.sync();//
 CUDA_MUTATION_epoch_of_the_next_slot := all_reduce_norm.h s/region(r, w.rank, e - 1)/region(r, w.rank, e)/
-CUDA_MUTATION_shared_slot := peer_world.h s/offset = block */offset = (block & 0) */
+CUDA_MUTATION_shared_slot := peer_world.h s/int64_t offset = block/int64_t offset = block % 1/
 
 tsan: tsan_cuda
 asan: asan_cuda
@@ -29,10 +29,11 @@ $(BUILD)/libcuda_host.so: cuda_host.cpp $(CUDA_HOST_HEADERS)
 mutants_cuda: $(CUDA_MUTANTS:%=cuda_mutant_%)
 
 $(CUDA_MUTANTS:%=cuda_mutant_%): cuda_mutant_%:
-	@mkdir -p $(BUILD)/cuda_$*
-	@cp -r $(CSRC)/core $(CSRC)/cuda $(BUILD)/cuda_$*/
+	@mkdir -p $(BUILD)/cuda_$*/core $(BUILD)/cuda_$*/cuda
+	@cp $(CSRC)/core/*.h $(BUILD)/cuda_$*/core/
+	@cp $(CSRC)/cuda/*.h $(BUILD)/cuda_$*/cuda/
 	@sed -i '$(wordlist 2,20,$(CUDA_MUTATION_$*))' $(BUILD)/cuda_$*/cuda/$(firstword $(CUDA_MUTATION_$*))
-	@if diff -rq $(CSRC)/cuda $(BUILD)/cuda_$*/cuda >/dev/null; then echo "$*: changes nothing"; exit 1; fi
+	@if cmp -s $(CSRC)/cuda/$(firstword $(CUDA_MUTATION_$*)) $(BUILD)/cuda_$*/cuda/$(firstword $(CUDA_MUTATION_$*)); then echo "$*: changes nothing"; exit 1; fi
 	@$(CXX) $(CUDA_HOST_FLAGS) -O1 $(FLAGS_tsan) -I. -I$(BUILD)/cuda_$* test_cuda_peers.cpp -o $(BUILD)/cuda_$*/test
 	@if TSAN_OPTIONS=halt_on_error=1 timeout 120 $(BUILD)/cuda_$*/test >$(BUILD)/cuda_$*/log 2>&1; \
 	  then echo "$*: NOT noticed"; exit 1; \

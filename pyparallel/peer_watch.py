@@ -1,0 +1,98 @@
+"""Who is still there: deaths on this machine noticed in a fraction of a second, roll calls elsewhere."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+import torch.distributed as dist
+
+POLL_S = 0.1
+# How long survivors wait for one another's word before they call a rank missing.
+ROLL_CALL_S = 1.0
+
+
+def meet_neighbours(store: dist.Store, rank: int, size: int) -> dict[int, int]:
+    """Process ids of the other ranks on this machine; a call of all ranks."""
+    store.set(f"process/{rank}", f"{_machine()} {os.getpid()}")
+    processes = {}
+    for other in range(size):
+        machine, process = store.get(f"process/{other}").decode().split()
+        if other != rank and machine == _machine():
+            processes[other] = int(process)
+    return processes
+
+
+def roll_call(store: dist.Store, rank: int, size: int) -> tuple[int, ...]:
+    """Ranks that do not answer; called by every rank whose group has failed."""
+    store.set(f"alive/{rank}", "here")
+    deadline = time.monotonic() + ROLL_CALL_S
+    silent = [r for r in range(size) if r != rank]
+    while silent and time.monotonic() < deadline:
+        silent = [r for r in silent if not store.check([f"alive/{r}"])]
+        time.sleep(0.02)
+    return tuple(silent)
+
+
+def _machine() -> str:
+    """The same for two processes exactly if a process id means the same to both."""
+    namespace = os.readlink("/proc/self/ns/pid")
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return f"{file.read().strip()}/{socket.gethostname()}/{namespace}".replace(" ", "")
+
+
+class PeerWatch:
+    """A thread that waits for the deaths of other processes, and calls back once.
+
+    Args:
+        processes: process id of each rank on this machine, this one's own left out.
+        on_death: called with the ranks that died, from the watching thread.
+        tick: called every `POLL_S` seconds meanwhile; the watch ends when it returns False.
+    """
+
+    def __init__(
+        self,
+        processes: Mapping[int, int],
+        on_death: Callable[[list[int]], None],
+        *,
+        tick: Callable[[], bool] | None = None,
+    ) -> None:
+        self.on_death, self.tick = on_death, tick
+        self.ranks: dict[int, int] = {}
+        self.gone: list[int] = []
+        for rank, process in processes.items():
+            try:
+                # A descriptor names this very process, also if its number is used again.
+                self.ranks[os.pidfd_open(process)] = rank
+            except ProcessLookupError:
+                self.gone.append(rank)
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="pyparallel-peers", daemon=True)
+        self.thread.start()
+
+    def _watch(self) -> None:
+        poll = select.poll()
+        for descriptor in self.ranks:
+            poll.register(descriptor, select.POLLIN)
+        dead = list(self.gone)
+        while not dead and not self.stopped.is_set():
+            # A descriptor of a process becomes readable when the process ends.
+            dead = [self.ranks[descriptor] for descriptor, _ in poll.poll(POLL_S * 1000)]
+            # The death is the reason to tell, not what the tick finds because of it.
+            if not dead and self.tick is not None and not self.tick():
+                return
+        if dead and not self.stopped.is_set():
+            self.on_death(sorted(dead))
+
+    def close(self) -> None:
+        """Ends the thread and gives the descriptors back."""
+        self.stopped.set()
+        if self.thread is not threading.current_thread():
+            self.thread.join()
+        for descriptor in self.ranks:
+            os.close(descriptor)
+        self.ranks = {}
