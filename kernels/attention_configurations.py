@@ -23,6 +23,8 @@ class AttentionConfig:
 
 
 _FMA = "fp32 in full precision has no tensor core instruction: FMA units"
+_WIDE_HEADS = ("wgmma needs 64 keys, whose dk and dv of 256 columns leave too few registers: "
+               "32 keys on mma.sync do not spill")
 
 # (pass, operand, head size up to) -> configuration. Passes: forward; backward_kv (one tile of
 # keys, all queries); backward_q (one tile of queries, all keys); decode (keys of one split).
@@ -45,13 +47,13 @@ _ROWS: dict[str, dict[tuple[str, str, int], AttentionConfig]] = {
         ("backward_kv", "half", 256): AttentionConfig(16, 32, 8, 1),
         ("backward_kv", "ieee", 64): AttentionConfig(16, 32, 8, 1, _FMA),
         ("backward_kv", "ieee", 128): AttentionConfig(16, 16, 8, 1, _FMA),
-        ("backward_kv", "ieee", 256): AttentionConfig(16, 16, 16, 1, _FMA),
+        ("backward_kv", "ieee", 256): AttentionConfig(16, 16, 8, 1, _FMA),
         ("backward_q", "half", 64): AttentionConfig(64, 32, 4, 2),
         ("backward_q", "half", 128): AttentionConfig(64, 32, 8, 2),
         ("backward_q", "half", 256): AttentionConfig(32, 16, 8, 1),
         ("backward_q", "ieee", 64): AttentionConfig(32, 16, 8, 1, _FMA),
         ("backward_q", "ieee", 128): AttentionConfig(16, 16, 8, 1, _FMA),
-        ("backward_q", "ieee", 256): AttentionConfig(16, 16, 16, 1, _FMA),
+        ("backward_q", "ieee", 256): AttentionConfig(16, 16, 8, 1, _FMA),
         ("decode", "half", 64): AttentionConfig(16, 64, 4, 3),
         ("decode", "half", 128): AttentionConfig(16, 64, 4, 3),
         ("decode", "half", 256): AttentionConfig(16, 32, 4, 2),
@@ -66,15 +68,18 @@ _ROWS["sm_90"] = _ROWS["sm_80"] | {
     ("forward", "half", 256): AttentionConfig(128, 32, 8, 2),
     ("forward", "ieee", 128): AttentionConfig(32, 16, 8, 2, _FMA),
     ("backward_kv", "half", 64): AttentionConfig(64, 128, 8, 2),
-    ("backward_kv", "half", 128): AttentionConfig(64, 64, 8, 2),
-    ("backward_kv", "half", 256): AttentionConfig(64, 64, 8, 1),
+    ("backward_kv", "half", 128): AttentionConfig(32, 64, 8, 2),
+    ("backward_kv", "half", 256): AttentionConfig(16, 32, 8, 1, _WIDE_HEADS),
     ("backward_q", "half", 64): AttentionConfig(128, 64, 8, 2),
     ("backward_q", "half", 128): AttentionConfig(64, 64, 8, 2),
-    ("backward_q", "half", 256): AttentionConfig(64, 64, 8, 1),
+    ("backward_q", "half", 256): AttentionConfig(64, 16, 8, 1),
 }
 _ROWS["sm_100"] = _ROWS["sm_90"] | {
     ("forward", "half", 64): AttentionConfig(128, 64, 8, 3),
     ("forward", "half", 128): AttentionConfig(128, 64, 8, 2),
+    ("backward_kv", "half", 256): AttentionConfig(32, 64, 8, 1),
+    ("backward_q", "half", 256): AttentionConfig(64, 64, 8, 1),
+    ("backward_kv", "ieee", 128): AttentionConfig(16, 16, 4, 1, _FMA),
 }
 _ROWS["gfx942"] = {
     key: AttentionConfig(row.block_m, row.block_n, min(row.num_warps, 4), 1)

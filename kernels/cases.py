@@ -1,27 +1,30 @@
 """Every kernel in every shipped configuration, as compile cases; one function an operation."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
 from . import (
-    attention,
-    attention_backward,
-    attention_decode,
+    all_gather_matmul,
+    all_reduce_residual_rms_norm,
+    collectives,
     cross_entropy,
     dropout,
     gated_activation,
+    gated_mlp,
     matmul,
+    matmul_all_reduce,
+    matmul_reduce_scatter,
     norm,
     norm_backward,
     rope,
 )
-from .attention_configurations import attention_rows
+from .attention_cases import attention_backward_cases, attention_cases, attention_decode_cases
 from .compile_kernel import Case
-from .configurations import WIDE_ROW, matmul_rows, row_warps
+from .configurations import WIDE_ROW, gated_mlp_config, matmul_rows, row_warps
 from .launch import next_power_of_two
 
-_DECODE = "16 rows of scores a step, bound by the cache's bytes: wgmma and tcgen05 need 64 rows"
 _TYPES = {"half": "bf16", "ieee": "fp32", "tf32": "fp32"}
 
 
@@ -49,95 +52,6 @@ def matmul_cases(arch: str) -> Iterator[Case]:
             constants | dict(stride_xk=1, stride_wk=1, stride_on=1, stride_rn=1),
             row.num_warps, row.num_stages, tensor_core=operand != "ieee", waiver=row.note,
         )
-
-
-def attention_cases(arch: str) -> Iterator[Case]:
-    for operand, size, row in attention_rows(arch, "forward"):
-        kind = _TYPES[operand]
-        for d in {64: (64,), 128: (80, 96, 128), 256: (256,)}[size]:
-            for mask in ("causal", "full", "window", "varlen causal"):
-                if mask != "causal" and (operand != "half" or d in (80, 96)):
-                    continue
-                varlen = "varlen" in mask
-                pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), kind)
-                pointers |= {"lse_ptr": "fp32"}
-                if varlen:
-                    pointers |= {"cu_q_ptr": "i32", "cu_k_ptr": "i32"}
-                yield Case(
-                    "attention", f"{operand} d{d} {mask} {row.label}", attention.attention_kernel,
-                    pointers,
-                    dict(D=d, CAUSAL="causal" in mask, WINDOW=mask == "window", VARLEN=varlen,
-                         PRECISION="ieee", BLOCK_M=row.block_m, BLOCK_N=row.block_n,
-                         BLOCK_D=next_power_of_two(d))
-                    | ({} if varlen else {"cu_q_ptr": None, "cu_k_ptr": None}),
-                    row.num_warps, row.num_stages, floats=("scale_log2",),
-                    odd=("N", "G", "window"), tensor_core=operand == "half", waiver=row.note,
-                )
-
-
-def attention_backward_cases(arch: str) -> Iterator[Case]:
-    for which, kernel, outputs in (
-        ("backward_kv", attention_backward.attention_backward_kv_kernel, ("dk_ptr", "dv_ptr")),
-        ("backward_q", attention_backward.attention_backward_q_kernel, ("dq_ptr",)),
-    ):
-        for operand, size, row in attention_rows(arch, which):
-            kind = _TYPES[operand]
-            for d in {64: (64,), 128: (80, 96, 128), 256: (256,)}[size]:
-                for mask in ("causal", "full", "window", "varlen causal"):
-                    if mask != "causal" and (operand != "half" or d != 128):
-                        continue
-                    varlen = "varlen" in mask
-                    names = ("q_ptr", "k_ptr", "v_ptr", "do_ptr", *outputs)
-                    pointers = dict.fromkeys(names, kind)
-                    pointers |= {"lse_ptr": "fp32", "delta_ptr": "fp32"}
-                    pointers |= {"cu_q_ptr": "i32", "cu_k_ptr": "i32"} if varlen else {}
-                    constants = dict(
-                        D=d, CAUSAL="causal" in mask, WINDOW=mask == "window", VARLEN=varlen,
-                        PRECISION="ieee", BLOCK_M=row.block_m, BLOCK_N=row.block_n,
-                        BLOCK_D=next_power_of_two(d),
-                    ) | ({} if varlen else {"cu_q_ptr": None, "cu_k_ptr": None})
-                    yield Case(
-                        f"attention_{which}", f"{operand} d{d} {mask} {row.label}", kernel,
-                        pointers, constants, row.num_warps, row.num_stages, floats=("scale",),
-                        odd=("N", "G", "window"), tensor_core=operand == "half", waiver=row.note,
-                    )
-    yield Case(
-        "attention_delta", "bf16 d128", attention_backward.attention_delta_kernel,
-        {"o_ptr": "bf16", "do_ptr": "bf16", "delta_ptr": "fp32"},
-        dict(dlse_ptr=None, D=128, HAS_DLSE=False, BLOCK_M=32, BLOCK_D=128), 4,
-    )
-
-
-def attention_decode_cases(arch: str) -> Iterator[Case]:
-    for operand, size, row in attention_rows(arch, "decode"):
-        kind = _TYPES[operand]
-        for d in {64: (64,), 128: (80, 96, 128), 256: (256,)}[size]:
-            for paged in (False, True):
-                if paged and operand != "half":
-                    continue
-                pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), kind)
-                pointers |= {"lengths_ptr": "i32", "part_o_ptr": "fp32", "part_lse_ptr": "fp32"}
-                constants: dict[str, Any] = dict(
-                    D=d, PAGED=paged, WINDOW=False, PRECISION="ieee", BLOCK_H=row.block_m,
-                    BLOCK_N=row.block_n, BLOCK_D=next_power_of_two(d),
-                )
-                if paged:
-                    pointers["table_ptr"] = "i32"
-                else:
-                    constants["table_ptr"] = None
-                yield Case(
-                    "attention_decode", f"{operand} d{d} {'paged ' * paged}{row.label}",
-                    attention_decode.attention_decode_kernel, pointers, constants,
-                    row.num_warps, row.num_stages, floats=("scale_log2",),
-                    odd=("N", "G", "window"), tensor_core=operand == "half",
-                    waiver=row.note or _DECODE,
-                )
-    yield Case(
-        "attention_merge", "bf16 d128", attention_decode.attention_merge_kernel,
-        {"part_o_ptr": "fp32", "part_lse_ptr": "fp32", "o_ptr": "bf16", "lse_ptr": "fp32"},
-        dict(D=128, BLOCK_D=128), 1, odd=("N", "splits"),
-        waiver="one row of 128 fp32 over 32 lanes: 16-byte loads, 8-byte bf16 stores",
-    )
 
 
 _DROP_FLOATS, _DROP_LONGS = ("eps", "keep_scale"), ("seed", "keep_threshold")
@@ -231,3 +145,90 @@ def cross_entropy_cases(arch: str) -> Iterator[Case]:
         {"logits_ptr": "bf16", "targets_ptr": "i64", "lse_ptr": "fp32", "dloss_ptr": "fp32"},
         dict(BLOCK_V=block), 8, floats=("label_smoothing",), odd=("ignore_index", "stride_d"),
     )
+
+
+_SYMMETRIC = {"addresses_ptr": "i64", "state_ptr": "i32"}
+_RANK = dict(longs=("capacity", "timeout_ns"), odd=("rank", "timeout_ns"))
+_RANKS = 8
+
+
+def collective_cases(arch: str) -> Iterator[Case]:
+    for name in ("all_reduce_one_shot", "all_reduce_two_shot", "all_gather", "reduce_scatter"):
+        kernel = getattr(collectives, f"{name}_kernel")
+        pointers = {"x_ptr": "bf16", "out_ptr": "bf16", **_SYMMETRIC}
+        constants: dict[str, Any] = dict(R=_RANKS, BLOCK=collectives.BLOCK)
+        if "starts_ptr" in kernel.arg_names:
+            pointers["starts_ptr"] = "i64"
+            constants["ALIGNED"] = True
+        yield Case(name, f"bf16 R{_RANKS}", kernel, pointers, constants, 8, **_RANK)
+    for two_shot in (False, True):
+        yield Case(
+            "all_reduce_residual_rms_norm",
+            f"bf16 R{_RANKS} H4096 {'two' if two_shot else 'one'}_shot",
+            all_reduce_residual_rms_norm.all_reduce_residual_rms_norm_kernel,
+            dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "h_ptr", "out_ptr"), "bf16")
+            | _SYMMETRIC,
+            dict(R=_RANKS, TWO_SHOT=two_shot, BLOCK_H=4096), row_warps(4096), floats=("eps",),
+            **_RANK,
+        )
+
+
+def fused_matmul_cases(arch: str) -> Iterator[Case]:
+    for operand, shape, row in matmul_rows(arch):
+        if operand != "half":
+            continue
+        tile = dict(
+            BLOCK_M=row.block_m, BLOCK_N=row.block_n, BLOCK_K=row.block_k, GROUP_M=row.group_m,
+            EVEN_K=True, SWAP=row.swap, PRECISION="ieee", R=_RANKS,
+        )
+        ones = dict(stride_xk=1, stride_wk=1)
+        pointers = {"x_ptr": "bf16", "w_ptr": "bf16", "out_ptr": "bf16", "starts_ptr": "i64"}
+        pointers |= _SYMMETRIC
+        rest = dict(num_warps=row.num_warps, num_stages=row.num_stages, tensor_core=True, **_RANK)
+        yield Case(
+            "all_gather_matmul", f"half {shape} {row.label}",
+            all_gather_matmul.all_gather_matmul_kernel, pointers | {"gathered_ptr": "bf16"},
+            tile | dict(stride_wk=1, bias_ptr=None, NUM_COPY=all_gather_matmul.NUM_COPY,
+                        HAS_BIAS=False, ACTIVATION="none"), **rest,
+        )
+        yield Case(
+            "matmul_reduce_scatter", f"half {shape} {row.label}",
+            matmul_reduce_scatter.matmul_reduce_scatter_kernel, pointers,
+            tile | ones | dict(bias_ptr=None, residual_ptr=None, HAS_BIAS=False,
+                               HAS_RESIDUAL=False), **rest,
+        )
+        for two_shot in (False, True):
+            without = {k: v for k, v in pointers.items() if k != "starts_ptr"}
+            yield Case(
+                "matmul_all_reduce",
+                f"half {shape} {'two' if two_shot else 'one'}_shot {row.label}",
+                matmul_all_reduce.matmul_all_reduce_kernel, without | {"residual_ptr": "bf16"},
+                tile | ones | dict(bias_ptr=None, HAS_BIAS=False, HAS_RESIDUAL=True,
+                                   TWO_SHOT=two_shot), **rest,
+            )
+
+
+def gated_mlp_cases(arch: str) -> Iterator[Case]:
+    for operand, kind, itemsize in (("half", "bf16", 2), ("ieee", "fp32", 4)):
+        for shape, m in (("decode", 16), ("thin", 64), ("wide", 4096)):
+            row = gated_mlp_config(arch, m, itemsize)
+            yield Case(
+                "gated_mlp", f"{operand} {shape} {row.label}", gated_mlp.gated_mlp_kernel,
+                {"x_ptr": kind, "w_ptr": kind, "out_ptr": kind},
+                dict(gate_up_ptr=None, stride_xk=1, stride_wk=1, BLOCK_M=row.block_m,
+                     BLOCK_N=row.block_n, BLOCK_K=row.block_k, GROUP_M=row.group_m, EVEN_K=True,
+                     STORE_GATE_UP=False, ACTIVATION="silu", PRECISION="ieee"),
+                row.num_warps, row.num_stages, tensor_core=operand == "half", waiver=row.note,
+            )
+
+
+FAMILIES = (
+    matmul_cases, gated_mlp_cases, attention_cases, attention_backward_cases,
+    attention_decode_cases, norm_cases, elementwise_cases, cross_entropy_cases,
+    collective_cases, fused_matmul_cases,
+)
+
+
+def all_cases(arch: str) -> list[Case]:
+    """Every case of an architecture, in the order of the report."""
+    return [case for family in FAMILIES for case in family(arch)]

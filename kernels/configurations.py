@@ -73,10 +73,10 @@ _MATMUL: dict[str, dict[tuple[str, str], MatmulConfig]] = {
     "sm_90": {
         ("half", "decode"): MatmulConfig(16, 128, 128, 4, 4, swap=True),
         ("half", "thin"): MatmulConfig(64, 128, 64, 4, 5),
-        ("half", "wide"): MatmulConfig(128, 256, 64, 8, 4),
+        ("half", "wide"): MatmulConfig(128, 128, 64, 8, 4),
         ("fp8", "decode"): MatmulConfig(16, 128, 128, 4, 5, swap=True),
         ("fp8", "thin"): MatmulConfig(64, 128, 128, 4, 4),
-        ("fp8", "wide"): MatmulConfig(128, 256, 128, 8, 4),
+        ("fp8", "wide"): MatmulConfig(128, 128, 128, 8, 4),
         ("ieee", "decode"): MatmulConfig(16, 64, 32, 4, 4, note=_NO_TENSOR_CORE),
         ("ieee", "thin"): MatmulConfig(64, 64, 32, 4, 3, note=_NO_TENSOR_CORE),
         ("ieee", "wide"): MatmulConfig(64, 64, 32, 4, 3, note=_NO_TENSOR_CORE),
@@ -123,6 +123,18 @@ def matmul_config(
 def matmul_rows(arch: str) -> list[tuple[str, str, MatmulConfig]]:
     """Every shipped (operand, shape class, configuration) of an architecture."""
     return [(operand, shape, row) for (operand, shape), row in _MATMUL[family(arch)].items()]
+
+
+def gated_mlp_config(
+    arch: str, m: int, itemsize: int, precision: str = "ieee"
+) -> MatmulConfig:
+    """matmul's row with half the columns, because a tile has two accumulators."""
+    row = matmul_config(arch, m, 0, 0, itemsize, precision)
+    # Two accumulators can't be swapped to fill the 64-row instructions: x is padded to them.
+    thin = 64 if family(arch) in ("sm_90", "sm_100") and row.block_m < 64 else row.block_m
+    stages = max(2, row.num_stages - 1) if row.num_stages > 1 else 1
+    return replace(row, block_m=thin, block_n=max(row.block_n // 2, 16), swap=False,
+                   num_stages=stages, block_k=min(row.block_k, 64) if itemsize > 1 else row.block_k)
 
 
 # Row kernels hold a whole row in registers: 16 elements a thread, two 128-bit loads of bf16.

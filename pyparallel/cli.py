@@ -14,6 +14,7 @@ from importlib import import_module
 COMMANDS = {
     "generate": "answer prompts with a model cut over the ranks of this machine",
     "doctor": "what this machine and this build offer",
+    "kernels": "compile the Triton kernels ahead of time and show what they take",
 }
 
 

@@ -15,6 +15,7 @@ from pyparallel.functional import (  # noqa: F401
     rope,
     row_parallel_linear,
     shared_memory_linear,
+    triton_ops,
     vocab_parallel_cross_entropy,
     vocab_parallel_embedding,
 )

@@ -1,0 +1,38 @@
+import pytest
+import torch
+from helpers import DTYPES, integers, normal, strided
+
+from pyparallel.kernels.gated_activation import gated_activation
+from pyparallel.kernels.gated_mlp import gated_mlp, gated_mlp_out
+from pyparallel.kernels.matmul import matmul
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 5, 7), (33, 40, 64), (70, 33, 45)])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_has_the_bits_of_the_plain_path(dtype, shape, activation, device):
+    m, f, k = shape
+    x = integers(m, k, dtype=dtype, device=device)
+    w = integers(2 * f, k, dtype=dtype, device=device) * 2.0**-4
+    gate_up = torch.empty(m, 2 * f, dtype=dtype, device=device)
+    out = torch.empty(m, f, dtype=dtype, device=device)
+    gated_mlp_out(x, w, out, activation=activation, gate_up=gate_up)
+    plain = matmul(x, w)
+    assert torch.equal(gate_up, plain)
+    assert torch.equal(out, gated_activation(plain[:, :f], plain[:, f:], activation=activation))
+    assert torch.equal(out, gated_mlp(strided(x), w, activation=activation))
+
+
+def test_random_values_are_near_the_truth(device):
+    x, w = normal(20, 50, device=device), normal(60, 50, device=device)
+    truth = x.double() @ w.double().T
+    truth = torch.nn.functional.silu(truth[:, :30]) * truth[:, 30:]
+    error = (gated_mlp(x, w, activation="silu").double() - truth).abs().max()
+    assert error <= 1e-5 * truth.abs().max()
+
+
+def test_empty_and_bad_input(device):
+    x = torch.zeros(0, 4, device=device)
+    assert gated_mlp(x, torch.zeros(6, 4, device=device), activation="silu").shape == (0, 3)
+    with pytest.raises(ValueError, match=r"w_gate_up: expected \[2F, K\]"):
+        gated_mlp(x, torch.zeros(5, 4, device=device), activation="silu")
