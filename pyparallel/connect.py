@@ -7,10 +7,11 @@ import os
 import torch
 import torch.distributed as dist
 
-from pyparallel.communicator import Communicator, TorchCommunicator
+from pyparallel.communicator import Communicator
 from pyparallel.hierarchical import HierarchicalCommunicator
 from pyparallel.rendezvous import meet
 from pyparallel.shared_memory import JOIN_TIMEOUT_S, SharedMemoryCommunicator
+from pyparallel.torch_communicator import TorchCommunicator
 
 
 def connect(

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from pyparallel.call_order import CallOrder
-from pyparallel.communicator import Communicator, TorchCommunicator, Work, split_counts
+from pyparallel.communicator import Communicator, Work, split_counts
 from pyparallel.shared_memory import SharedMemoryCommunicator
+from pyparallel.torch_communicator import TorchCommunicator
 
 _FOLDS = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
 

@@ -245,19 +245,24 @@ def _rank_main(
         on_gpu = torch.cuda.device_count() >= world_size
         if on_gpu:
             torch.cuda.set_device(rank)
+        store = dist.TCPStore("127.0.0.1", port, is_master=False)
+        timeout = timedelta(seconds=timeout_s)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            store=dist.TCPStore("127.0.0.1", port, is_master=False),
+            store=store,
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timeout,
         )
+        store.set(f"connected/{rank}", "")
         fn, args = pickle.loads(job)
         # A rank that fails closes nothing first: closing may wait for peers that wait for this one.
         message = _success(fn(*args))
         from pyparallel.mesh import close_meshes
 
         close_meshes()
+        # A peer that is still connecting would take this rank's end for a failure.
+        store.wait([f"connected/{peer}" for peer in range(world_size)], timeout)
         dist.destroy_process_group()
     except BaseException as error:
         message = _failure(error)

@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from pyparallel.communicator import Communicator, LocalCommunicator, TorchCommunicator
+from pyparallel.communicator import Communicator, LocalCommunicator
+from pyparallel.connect import connect
 from pyparallel.group import Group
+from pyparallel.torch_communicator import TorchCommunicator
 
 AXES = ("dp", "pp", "cp", "tp")
 
@@ -73,8 +75,8 @@ def init_mesh(
     if device_type is None:
         device_type = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
     device_mesh = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=AXES)
-    groups = {axis: _group(device_mesh.get_group(axis), axis) for axis in AXES}
-    return Mesh(device_mesh, _group(dist.group.WORLD, "world"), **groups)
+    groups = {axis: _group(device_mesh.get_group(axis), axis, device_type) for axis in AXES}
+    return Mesh(device_mesh, _group(dist.group.WORLD, "world", device_type), **groups)
 
 
 def close_meshes() -> None:
@@ -83,10 +85,14 @@ def close_meshes() -> None:
         _open.pop().close()
 
 
-def _group(process_group: dist.ProcessGroup, name: str) -> Group:
+def _group(process_group: dist.ProcessGroup, name: str, device_type: str) -> Group:
     if process_group.size() == 1:
         return Group.over(LocalCommunicator(name))
-    communicator = TorchCommunicator(process_group, name)
+    communicator = (
+        connect(process_group, name)
+        if device_type == "cpu"
+        else TorchCommunicator(process_group, name)
+    )
     _open.append(communicator)
     return Group.over(communicator)
 

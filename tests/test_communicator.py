@@ -10,10 +10,8 @@ import pytest
 import torch
 
 from pyparallel.communicator import (
-    ONE_SHOT_BYTES,
     LocalCommunicator,
     PeerError,
-    TorchCommunicator,
     rank_ordered_reduce,
     split_counts,
 )
@@ -21,6 +19,7 @@ from pyparallel.group import Group
 from pyparallel.launch import launch
 from pyparallel.mesh import init_mesh
 from pyparallel.testing import assert_equal, normals, run_ranks
+from pyparallel.torch_communicator import ONE_SHOT_BYTES, TorchCommunicator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32)
 

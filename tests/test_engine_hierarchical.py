@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pyparallel.communicator import TorchCommunicator
 from pyparallel.connect import connect
 from pyparallel.hierarchical import HierarchicalCommunicator
 from pyparallel.launch import launch
 from pyparallel.shared_memory import SharedMemoryCommunicator
+from pyparallel.torch_communicator import TorchCommunicator
 from tests.engine_checks import check_movement, check_reductions
 
 
