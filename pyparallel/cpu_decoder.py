@@ -1,8 +1,8 @@
 """The whole decoder of a CPU rank in C++: one call a token, all layers and collectives inside.
 
 A :class:`~pyparallel.models.decoder.Decoder` is read once into the addresses of its parameters; the
-kernels (``csrc/cpu``) read these in place, so parameters changed in place are seen. Activations are fp32;
-weights and cache keep the model's dtype. Sums over ranks run in rank order, as everywhere.
+kernels (``csrc/cpu``) read these in place. Activations are fp32; weights and cache keep the model's
+dtype. Sums over ranks run in rank order, as everywhere.
 
 Legend: B sequences, T slots of the cache, V_r this rank's vocabulary, R ranks.
 """
@@ -19,27 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from pyparallel import _C, backend
+from pyparallel.cpu_ops import ACTIVATIONS, PRECISIONS, quantize_rows
 from pyparallel.functional.next_token import Sampling, sample
 from pyparallel.layers.kv_cache import KVCache
+from pyparallel.layers.parallel_mlp import GATED
 from pyparallel.models.context_decoder import ContextDecoder
 from pyparallel.models.decoder import Decoder
 from pyparallel.shared_memory import SharedMemoryCommunicator
-
-# As numbered by Precision and Activation in csrc/cpu/kernels.h.
-PRECISIONS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
-ACTIVATIONS = {"silu": 1, "gelu_tanh": 2, "gelu": 3, "relu": 4}
-GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
-
-
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """``weight [N, K]`` as int8 and one fp32 scale a row: ``weight[n] ~ scale[n] * data[n]``.
-
-    The scale is the row's largest magnitude over 127, so the error is at most half of that step.
-    """
-    scale = weight.detach().float().abs().amax(1) / 127
-    step = torch.where(scale > 0, scale, torch.ones_like(scale))
-    data = (weight.detach().float() / step.unsqueeze(1)).round_().to(torch.int8)
-    return data, scale
 
 
 class CPUDecoder:

@@ -7,6 +7,7 @@
 #include <mutex>
 #include <new>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bindings/bindings.h"
@@ -53,6 +54,9 @@ class Pool {
 
  private:
   struct Scratch {
+    Scratch() = default;
+    Scratch(Scratch&& other) noexcept
+        : data(std::exchange(other.data, nullptr)), bytes(std::exchange(other.bytes, 0)) {}
     ~Scratch() { std::free(data); }
     void reserve(int64_t n) {
       if (n <= bytes) return;

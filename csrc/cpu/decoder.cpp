@@ -66,8 +66,9 @@ void Decoder::reserve(int64_t M) {
   const DecoderShape& s = shape_;
   if (M <= reserved_rows_) return;
   workspace_bytes_ = 0;
-  x_ = allocate<float>(M * s.hidden);
-  normed_ = allocate<float>(M * s.hidden);
+  const int64_t own_rows = max_of(M, min_of(M, kMaxThinRows) * team_->size());
+  x_ = allocate<float>(own_rows * s.hidden);
+  normed_ = allocate<float>(own_rows * s.hidden);
   projected_ = allocate<float>(M * projected());
   attended_ = allocate<float>(M * s.heads * s.head_dim);
   inner_ = allocate<float>(M * s.intermediate);
@@ -144,27 +145,38 @@ void Decoder::pass(const Rows& rows, bool want_logits, int thread) {
     attention(rows, l, thread);
     linear(call_of(layer.out, attended_.get(), M, s.heads * s.head_dim, partial_, s.hidden), s.hidden, thread);
     if (s.parallel_residual) {
-      normalise_rows(layer.mlp_norm, M, thread);
-      team_->barrier(thread);
-      mlp(layer, M, partial_, thread);
+      normalise_rows(rows, layer.mlp_norm, thread);
+      mlp(rows, layer, partial_, thread);
     } else {
       show_partial(M, thread);
-      add_sum(M, layer.out.bias, nullptr, &layer.mlp_norm, thread);
-      mlp(layer, M, nullptr, thread);
+      add_sum(rows, layer.out.bias, nullptr, &layer.mlp_norm, thread);
+      mlp(rows, layer, nullptr, thread);
     }
     show_partial(M, thread);
     const bool last = l + 1 == weights_.layers.size();
-    add_sum(M, layer.down.bias, s.parallel_residual ? layer.out.bias : nullptr,
+    add_sum(rows, layer.down.bias, s.parallel_residual ? layer.out.bias : nullptr,
             last ? nullptr : &weights_.layers[l + 1].attention_norm, thread);
   }
   if (want_logits) head(rows, thread);
 }
 
+Part Decoder::rows_of(const Rows& rows, int thread) const {
+  return rows.few() ? Part{0, rows.M} : share(rows.M, team_->size(), thread, 1);
+}
+
+float* Decoder::x_of(const Rows& rows, int thread) const {
+  return x_.get() + (rows.few() ? thread * rows.M * shape_.hidden : 0);
+}
+
+float* Decoder::normed_of(const Rows& rows, int thread) const {
+  return normed_.get() + (rows.few() ? thread * rows.M * shape_.hidden : 0);
+}
+
 // x = sum_r embedding_r[token] (+ positions), normed = norm_0(x)
 void Decoder::embed(const Rows& rows, int thread) {
   const int64_t H = shape_.hidden;
-  const Part part = share(rows.M, team_->size(), thread, 1);
-  for (int64_t m = part.begin; m < part.end; ++m) {
+  const Part shown = share(rows.M, team_->size(), thread, 1);
+  for (int64_t m = shown.begin; m < shown.end; ++m) {
     const int64_t row = rows.tokens[m] - shape_.vocab_begin;
     float* to = partial_ + m * H;
     if (row >= 0 && row < shape_.vocab_rows) {
@@ -174,21 +186,25 @@ void Decoder::embed(const Rows& rows, int thread) {
     } else {
       std::memset(to, 0, size_t(H) * sizeof(float));
     }
+  }
+  const Part part = rows_of(rows, thread);
+  for (int64_t m = part.begin; m < part.end; ++m) {
+    float* x = x_of(rows, thread) + m * H;
     if (weights_.positions != nullptr) {
-      std::memcpy(x_.get() + m * H, weights_.positions + rows.positions[m] * H, size_t(H) * sizeof(float));
+      std::memcpy(x, weights_.positions + rows.positions[m] * H, size_t(H) * sizeof(float));
     } else {
-      std::memset(x_.get() + m * H, 0, size_t(H) * sizeof(float));
+      std::memset(x, 0, size_t(H) * sizeof(float));
     }
   }
   show_partial(rows.M, thread);
   const Norm* norm = weights_.layers.empty() ? nullptr : &weights_.layers.front().attention_norm;
-  add_sum(rows.M, nullptr, nullptr, norm, thread);
+  add_sum(rows, nullptr, nullptr, norm, thread);
 }
 
 // partial = act(normed Wup^T) Wdown^T (+ residual)
-void Decoder::mlp(const DecoderLayer& layer, int64_t M, const float* residual, int thread) {
-  const int64_t H = shape_.hidden, F = shape_.intermediate;
-  LinearCall up = call_of(layer.up, normed_.get(), M, H, inner_.get(), F);
+void Decoder::mlp(const Rows& rows, const DecoderLayer& layer, const float* residual, int thread) {
+  const int64_t M = rows.M, H = shape_.hidden, F = shape_.intermediate;
+  LinearCall up = call_of(layer.up, normed_of(rows, thread), M, H, inner_.get(), F);
   up.act = shape_.activation;
   up.weight.bias = layer.up.bias;
   if (shape_.gated) {
@@ -209,12 +225,13 @@ void Decoder::mlp(const DecoderLayer& layer, int64_t M, const float* residual, i
 void Decoder::head(const Rows& rows, int thread) {
   const int64_t H = shape_.hidden, V = shape_.vocab_rows;
   const int64_t first = rows.M - logit_rows_;
-  const Part part = share(logit_rows_, team_->size(), thread, 1);
+  const Part part = rows.few() ? Part{0, logit_rows_} : share(logit_rows_, team_->size(), thread, 1);
+  float* normed = normed_of(rows, thread);
   for (int64_t m = part.begin; m < part.end; ++m) {
-    normalise(weights_.final_norm, x_.get() + (first + m) * H, normed_.get() + m * H);
+    normalise(weights_.final_norm, x_of(rows, thread) + (first + m) * H, normed + m * H);
   }
-  team_->barrier(thread);
-  LinearCall call = call_of(weights_.head, normed_.get(), logit_rows_, H, logits_.get(), V);
+  if (!rows.few()) team_->barrier(thread);
+  LinearCall call = call_of(weights_.head, normed, logit_rows_, H, logits_.get(), V);
   call.weight.bias = weights_.head.bias;
   linear(call, V, thread);
 }
@@ -258,17 +275,19 @@ void Decoder::show_partial(int64_t M, int thread) {
 }
 
 // x += sum_r parts_r + biases; normed = norm(x), one pass over each row.
-void Decoder::add_sum(int64_t M, const float* bias, const float* other_bias, const Norm* norm, int thread) {
+void Decoder::add_sum(const Rows& rows, const float* bias, const float* other_bias, const Norm* norm,
+                      int thread) {
   const int64_t H = shape_.hidden;
-  const Part part = share(M, team_->size(), thread, 1);
+  const Part part = rows_of(rows, thread);
   for (int64_t m = part.begin; m < part.end; ++m) {
-    const float* rows[kMaxRanks];
-    for (int r = 0; r < ranks(); ++r) rows[r] = static_cast<const float*>(parts_[r]) + m * H;
-    kernels_->add_parts(x_.get() + m * H, rows, ranks(), bias, H);
-    if (other_bias != nullptr) kernels_->add_parts(x_.get() + m * H, &other_bias, 1, nullptr, H);
-    if (norm != nullptr) normalise(*norm, x_.get() + m * H, normed_.get() + m * H);
+    const float* parts[kMaxRanks];
+    for (int r = 0; r < ranks(); ++r) parts[r] = static_cast<const float*>(parts_[r]) + m * H;
+    float* x = x_of(rows, thread) + m * H;
+    kernels_->add_parts(x, parts, ranks(), bias, H);
+    if (other_bias != nullptr) kernels_->add_parts(x, &other_bias, 1, nullptr, H);
+    if (norm != nullptr) normalise(*norm, x, normed_of(rows, thread) + m * H);
   }
-  team_->barrier(thread);
+  if (!rows.few()) team_->barrier(thread);
 }
 
 void Decoder::normalise(const Norm& norm, const float* x, float* y) const {
@@ -281,11 +300,13 @@ void Decoder::normalise(const Norm& norm, const float* x, float* y) const {
   }
 }
 
-void Decoder::normalise_rows(const Norm& norm, int64_t M, int thread) {
-  const Part part = share(M, team_->size(), thread, 1);
+void Decoder::normalise_rows(const Rows& rows, const Norm& norm, int thread) {
+  const int64_t H = shape_.hidden;
+  const Part part = rows_of(rows, thread);
   for (int64_t m = part.begin; m < part.end; ++m) {
-    normalise(norm, x_.get() + m * shape_.hidden, normed_.get() + m * shape_.hidden);
+    normalise(norm, x_of(rows, thread) + m * H, normed_of(rows, thread) + m * H);
   }
+  if (!rows.few()) team_->barrier(thread);
 }
 
 void Decoder::greedy(int64_t* tokens) {

@@ -122,6 +122,9 @@ class Decoder {
     const int64_t* positions;
     int64_t M;
     bool one_sequence;
+    // So few that every thread keeps an x of its own and does all rows' sums and norms itself, which
+    // is sooner done than waited for.
+    bool few() const { return M <= kMaxThinRows; }
   };
 
   template <class T>
@@ -131,17 +134,21 @@ class Decoder {
   void forward(const Rows& rows, bool want_logits);
   void pass(const Rows& rows, bool want_logits, int thread);
   void embed(const Rows& rows, int thread);
-  void mlp(const DecoderLayer& layer, int64_t M, const float* residual, int thread);
+  void mlp(const Rows& rows, const DecoderLayer& layer, const float* residual, int thread);
   void head(const Rows& rows, int thread);
   void linear(LinearCall call, int64_t N, int thread);
   LinearCall call_of(const Weight& weight, const float* x, int64_t M, int64_t K, float* y, int64_t N) const;
   void show_partial(int64_t M, int thread);
-  void add_sum(int64_t M, const float* bias, const float* other_bias, const Norm* norm, int thread);
+  void add_sum(const Rows& rows, const float* bias, const float* other_bias, const Norm* norm, int thread);
   void normalise(const Norm& norm, const float* x, float* y) const;
-  void normalise_rows(const Norm& norm, int64_t M, int thread);
+  void normalise_rows(const Rows& rows, const Norm& norm, int thread);
+  // The rows whose sums and norms this thread does, and where it finds them.
+  Part rows_of(const Rows& rows, int thread) const;
+  float* x_of(const Rows& rows, int thread) const;
+  float* normed_of(const Rows& rows, int thread) const;
 
   void attention(const Rows& rows, size_t layer, int thread);
-  void rotate_and_store(const Rows& rows, size_t layer, int thread);
+  void rotate_and_store(const Rows& rows, size_t layer, int64_t m, int64_t head) const;
   void attend_each(const Rows& rows, size_t layer, int thread);
   void attend_together(const Rows& rows, size_t layer, int thread);
   AttentionCall attention_call(size_t layer, int64_t row, int64_t sequence, int64_t head) const;
@@ -162,6 +169,7 @@ class Decoder {
   int64_t logit_rows_ = 0;
   float* partial_ = nullptr;
   const void* parts_[kMaxRanks] = {};
+  // x and normed: [M, H], or one [M, H] a thread where rows are few.
   Buffer<float> x_, normed_, projected_, attended_, inner_, local_partial_, logits_;
   // Decode attention by parts of the keys: [M, Nk, splits, G, D] and [M, Nk, splits, G].
   Buffer<float> split_out_, split_maximum_, split_total_;

@@ -80,7 +80,8 @@ class Team {
   void work(int thread, int core);
   void fail(std::exception_ptr error);
 
-  static constexpr int kSpins = 4000;
+  // Some microseconds. A yield returns at once where nobody else wants the core.
+  static constexpr int kSpins = 500;
 
   const int size_;
   std::vector<std::thread> threads_;
