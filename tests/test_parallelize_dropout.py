@@ -54,9 +54,11 @@ def own_masks(mesh: Mesh, implementation: str) -> None:
         torch.manual_seed(mesh.tp.rank)
         model = parallelize(build(name, implementation, **rates), mesh).train()
         x = inputs(model)
-        output = model(**x, output_attentions=implementation == "eager")
-        # The stream between the blocks, and so the common generator, is alike on all ranks.
-        same_everywhere(output.logits, mesh.tp, what)
+        output = model(**x, output_attentions=implementation == "eager", output_hidden_states=True)
+        # The stream between the blocks, and so the common generator, is alike on all ranks. (Logits
+        # always are: they are gathered.)
+        for hidden in output.hidden_states:
+            same_everywhere(hidden, mesh.tp, what)
         same_everywhere(torch.rand(8), mesh.tp, what + " generator")
         output.loss.backward()
         norm = next(p for n, p in model.named_parameters() if "norm" in n.lower() or "ln_" in n)
