@@ -63,6 +63,21 @@ def test_generate_json(folder: Path, extra: tuple) -> None:
     assert all(row["peak_rss_bytes"] > row["weight_bytes"] for row in report["ranks"])
 
 
+def test_the_context_is_cut_too(folder: Path) -> None:
+    result = run(
+        *("generate", "--model", folder, "--tp", 2, "--cp", 2, "--check", "--json"),
+        *("--prompt", "w5 w9 w2 w7 w7 w1 w3", "--max-new-tokens", 7),
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["matches_dense"] is True
+    assert report["max_abs_logit_diff"] < 1e-4
+    assert [row["rank"] for row in report["ranks"]] == [0, 1, 2, 3]
+    weights = [row["weight_bytes"] for row in report["ranks"]]
+    # cp cuts no weights: ranks 0 and 2 are the first of the two tp ranks.
+    assert weights[:2] == weights[2:] and weights[0] < sum(weights[:2])
+
+
 def test_generate_prints_text(folder: Path) -> None:
     result = run(
         *("generate", "--model", folder, "--tp", 2, "--max-new-tokens", 3),
@@ -88,6 +103,7 @@ def test_streamed_text_is_the_whole_text(folder: Path) -> None:
         (["--tokenizer", "."], "no tokenizer could be read from it"),
         (["--tp", "0"], "--tp: expected at least 1, got 0"),
         (["--tp", "10"], "use at most tp=9"),
+        (["--cp", "0"], "--cp: expected at least 1, got 0"),
         (["--max-new-tokens", "100"], "more than the context of 64"),
         (["--max-new-tokens", "0"], "max_new_tokens: expected at least 1"),
         (["--temperature", "-1"], "temperature: expected 0 or more"),
