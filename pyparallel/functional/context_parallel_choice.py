@@ -42,9 +42,10 @@ class Speed:
     latency_s: float
 
 
-# Orders of magnitude are enough: near the crossing both take about the same time. CPU: one core with
-# AVX-512, ranks that share memory. CUDA: an H100's share of NVLink.
-SPEEDS = {"cpu": Speed(5e10, 2e9, 1e-4), "cuda": Speed(4e14, 2e11, 3e-5)}
+# Orders of magnitude are enough: near the crossing both take about the same time. CPU: measured, one
+# AVX-512 core a rank in fp32, two ranks that share memory. CUDA: not measured, an H100's data sheet with
+# the usual share of it: half of the bf16 peak, half of NVLink.
+SPEEDS = {"cpu": Speed(3e10, 4e9, 6e-5), "cuda": Speed(5e14, 2e11, 3e-5)}
 
 
 @dataclass(frozen=True)
