@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyparallel.checkpoint import Checkpoint, CheckpointError
+from pyparallel.checkpoint_format import Checkpoint, CheckpointError
 from pyparallel.shard import REPLICATED, Range
 
 # Bytes of one piece that is dequantised at a time; bounds the temporary fp32 copies.

@@ -1,0 +1,87 @@
+"""What every checkpoint format gives: shapes, dtypes, and slices read straight into their place."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyparallel.shard import Sharding
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, broken, or does not fit the model; the message names what."""
+
+
+class Checkpoint(ABC):
+    """Dense tensors in files.
+
+    Attributes:
+        path: what was opened.
+        shapes: the dense shape of every tensor, by its Hugging Face name.
+    """
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+
+    @abstractmethod
+    def config(self) -> Mapping[str, Any]:
+        """The model's configuration: a config.json, or GGUF metadata."""
+
+    @abstractmethod
+    def _copy(self, name: str, dim: int, start: int, out: Tensor) -> None:
+        """Fill ``out`` with the tensor's indices from ``start`` on of axis ``dim``."""
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """What a tensor's values are stored as (fp32 where they are quantised)."""
+
+    def read(
+        self, name: str, sharding: Sharding, rank: int, *, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Rank's shard of the tensor ``name``, in ``dtype`` or as stored.
+
+        Raises:
+            CheckpointError: there is no such tensor, or its size is not the sharding's.
+        """
+        shape = sharding.local_shape(self._shape(name, sharding), rank)
+        out = torch.empty(shape, dtype=dtype or self.dtype(name))
+        self.read_into(out, name, sharding, rank)
+        return out
+
+    def read_into(self, out: Tensor, name: str, sharding: Sharding, rank: int) -> None:
+        """Fill ``out`` with rank's shard of the tensor ``name``, converted to its dtype.
+
+        Raises:
+            CheckpointError: there is no such tensor, or its size is not the sharding's or ``out``'s.
+        """
+        shape = self._shape(name, sharding)
+        if sharding.local_shape(shape, rank) != tuple(out.shape):
+            raise CheckpointError(
+                f"{self.path}: tensor {name} of shape {shape} does not give this model's "
+                f"{tuple(out.shape)}"
+            )
+        if sharding.dim is None:
+            self._copy(name, 0, 0, out)
+            return
+        filled = 0
+        for start, stop in sharding.ranges[rank]:
+            part = out.narrow(sharding.dim, filled, stop - start)
+            self._copy(name, sharding.dim, start, part)
+            filled += stop - start
+
+    def _shape(self, name: str, sharding: Sharding) -> tuple[int, ...]:
+        """The dense shape of a tensor that a sharding is to cut."""
+        if name not in self.shapes:
+            raise CheckpointError(f"{self.path}: tensor {name} is missing")
+        shape = self.shapes[name]
+        if sharding.dim is not None and shape[sharding.dim] != sharding.length:
+            raise CheckpointError(
+                f"{self.path}: tensor {name} of shape {shape} should have length "
+                f"{sharding.length} on axis {sharding.dim}"
+            )
+        return shape
