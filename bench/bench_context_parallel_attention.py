@@ -1,0 +1,105 @@
+"""Ring against Ulysses, and both against one rank: seconds of a forward and a forward with backward.
+
+    pytest bench/bench_context_parallel_attention.py --benchmark-only --benchmark-json=cp.json
+
+Ranks measure between barriers; a round's time is the slowest rank's. Rivals take turns in one run, and
+every result is compared with the others' before it is timed.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+
+from pyparallel.attention_blocks import plan_blocks
+from pyparallel.context import ContextShards
+from pyparallel.functional.block_attention import block_attention
+from pyparallel.functional.context_parallel_attention import context_parallel_attention
+from pyparallel.functional.context_parallel_choice import choose
+from pyparallel.launch import launch
+from pyparallel.mesh import init_mesh
+
+# (S, N, G, D): few and many KV heads, short and long.
+SHAPES = ((512, 8, 8, 64), (2048, 8, 8, 64), (2048, 8, 2, 64), (4096, 9, 3, 64))
+RIVALS = ("one rank", "ring", "ulysses")
+ROUNDS = 5
+
+
+def measure(shape: tuple[int, int, int, int], backward: bool) -> dict[str, list[float]]:
+    """Seconds of each round of each rival, on this rank."""
+    length, heads, kv_heads, size = shape
+    group = init_mesh(cp=torch.distributed.get_world_size()).cp
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(1, length, count, size, generator=generator)
+        for count in (heads, kv_heads, kv_heads, heads)
+    ]
+    whole = plan_blocks(((0, length),), ((0, length),), causal=True)
+
+    def work(rival: str) -> torch.Tensor | None:
+        shards = ContextShards.of(length, group, algorithm="auto" if rival == "one rank" else rival)
+        *qkv, do = tensors if rival == "one rank" else (shards.split(t) for t in tensors)
+        if rival == "one rank" and group.rank:
+            return None
+        qkv = [t.detach().requires_grad_(backward) for t in qkv]
+        if rival == "one rank":
+            o = block_attention(*qkv, whole)
+        else:
+            o = context_parallel_attention(*qkv, shards, causal=True)
+        if backward:
+            o.backward(do)
+        return o.detach()
+
+    results = {rival: work(rival) for rival in RIVALS}
+    torch.testing.assert_close(results["ring"], results["ulysses"], rtol=1e-4, atol=1e-5)
+    if group.rank == 0:
+        own = ContextShards.of(length, group).split(results["one rank"])
+        torch.testing.assert_close(results["ring"], own, rtol=1e-4, atol=1e-5)
+    seconds: dict[str, list[float]] = {rival: [] for rival in RIVALS}
+    for _ in range(ROUNDS):
+        for rival in RIVALS:
+            group.communicator.barrier()
+            started = time.perf_counter()
+            work(rival)
+            group.communicator.barrier()
+            seconds[rival].append(time.perf_counter() - started)
+    return seconds
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "S{}-N{}-G{}-D{}".format(*shape))
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_context_parallel_attention(benchmark, ranks: int, shape: tuple, backward: bool) -> None:
+    by_rank = launch(measure, ranks, shape, backward, threads=1)
+    slowest = {
+        rival: [max(times) for times in zip(*(rank[rival] for rank in by_rank), strict=True)]
+        for rival in RIVALS
+    }
+    length, heads, kv_heads, size = shape
+    choice = choose(
+        batch=1,
+        length=length,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=size,
+        ranks=ranks,
+        itemsize=4,
+        causal=True,
+    )
+    benchmark.extra_info |= {
+        "op": "context_parallel_attention",
+        "shape": list(shape),
+        "dtype": "float32",
+        "world": ranks,
+        "backend": "torch over shared memory",
+        "cores": len(os.sched_getaffinity(0)),
+        "seconds": slowest,
+        "chosen": choice.algorithm,
+        "why": choice.reason,
+    }
+    rounds = iter(slowest[choice.algorithm])
+    # The ranks have taken the times; pytest-benchmark counts one of them a round.
+    benchmark.pedantic(lambda: time.sleep(next(rounds)), rounds=ROUNDS)
