@@ -78,8 +78,8 @@ _MATMUL: dict[str, dict[tuple[str, str], MatmulConfig]] = {
         ("fp8", "thin"): MatmulConfig(64, 128, 128, 4, 4),
         ("fp8", "wide"): MatmulConfig(128, 128, 128, 8, 4),
         ("ieee", "decode"): MatmulConfig(16, 64, 32, 4, 4, note=_NO_TENSOR_CORE),
-        ("ieee", "thin"): MatmulConfig(64, 64, 32, 4, 3, note=_NO_TENSOR_CORE),
-        ("ieee", "wide"): MatmulConfig(64, 64, 32, 4, 3, note=_NO_TENSOR_CORE),
+        ("ieee", "thin"): MatmulConfig(64, 64, 32, 8, 3, note=_NO_TENSOR_CORE),
+        ("ieee", "wide"): MatmulConfig(64, 64, 32, 8, 3, note=_NO_TENSOR_CORE),
         ("tf32", "decode"): MatmulConfig(16, 128, 64, 4, 4, swap=True),
         ("tf32", "thin"): MatmulConfig(64, 128, 32, 4, 4),
         ("tf32", "wide"): MatmulConfig(128, 128, 32, 8, 4),
@@ -125,13 +125,39 @@ def matmul_rows(arch: str) -> list[tuple[str, str, MatmulConfig]]:
     return [(operand, shape, row) for (operand, shape), row in _MATMUL[family(arch)].items()]
 
 
+# (architecture, bytes of an operand's element) of the descriptor kernel. sm_80 and gfx942 have
+# no copy engine that takes tensor maps: descriptors become pointers there, which matmul has.
+_DESCRIPTOR: dict[tuple[str, int], MatmulConfig] = {
+    ("sm_90", 2): MatmulConfig(128, 256, 64, 8, 3),
+    ("sm_90", 1): MatmulConfig(128, 256, 128, 8, 3),
+    ("sm_100", 2): MatmulConfig(128, 256, 64, 8, 3),
+    ("sm_100", 1): MatmulConfig(128, 256, 128, 8, 3),
+    **{("interpreter", itemsize): MatmulConfig(32, 32, 32, 1, 1, 2) for itemsize in (1, 2, 4)},
+}
+
+
+def descriptor_config(arch: str, itemsize: int) -> MatmulConfig:
+    """The configuration of matmul_descriptor; ValueError where the architecture has none."""
+    row = _DESCRIPTOR.get((family(arch), itemsize))
+    if row is None:
+        raise ValueError(f"matmul_descriptor: no configuration for {itemsize}-byte operands on "
+                         f"{arch}; call matmul")
+    return row
+
+
+def descriptor_rows(arch: str) -> list[tuple[int, MatmulConfig]]:
+    """Every shipped (bytes of an element, configuration) of the descriptor kernel."""
+    return [(size, row) for (name, size), row in _DESCRIPTOR.items() if name == family(arch)]
+
+
 def gated_mlp_config(
     arch: str, m: int, itemsize: int, precision: str = "ieee"
 ) -> MatmulConfig:
     """matmul's row with half the columns, because a tile has two accumulators."""
     row = matmul_config(arch, m, 0, 0, itemsize, precision)
     # Two accumulators can't be swapped to fill the 64-row instructions: x is padded to them.
-    thin = 64 if family(arch) in ("sm_90", "sm_100") and row.block_m < 64 else row.block_m
+    padded = itemsize < 4 and family(arch) in ("sm_90", "sm_100")
+    thin = max(64, row.block_m) if padded else row.block_m
     stages = max(2, row.num_stages - 1) if row.num_stages > 1 else 1
     return replace(row, block_m=thin, block_n=max(row.block_n // 2, 16), swap=False,
                    num_stages=stages, block_k=min(row.block_k, 64) if itemsize > 1 else row.block_k)

@@ -53,12 +53,25 @@ def add_rounded(
 
 
 @triton.jit
+def part_of_tile(
+    tile, part, M, N, tiles_m, tiles_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SUM_M: tl.constexpr, GROUP_M: tl.constexpr,
+):
+    """(offsets [SUM_M, BLOCK_N], columns, mask) of rows part .. part + SUM_M of a tile."""
+    tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
+    offs_m = wide(tile_m) * BLOCK_M + part + tl.arange(0, SUM_M)
+    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    return offs_m[:, None] * N + offs_n[None, :], offs_n, mask
+
+
+@triton.jit
 def matmul_all_reduce_kernel(
     x_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr, addresses_ptr, state_ptr, M, N, K,
     stride_xm, stride_xk, stride_wn, stride_wk, capacity, timeout_ns, rank,
     R: tl.constexpr, TWO_SHOT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr,
+    SUM_M: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Grid (programs). Tile t belongs to program t % programs and, two-shot, to rank
     t // programs % R; its place in symmetric memory is [slot of the sender, M, N]."""
@@ -91,47 +104,48 @@ def matmul_all_reduce_kernel(
             tl.store(data + offs, narrow(acc, dtype), mask=mask)
             signal_peers(addresses_ptr, rank, epoch, tile, R)
     for tile in tl.range(program, tiles, programs):
-        tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
-        offs_m = wide(tile_m) * BLOCK_M + tl.arange(0, BLOCK_M)
-        offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-        offs = offs_m[:, None] * N + offs_n[None, :]
         owner = tile // programs % R
         if owner == rank or not TWO_SHOT:
-            total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for source in range(0, R):
                 if source != rank:
                     flag = tile * R + source
                     wait(addresses_ptr, rank, epoch, flag, source, state_ptr, timeout_ns)
+            # A few rows at a time: a whole tile's addresses would not fit the registers.
+            for part in tl.range(0, BLOCK_M, SUM_M):
+                offs, offs_n, mask = part_of_tile(
+                    tile, part, M, N, tiles_m, tiles_n, BLOCK_M, BLOCK_N, SUM_M, GROUP_M
+                )
+                total = tl.zeros((SUM_M, BLOCK_N), tl.float32)
+                for source in range(0, R):
+                    if TWO_SHOT:
+                        data = region_data(addresses_ptr, rank, epoch, capacity, out_ptr)
+                        data += source * slot
+                    else:
+                        data = region_data(addresses_ptr, source, epoch, capacity, out_ptr)
+                    total += tl.load(data + offs, mask=mask, other=0.0).to(tl.float32)
+                value = add_rounded(
+                    total, bias_ptr, residual_ptr, offs, offs_n, mask, N, dtype, HAS_BIAS,
+                    HAS_RESIDUAL,
+                )
+                tl.store(out_ptr + offs, value, mask=mask)
                 if TWO_SHOT:
+                    # Into the owner's own slot, which it has read.
                     data = region_data(addresses_ptr, rank, epoch, capacity, out_ptr)
-                    data += source * slot
-                else:
-                    data = region_data(addresses_ptr, source, epoch, capacity, out_ptr)
-                total += tl.load(data + offs, mask=mask, other=0.0).to(tl.float32)
-            value = add_rounded(
-                total, bias_ptr, residual_ptr, offs, offs_n, mask, N, dtype, HAS_BIAS,
-                HAS_RESIDUAL,
-            )
-            tl.store(out_ptr + offs, value, mask=mask)
+                    tl.store(data + rank * slot + offs, value, mask=mask)
             if TWO_SHOT:
-                # Into the owner's own slot, which it has read.
-                data = region_data(addresses_ptr, rank, epoch, capacity, out_ptr) + rank * slot
-                tl.store(data + offs, value, mask=mask)
                 signal_peers(addresses_ptr, rank, epoch, tiles + tile, R)
     if TWO_SHOT:
         for tile in tl.range(program, tiles, programs):
             owner = tile // programs % R
             if owner != rank:
-                tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
-                offs_m = wide(tile_m) * BLOCK_M + tl.arange(0, BLOCK_M)
-                offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-                mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-                offs = offs_m[:, None] * N + offs_n[None, :]
                 flag = (tiles + tile) * R + owner
                 wait(addresses_ptr, rank, epoch, flag, owner, state_ptr, 2 * timeout_ns)
                 data = region_data(addresses_ptr, owner, epoch, capacity, out_ptr) + owner * slot
-                tl.store(out_ptr + offs, tl.load(data + offs, mask=mask), mask=mask)
+                for part in tl.range(0, BLOCK_M, SUM_M):
+                    offs, offs_n, mask = part_of_tile(
+                        tile, part, M, N, tiles_m, tiles_n, BLOCK_M, BLOCK_N, SUM_M, GROUP_M
+                    )
+                    tl.store(out_ptr + offs, tl.load(data + offs, mask=mask), mask=mask)
     leave(state_ptr, epoch)
 
 
@@ -168,8 +182,9 @@ def matmul_all_reduce(
         *x.stride(), *w_shard_k.stride(), memory.capacity, memory.timeout_ns, memory.rank,
         R=memory.size, TWO_SHOT=two_shot, HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None, BLOCK_M=row.block_m, BLOCK_N=row.block_n,
-        BLOCK_K=row.block_k, GROUP_M=row.group_m, EVEN_K=k % row.block_k == 0, SWAP=row.swap,
-        PRECISION=precision, num_warps=row.num_warps, num_stages=row.num_stages,
+        BLOCK_K=row.block_k, GROUP_M=row.group_m, SUM_M=min(row.block_m, 16),
+        EVEN_K=k % row.block_k == 0, SWAP=row.swap, PRECISION=precision,
+        num_warps=row.num_warps, num_stages=row.num_stages,
     )
     memory.launched(name)
     return out
