@@ -40,17 +40,17 @@ CUDA_CXX_FLAGS = -std=c++17 -O2 -fPIC -fvisibility=hidden -Wall -Wextra -Werror 
 cuda: $(CUDA_LIBRARY) cuda-report
 
 # nvcc's notes (registers, spills of every kernel) are kept beside the object; shown if it fails.
-$(CUDA_BUILD)/%.cu.o: csrc/cuda/%.cu $(CUDA_HEADERS) csrc/cuda/sources.txt
+$(CUDA_BUILD)/%.cu.o: csrc/cuda/%.cu $(CUDA_HEADERS)
 	@mkdir -p $(@D)
 	@echo "nvcc $<"
 	@$(NVCC) $(CUDA_NVCC_FLAGS) -c $< -o $@ > $@.log 2>&1 || { grep -E "error|warning|fatal" $@.log; rm -f $@; exit 1; }
 
-$(CUDA_BUILD)/%.cpp.o: csrc/cuda/%.cpp $(CUDA_HEADERS) csrc/cuda/sources.txt
+$(CUDA_BUILD)/%.cpp.o: csrc/cuda/%.cpp $(CUDA_HEADERS)
 	@mkdir -p $(@D)
 	@echo "$(CXX) $<"
 	@$(CXX) $(CUDA_CXX_FLAGS) -c $< -o $@
 
-$(CUDA_LIBRARY): $(CUDA_OBJECTS)
+$(CUDA_LIBRARY): $(CUDA_OBJECTS) csrc/cuda/sources.txt
 	@echo "link $@"
 	@$(CXX) -shared -o $@ $(CUDA_OBJECTS) -L$(CUDA_TORCH)/lib -ltorch -ltorch_cpu -lc10 \
 	  -L$(NCCL_HOME)/lib -l:libnccl.so.2 -L$(CUDA_HOME)/lib64 -lcudart_static -lrt -lpthread -ldl \

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -174,25 +175,28 @@ def test_unknown_activation() -> None:
         cuda_ops.activation_code("swish")
 
 
-@pytest.fixture(scope="module")
-def disassembly() -> dict[str, dict[str, str]]:
-    """SASS of every kernel by architecture and mangled name, by Triton's cuobjdump."""
+# Disassembling takes a while: one architecture in every run, the others in the sweep.
+ARCHITECTURES = [
+    "sm_90a",
+    pytest.param("sm_80", marks=pytest.mark.slow),
+    pytest.param("sm_100a", marks=pytest.mark.slow),
+]
+
+
+@lru_cache(maxsize=3)
+def disassembly(architecture: str) -> dict[str, str]:
+    """SASS of every kernel by its mangled name, by Triton's cuobjdump."""
     triton = pytest.importorskip("triton", reason="its package carries cuobjdump")
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    library = Path(cuda_extension.load().__file__)
-    text = subprocess.run(
-        [str(tool), "-sass", str(library)], check=True, capture_output=True, text=True
-    ).stdout
-    found: dict[str, dict[str, str]] = {}
-    architecture = name = ""
+    command = [str(tool), "-sass", "-arch", architecture, str(cuda_extension.load().__file__)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    name, found = "", {}
     for line in text.splitlines():
-        if match := re.search(r"code for (sm_\w+)", line):
-            architecture = match[1]
-        elif match := re.search(r"Function : (\S+)", line):
+        if match := re.search(r"Function : (\S+)", line):
             name = match[1]
-            found.setdefault(architecture, {})[name] = ""
-        elif name and architecture:
-            found[architecture][name] += line + "\n"
+            found[name] = ""
+        elif name:
+            found[name] += line + "\n"
     return found
 
 
@@ -207,32 +211,34 @@ def is_wide(mangled: str) -> bool:
     return width is None or int(width[1]) > 1
 
 
-def test_machine_code_moves_sixteen_bytes(disassembly) -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_machine_code_moves_sixteen_bytes(architecture: str) -> None:
     load, store = re.compile(r"\bLDG?\.E\S*\.128"), re.compile(r"\bSTG?\.E\S*\.128")
-    assert sorted(disassembly) == ["sm_100a", "sm_80", "sm_90a"]
-    for architecture, kernels in disassembly.items():
-        seen = set()
-        for mangled, code in kernels.items():
-            kernel = kernel_of(mangled)
-            if kernel not in WIDE_KERNELS | READING_KERNELS or not is_wide(mangled):
-                continue
-            seen.add(kernel)
-            assert load.search(code), f"{architecture} {mangled}: no 128-bit load"
-            if kernel in WIDE_KERNELS:
-                assert store.search(code), f"{architecture} {mangled}: no 128-bit store"
-        assert seen == WIDE_KERNELS | READING_KERNELS, architecture
+    seen = set()
+    for mangled, code in disassembly(architecture).items():
+        kernel = kernel_of(mangled)
+        if kernel not in WIDE_KERNELS | READING_KERNELS or not is_wide(mangled):
+            continue
+        seen.add(kernel)
+        assert load.search(code), f"{mangled}: no 128-bit load"
+        if kernel in WIDE_KERNELS:
+            assert store.search(code), f"{mangled}: no 128-bit store"
+    assert seen == WIDE_KERNELS | READING_KERNELS
 
 
-def test_machine_code_spills_nothing(disassembly) -> None:
-    for architecture, kernels in disassembly.items():
-        for mangled, code in kernels.items():
-            assert not re.search(r"\b(LDL|STL)\b", code), f"{architecture} {mangled} spills"
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_machine_code_spills_nothing(architecture: str) -> None:
+    local = re.compile(r"\b(LDL|STL)\b")
+    spilling = [name for name, code in disassembly(architecture).items() if local.search(code)]
+    assert spilling == []
 
 
-def test_multimem_is_there_for_hopper_and_later(disassembly) -> None:
-    for architecture, kernels in disassembly.items():
-        codes = [c for n, c in kernels.items() if kernel_of(n) == "multimem_all_reduce_kernel"]
-        assert len(codes) == 3
-        for code in codes:
-            reduces = "LDGMC" in code
-            assert reduces == (architecture != "sm_80"), architecture
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_multimem_is_there_for_hopper_and_later(architecture: str) -> None:
+    codes = [
+        code
+        for name, code in disassembly(architecture).items()
+        if kernel_of(name) == "multimem_all_reduce_kernel"
+    ]
+    assert len(codes) == 3
+    assert all(("LDGMC" in code) == (architecture != "sm_80") for code in codes)
