@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 export MAX_JOBS ?= 2
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
-CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CSRC := $(shell find csrc/core csrc/cpu csrc/bindings -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test test-all test-kernels test-gpu lint format install model bench tsan asan clean
+.PHONY: demo install model test test-kernels test-slow test-gpu tsan asan mutants lint format clean
+.PHONY: bench bench-collectives bench-decode bench-prefill bench-kernels
 
 install: $(VENV)/.ready
 
@@ -36,8 +37,30 @@ demo: install $(MODEL)
 	$(BIN)/pyparallel generate --model $(MODEL) --tp 2 --max-new-tokens 32 --check \
 	  --prompt "The capital of France is"
 
+# Everything but the Triton kernels, wide sweeps, and what needs a GPU; CI runs the first two as well.
 test: install $(MODEL)
-	$(BIN)/pytest -q -m "not gpu and not slow"
+	$(BIN)/pytest -q -m "not gpu and not slow" --ignore tests/kernels
+
+test-kernels: install
+	$(BIN)/pytest -q -m "not gpu and not slow" tests/kernels
+
+test-slow: install $(MODEL)
+	$(BIN)/pytest -q -m "slow and not gpu"
+
+test-gpu: install $(MODEL)
+	$(BIN)/pytest -q -m gpu
+
+# The C++ engine, ranks as threads, under ThreadSanitizer and AddressSanitizer/UBSan; and broken on
+# purpose, which must be noticed.
+tsan asan mutants:
+	$(MAKE) -C tests/native $@
+
+# Timings; each prints machine, versions and command, and writes JSON under .benchmarks.
+bench: bench-collectives bench-decode bench-prefill
+
+bench-collectives bench-decode bench-prefill bench-kernels: bench-%: install $(MODEL)
+	$(BIN)/pytest -q -s --benchmark-enable --benchmark-autosave --benchmark-columns=min,median,iqr \
+	  bench/$*.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -47,5 +70,8 @@ format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:
+include cuda.mk
+
+clean: cuda-clean
+	$(MAKE) -C tests/native clean
 	rm -rf build *.egg-info pyparallel/*.so
