@@ -37,6 +37,15 @@ CUDA_CXX_FLAGS = -std=c++17 -O2 -fPIC -fvisibility=hidden -Wall -Wextra -Werror 
 
 .PHONY: cuda cuda-report cuda-clean
 
+$(CUDA_OBJECTS): | $(CUDA_BUILD)/.nccl
+
+# NCCL's header and library: the system's, or the wheel's, which is fetched if neither is there.
+$(CUDA_BUILD)/.nccl:
+	@mkdir -p $(@D)
+	@test -f $(NCCL_HOME)/include/nccl.h || \
+	  $(CUDA_PYTHON) -m pip install -q --disable-pip-version-check --no-deps nvidia-nccl-cu13
+	@touch $@
+
 cuda: $(CUDA_LIBRARY) cuda-report
 
 # nvcc's notes (registers, spills of every kernel) are kept beside the object; shown if it fails.

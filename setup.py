@@ -6,13 +6,16 @@ are chosen at run time, so no ``-march`` flag appears here. ``MAX_JOBS`` bounds 
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pybind11
 import torch
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).parent
 CXX_FLAGS = [
@@ -23,7 +26,6 @@ CXX_FLAGS = [
     "-Wextra",
     "-Wno-unused-parameter",
 ]
-NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr"]
 
 
 def sources(*folders: str) -> list[str]:
@@ -32,26 +34,32 @@ def sources(*folders: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in found)
 
 
-def cuda_sources() -> list[str]:
-    """The CUDA sources, or none where nvcc or a CUDA build of torch is missing."""
-    if torch.version.cuda is None or shutil.which("nvcc") is None:
-        return []
-    return (ROOT / "csrc/cuda/sources.txt").read_text().split()
-
-
 def extension() -> CppExtension:
-    files = sources("csrc/bindings", "csrc/cpu")
-    options = {
-        "include_dirs": [str(ROOT / "csrc"), pybind11.get_include()],
-        "depends": [str(path) for path in (ROOT / "csrc").rglob("*.h")],
-    }
-    cuda = cuda_sources()
-    if cuda:
-        flags = {"cxx": [*CXX_FLAGS, "-DPYPARALLEL_CUDA"], "nvcc": NVCC_FLAGS}
-        return CUDAExtension(
-            "pyparallel._C", files + cuda, extra_compile_args=flags, libraries=["nccl"], **options
-        )
-    return CppExtension("pyparallel._C", files, extra_compile_args={"cxx": CXX_FLAGS}, **options)
+    return CppExtension(
+        "pyparallel._C",
+        sources("csrc/bindings", "csrc/cpu"),
+        include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
+        depends=[str(path) for path in (ROOT / "csrc").rglob("*.h")],
+        extra_compile_args={"cxx": CXX_FLAGS},
+    )
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
+class BuildAll(BuildExtension):
+    """Builds pyparallel._C, and pyparallel._cuda by cuda.mk where it can be used.
+
+    `make cuda` builds the CUDA extension on any machine with nvcc; here it also takes a CUDA torch.
+    """
+
+    def run(self) -> None:
+        super().run()
+        if torch.version.cuda is None or shutil.which("nvcc") is None:
+            return
+        jobs = os.environ.get("MAX_JOBS", "2")
+        command = ["make", "-f", "cuda.mk", f"-j{jobs}", "cuda", f"CUDA_PYTHON={sys.executable}"]
+        subprocess.run(command, cwd=ROOT, check=True)
+        if not self.inplace:
+            for library in (ROOT / "pyparallel").glob("_cuda*.so"):
+                shutil.copy2(library, Path(self.build_lib) / "pyparallel" / library.name)
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": BuildAll})

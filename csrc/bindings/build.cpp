@@ -10,16 +10,6 @@ void bind_build(pybind11::module_& m) {
   m.def(
       "isa", [] { return std::string(cpu::isa_name(cpu::detected_isa())); },
       "The widest instruction set the kernels may use here: 'avx512', 'avx2' or 'plain'.");
-  m.def(
-      "has_cuda",
-      [] {
-#ifdef PYPARALLEL_CUDA
-        return true;
-#else
-        return false;
-#endif
-      },
-      "Whether the CUDA part was compiled into this build.");
 }
 
 }  // namespace pyparallel

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 from typing import Any
 
-from pyparallel import backend
+from pyparallel import backend, cuda_extension
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,9 +73,7 @@ def _backend_reasons() -> dict[str, str | None]:
     import torch
 
     gpu = None if torch.cuda.is_available() else "no GPU is visible to torch"
-    cuda = _extension_reason()
-    if cuda is None and not _extension().has_cuda():
-        cuda = "this build has no CUDA part; it needs nvcc and a CUDA build of torch"
+    cuda = "; ".join(cuda_extension.missing()) or None
     triton = None if _version("triton") else "triton is not installed"
     if triton is None and gpu is not None:
         triton = f"{gpu}; on CPU tensors it runs in the interpreter, with PYPARALLEL_BACKEND=triton"
