@@ -48,7 +48,8 @@ def parallelize(model: nn.Module, mesh: Mesh) -> nn.Module:
     attention draws different numbers on each rank.
 
     Plans of our own: GPT-2, GPT-NeoX, BERT, Phi-3, GLM. Every other type needs a ``base_model_tp_plan``
-    in its config, as Llama, Mistral, Qwen2, Qwen3, Gemma and some hundred others have.
+    in its config, as Llama, Mistral, Qwen2, Qwen3, Gemma and most dense decoders have; plans that cut
+    experts are refused.
 
     Returns:
         ``model``.
