@@ -12,7 +12,8 @@ import pytest
 PRELOAD = [
     "torch",
     "torch.fx.experimental.symbolic_shapes",
-    "transformers",
+    "transformers.models.llama.modeling_llama",
+    "transformers.generation.utils",
     "hypothesis",
     "pytest",
     "pyparallel.testing",
