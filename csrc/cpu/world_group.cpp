@@ -72,6 +72,17 @@ Group::~Group() { close(); }
 
 void Group::close() {
   if (descriptor_ < 0) return;
+  if (getpid() != owner_) {
+    // After a fork the thread is the parent's; here there is none to join.
+    if (pusher_.joinable()) pusher_.detach();
+  } else if (pusher_.joinable()) {
+    {
+      const std::lock_guard lock(sending_);
+      stop_pushing_ = true;
+    }
+    unsent_there_.notify_one();
+    pusher_.join();
+  }
   if (getpid() == owner_ && load_relaxed(world_.state(world_.rank)) == uint64_t(State::active)) {
     store_release(world_.state(world_.rank), uint64_t(State::left));
   }

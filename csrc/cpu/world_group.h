@@ -5,10 +5,14 @@
 // the group then refuses all further work with the same reason. Not for two threads at once.
 #pragma once
 
+#include <atomic>
+#include <condition_variable>
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "core/barrier.h"
@@ -60,7 +64,7 @@ class Group {
   void all_to_all(void* output, const void* input, const Split& output_split,
                   const Split& input_split, DType dtype);
   void broadcast(void* data, int64_t n, DType dtype, int root);
-  // Returns at once: what has no room yet is copied, and goes on its way during later calls.
+  // Returns at once: what has no room yet is copied, and sent on by later calls or by a thread.
   void send(const void* data, int64_t n, DType dtype, int peer, int tag);
   void receive(void* data, int64_t n, DType dtype, int peer, int tag);
 
@@ -94,8 +98,9 @@ class Group {
   template <class Body>
   void guard(const Description& doing, bool long_call, Body body);
   void check_open() const;
-  // Sends on what has room now.
+  // Sends on what has room now; and the thread that does so while the rank is elsewhere.
   void push_unsent();
+  void push_in_background();
   void check_peer(const char* argument, int peer) const;
 
   std::string name_;
@@ -116,8 +121,13 @@ class Group {
     int64_t next;
   };
 
+  // Held to touch unsent_ and sent_, which the thread shares.
+  std::mutex sending_;
+  std::condition_variable unsent_there_;
+  std::atomic<bool> has_unsent_{false};
+  bool stop_pushing_ = false;
+  std::thread pusher_;
   std::vector<std::deque<Unsent>> unsent_;
-  bool has_unsent_ = false;
   std::vector<uint64_t> sent_;
   std::vector<uint64_t> received_;
   Description announced_{};
