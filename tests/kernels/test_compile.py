@@ -1,0 +1,139 @@
+"""What the compiler makes of the kernels; compiled in processes of their own, without interpreter."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from pyparallel.kernels import report
+from pyparallel.kernels.cases import all_cases
+from pyparallel.kernels.compile_kernel import Case, _width_amd, _width_ptx, target_of
+from pyparallel.kernels.configurations import ARCHITECTURES
+
+GOOD = {
+    "error": None,
+    "spills": 0,
+    "shared_bytes": 1024,
+    "mma": "wgmma",
+    "max_load_bytes": 16,
+    "max_store_bytes": 16,
+}
+
+
+def case(**changes):
+    return Case("a", "b", None, {}, {}, 4, **changes)
+
+
+def test_every_kernel_file_has_cases():
+    """A kernel that nobody compiles can't hide: each @triton.jit entry point is in the table."""
+    import importlib
+    import pkgutil
+
+    import pyparallel.kernels as package
+
+    found = {c.kernel.__name__ for c in all_cases("sm_90")} | {"split_k_sum_kernel"}
+    for module in pkgutil.iter_modules(package.__path__):
+        loaded = importlib.import_module(f"pyparallel.kernels.{module.name}")
+        for name in vars(loaded):
+            if name.endswith("_kernel") and hasattr(getattr(loaded, name), "arg_names"):
+                assert name in found, f"{module.name}.{name} is in no compile case"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_cases_are_distinct(arch):
+    labels = [(c.name, c.variant) for c in all_cases(arch)]
+    assert len(labels) == len(set(labels)) > 90
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes", "wrong"),
+    [
+        ("sm_90", {}, []),
+        ("sm_90", {"spills": 8}, ["spills 8 bytes"]),
+        ("sm_100", {"spills": 8, "mma": "tcgen05"}, []),
+        ("sm_90", {"mma": "mma.sync"}, ["mma.sync, not wgmma"]),
+        ("sm_100", {}, ["wgmma, not tcgen05"]),
+        ("sm_90", {"max_load_bytes": 4}, ["loads 4 bytes"]),
+        ("sm_90", {"max_store_bytes": 8}, ["stores 8 bytes"]),
+        ("gfx942", {"max_store_bytes": 8, "mma": "mfma"}, []),
+        ("gfx942", {"max_store_bytes": 4, "mma": "mfma"}, ["stores 4 bytes"]),
+        (
+            "sm_80",
+            {"shared_bytes": 200000, "mma": "mma.sync"},
+            ["shared memory 200000 over 166912"],
+        ),
+        ("sm_90", {"error": "it broke"}, ["it broke"]),
+    ],
+)
+def test_what_is_wrong(arch, changes, wrong):
+    assert report.shortfalls(case(tensor_core=True), arch, GOOD | changes)[0] == wrong
+
+
+def test_a_waiver_excuses_all_but_spills():
+    result = GOOD | {"mma": "none", "max_load_bytes": 4, "spills": 8}
+    wrong, excused = report.shortfalls(case(tensor_core=True, waiver="why"), "sm_90", result)
+    assert wrong == ["spills 8 bytes"]
+    assert excused == ["none, not wgmma: why", "loads 4 bytes: why"]
+
+
+def test_widths_are_read_from_the_text():
+    assert _width_ptx("ld.global.b16 x; ld.global.L1::evict_last.v2.b32 y;", "ld") == 8
+    assert _width_ptx("cp.async.cg.shared.global [ %r + 0 ], [ %rd + 0 ], 0x10, %r;", "ld") == 16
+    assert _width_ptx("@%p st.global.v4.b32 [ %rd4 + 0 ], { %r2 };", "st") == 16
+    assert _width_ptx("ld.shared.v4.b32 x;", "ld") == 0
+    assert _width_amd("global_load_dwordx4 v; buffer_store_dwordx2 v", "load") == 16
+    assert _width_amd("global_load_dwordx4 v; buffer_store_dwordx2 v", "store") == 8
+
+
+def test_unknown_architecture():
+    with pytest.raises(ValueError, match="expected sm_80, sm_90, sm_100 or gfx942, got 'sm90'"):
+        target_of("sm90")
+
+
+def command(*arguments, cache):
+    import os
+
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+    return subprocess.run(
+        [sys.executable, "-m", "pyparallel", "kernels", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+
+
+def test_command_compiles_and_caches(tmp_path):
+    arguments = ("--arch", "sm_90", "gfx942", "--kernel", "cross_entropy_backward", "--json")
+    first = command(*arguments, cache=tmp_path)
+    assert first.returncode == 0, first.stderr
+    rows = json.loads(first.stdout)["kernels"]
+    assert [(r["name"], r["arch"]) for r in rows] == [
+        ("cross_entropy_backward", "sm_90"),
+        ("cross_entropy_backward", "gfx942"),
+    ]
+    for row in rows:
+        assert row["error"] is None and row["registers"] > 0 and row["max_load_bytes"] == 16
+        assert "cached" not in row
+    again = json.loads(command(*arguments, cache=tmp_path).stdout)["kernels"]
+    assert [r.pop("cached") for r in again] == [True, True]
+    assert again == rows
+
+
+def test_command_says_what_is_wrong_with_its_arguments(tmp_path):
+    for arguments, message in (
+        (("--arch", "h100"), "got 'h100'"),
+        (("--arch", "sm_90", "--kernel", "nothing"), "no kernel's name contains one of nothing"),
+    ):
+        result = command(*arguments, cache=tmp_path)
+        assert result.returncode == 2 and message in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_sm_90_and_meets_its_lines():
+    """In CI: no failure, no spill, wgmma, 128-bit accesses; figures of unchanged kernels cached."""
+    rows = report.compile_all(["sm_90"], cache=report.cache_directory())
+    wrong = [(row["name"], row["config"], row["wrong"]) for row in rows if row["wrong"]]
+    assert len(rows) > 90 and not wrong
