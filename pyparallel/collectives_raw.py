@@ -120,10 +120,10 @@ def all_reduce_raw(
     """
     if op not in REDUCTIONS:
         raise ValueError(f"op: expected one of {', '.join(REDUCTIONS)}, got {op!r}")
-    if torch.compiler.is_compiling() and not async_op:
+    if torch.compiler.is_compiling():
         result = x.contiguous()
         torch.ops.pyparallel.all_reduce_(result, op, group.handle)
-        return result
+        return Pending(result, None) if async_op else result
     record_collective("all_reduce", x.numel() * x.itemsize)
     result = x.contiguous()
     work = group.communicator.all_reduce(result, op=op, async_op=async_op)
@@ -141,8 +141,9 @@ def all_gather_raw(
     """The ranks' shards joined along ``dim``, in rank order. ``sizes``: all parts, where uneven."""
     dim %= x_shard.dim()
     parts = part_sizes_of("all_gather", x_shard, group, dim, sizes, whole=False)
-    if torch.compiler.is_compiling() and not async_op:
-        return torch.ops.pyparallel.all_gather(x_shard, dim, parts, group.handle)
+    if torch.compiler.is_compiling():
+        result = torch.ops.pyparallel.all_gather(x_shard, dim, parts, group.handle)
+        return Pending(result, None) if async_op else result
     shapes = [[*x_shard.shape[:dim], size, *x_shard.shape[dim + 1 :]] for size in parts]
     counts = [_numel(shape) for shape in shapes]
     flat = x_shard.new_empty(sum(counts))
@@ -165,8 +166,9 @@ def reduce_scatter_raw(
     """This rank's part along ``dim`` of the reduction of ``x`` over the ranks."""
     dim %= x.dim()
     parts = part_sizes_of("reduce_scatter", x, group, dim, sizes, whole=True)
-    if torch.compiler.is_compiling() and not async_op:
-        return torch.ops.pyparallel.reduce_scatter(x, dim, parts, op, group.handle)
+    if torch.compiler.is_compiling():
+        result = torch.ops.pyparallel.reduce_scatter(x, dim, parts, op, group.handle)
+        return Pending(result, None) if async_op else result
     pieces = [piece.reshape(-1) for piece in x.split(parts, dim)]
     flat = torch.cat(pieces) if dim else x.contiguous().view(-1)
     shape = [*x.shape[:dim], parts[group.rank], *x.shape[dim + 1 :]]

@@ -22,6 +22,7 @@ from pyparallel.models.cuts import AttentionCut, Cut, cuts_of, is_conv1d
 from pyparallel.models.head_dropout import OwnRandomness, share_generator_state
 from pyparallel.models.local_attention import local_sizes, tell_local_heads
 from pyparallel.models.plans import parent_of
+from pyparallel.models.sequence_region import check_sequence, cut_sequence
 from pyparallel.models.shared_parameter import sum_gradients
 from pyparallel.shard import REPLICATED, Sharding
 
@@ -38,7 +39,7 @@ class ScaledVocabParallelEmbedding(VocabParallelEmbedding):
         return super().forward(ids) * scale
 
 
-def parallelize(model: nn.Module, mesh: Mesh) -> nn.Module:
+def parallelize(model: nn.Module, mesh: Mesh, *, sequence_parallel: bool = False) -> nn.Module:
     """Cut a transformers model over ``mesh.tp``, in place.
 
     Every rank calls it with the same model: weights loaded, or on the meta device. Afterwards each
@@ -51,6 +52,12 @@ def parallelize(model: nn.Module, mesh: Mesh) -> nn.Module:
     in its config, as Llama, Mistral, Qwen2, Qwen3, Gemma and most dense decoders have; plans that cut
     experts are refused.
 
+    Args:
+        sequence_parallel: between the matmuls of its layers each rank works on its tokens alone; see
+            :mod:`pyparallel.models.sequence_region`. A call needs as many tokens as ranks, but for
+            steps of generation, which are not cut. Hidden states that the model hands out from within
+            its layers are then this rank's.
+
     Returns:
         ``model``.
 
@@ -61,6 +68,8 @@ def parallelize(model: nn.Module, mesh: Mesh) -> nn.Module:
     group = mesh.tp
     _check(model)
     cuts = cuts_of(model, group)
+    if sequence_parallel:
+        check_sequence(model, cuts)
     ties = _ties(model, cuts.modules)
     for cut in cuts.attentions:
         local_sizes(model.get_submodule(cut.attention.core), cut, group.rank)
@@ -76,6 +85,8 @@ def parallelize(model: nn.Module, mesh: Mesh) -> nn.Module:
     for attention in cuts.attentions:
         _localize(model, attention, group)
     if group.size > 1:
+        if sequence_parallel:
+            cut_sequence(model, cuts, group)
         share_generator_state(group, torch.device(mesh.device_mesh.device_type))
     return model
 

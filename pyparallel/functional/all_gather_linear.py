@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from pyparallel import backend
 from pyparallel.collectives import all_gather_raw, reduce_scatter_raw
 from pyparallel.functional.linear import bias_grad, linear_into, triton_reason
+from pyparallel.functional.sequence_ops import call
 from pyparallel.group import Group
 
 
@@ -53,6 +54,31 @@ def gather_then_linear(
     return y
 
 
+@backend.register("all_gather_linear_backward", "torch")
+@backend.register("all_gather_linear_backward", "triton")
+@backend.register("all_gather_linear_backward", "cpu")
+@backend.register("all_gather_linear_backward", "reference")
+def plain_backward(
+    grad: Tensor,
+    x_shard_s: Tensor,
+    weight: Tensor,
+    group: Group,
+    sizes: Sequence[int],
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx_shard_s and dw_shard_m, each where ``needs`` asks for it."""
+    options = {"dim": -2, "sizes": sizes, "async_op": True}
+    gathered = scattered = grad_weight = None
+    if needs[1]:
+        gathered = all_gather_raw(x_shard_s, group, **options)
+    if needs[0]:
+        partial = backend.call("linear_dgrad", grad, weight)
+        scattered = reduce_scatter_raw(partial, group, **options)
+    if gathered is not None:
+        grad_weight = backend.call("linear_wgrad", grad, gathered.wait())
+    return None if scattered is None else scattered.wait(), grad_weight
+
+
 class _AllGatherLinear(Function):
     @staticmethod
     def forward(
@@ -60,26 +86,17 @@ class _AllGatherLinear(Function):
     ) -> Tensor:
         ctx.save_for_backward(x_shard_s, weight)
         ctx.cut = group, sizes
-        return backend.call("all_gather_linear", x_shard_s, weight, bias, group, sizes)
+        return call("all_gather_linear", x_shard_s, weight, bias, group, sizes)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_shard_s, weight = ctx.saved_tensors
-        group, sizes = ctx.cut
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        options = {"dim": -2, "sizes": sizes, "async_op": True}
-        gathered = scattered = None
-        if need_weight:
-            gathered = all_gather_raw(x_shard_s, group, **options)
-        if need_x:
-            partial = backend.call("linear_dgrad", grad, weight)
-            scattered = reduce_scatter_raw(partial, group, **options)
+        needs = need_x, need_weight
+        op = "all_gather_linear_backward"
+        grad_x, grad_weight = backend.call(op, grad, x_shard_s, weight, *ctx.cut, needs)
         grad_bias = bias_grad(grad) if need_bias else None
-        grad_weight = None
-        if gathered is not None:
-            grad_weight = backend.call("linear_wgrad", grad, gathered.wait())
-        grad_x = None if scattered is None else scattered.wait()
         return grad_x, grad_weight, grad_bias, None, None
 
 

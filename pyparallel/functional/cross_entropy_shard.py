@@ -103,7 +103,8 @@ def _triton_reason(logits: Tensor, *_: object) -> str | None:
         return None
     from pyparallel.kernels.launch import INTERPRETING
 
-    return None if INTERPRETING and logits.is_cpu else f"the logits are on {logits.device.type}"
+    asked = INTERPRETING and backend.chosen() == "triton"
+    return None if asked and logits.is_cpu else f"the logits are on {logits.device.type}"
 
 
 @backend.register("cross_entropy_statistics", "triton", supports=_triton_reason)

@@ -30,7 +30,8 @@ def _triton_reason(x: Tensor, *_: object) -> str | None:
         return None
     from pyparallel.kernels.launch import INTERPRETING
 
-    return None if INTERPRETING and x.is_cpu else f"the tensor is on {x.device.type}"
+    asked = INTERPRETING and backend.chosen() == "triton"
+    return None if asked and x.is_cpu else f"the tensor is on {x.device.type}"
 
 
 @backend.register("dropout", "triton", supports=_triton_reason)

@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from pyparallel import backend
 from pyparallel.collectives import all_gather_raw, reduce_scatter_raw
 from pyparallel.functional.linear import bias_grad, linear_into, triton_reason
+from pyparallel.functional.sequence_ops import call
 from pyparallel.group import Group
 
 
@@ -57,6 +58,34 @@ def linear_then_reduce_scatter(
     return y if bias is None else y.add_(bias)
 
 
+@backend.register("linear_reduce_scatter_backward", "torch")
+@backend.register("linear_reduce_scatter_backward", "triton")
+@backend.register("linear_reduce_scatter_backward", "cpu")
+@backend.register("linear_reduce_scatter_backward", "reference")
+def plain_backward(
+    grad: Tensor,
+    x_shard_k: Tensor,
+    weight: Tensor,
+    group: Group,
+    sizes: Sequence[int],
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx_shard_k, dw_shard_k and db, each where ``needs`` asks for it."""
+    need_x, need_weight, need_bias = needs
+    pending = all_gather_raw(grad, group, dim=-2, sizes=sizes, async_op=True)
+    own = backend.call("linear_dgrad", grad, weight) if need_x else None
+    whole = pending.wait()
+    grad_x = None
+    if need_x:
+        pieces = [
+            own if rank == group.rank else backend.call("linear_dgrad", piece, weight)
+            for rank, piece in enumerate(whole.split(list(sizes), -2))
+        ]
+        grad_x = torch.cat(pieces, -2)
+    grad_weight = backend.call("linear_wgrad", whole, x_shard_k) if need_weight else None
+    return grad_x, grad_weight, bias_grad(whole) if need_bias else None
+
+
 class _LinearReduceScatter(Function):
     @staticmethod
     def forward(
@@ -64,31 +93,15 @@ class _LinearReduceScatter(Function):
     ) -> Tensor:
         ctx.save_for_backward(x_shard_k, weight)
         ctx.cut = group, sizes
-        return backend.call("linear_reduce_scatter", x_shard_k, weight, bias, group, sizes)
+        return call("linear_reduce_scatter", x_shard_k, weight, bias, group, sizes)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_shard_k, weight = ctx.saved_tensors
-        group, sizes = ctx.cut
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        pending = all_gather_raw(grad, group, dim=-2, sizes=sizes, async_op=True)
-        own = backend.call("linear_dgrad", grad, weight) if need_x else None
-        whole = pending.wait()
-        grad_x = None
-        if need_x:
-            pieces = [
-                own if rank == group.rank else backend.call("linear_dgrad", piece, weight)
-                for rank, piece in enumerate(whole.split(list(sizes), -2))
-            ]
-            grad_x = torch.cat(pieces, -2)
-        return (
-            grad_x,
-            backend.call("linear_wgrad", whole, x_shard_k) if need_weight else None,
-            bias_grad(whole) if need_bias else None,
-            None,
-            None,
-        )
+        needs = ctx.needs_input_grad[:3]
+        op = "linear_reduce_scatter_backward"
+        return (*backend.call(op, grad, x_shard_k, weight, *ctx.cut, needs), None, None)
 
 
 def linear_reduce_scatter(

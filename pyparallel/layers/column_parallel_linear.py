@@ -39,6 +39,9 @@ class ColumnParallelLinear(ShardedModule):
         ValueError: ``gather_output`` with a sharding of several ranges a rank, or of replicas.
     """
 
+    # x was gathered by several layers' common caller, who sums the gradients of their uses too.
+    input_is_gathered = False
+
     def __init__(
         self,
         in_features: int,
@@ -105,7 +108,8 @@ class ColumnParallelLinear(ShardedModule):
             sizes = shard_sizes(x, length, self.group)
             y = all_gather_linear(x, weight, bias, group=self.group, sizes=sizes)
         else:
-            y = column_parallel_linear(x, weight, bias, group=self.group)
+            group = Group.single() if self.input_is_gathered else self.group
+            y = column_parallel_linear(x, weight, bias, group=group)
         if self.gather_output:
             sizes = self.shardings["weight"].sizes
             return all_gather(y, self.group, dim=-1, sizes=sizes, grad="split")

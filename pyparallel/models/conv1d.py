@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from pyparallel.functional.column_parallel_linear import column_parallel_linear
+from pyparallel.functional.linear_reduce_scatter import linear_reduce_scatter
 from pyparallel.functional.row_parallel_linear import row_parallel_linear
 from pyparallel.group import Group
 from pyparallel.layers.parameters import ShardedModule
+from pyparallel.sequence import sequence_sizes
 from pyparallel.shard import REPLICATED, Sharding
 
 
@@ -28,8 +30,10 @@ class ColumnParallelConv1D(ShardedModule):
     Shapes:
         x [..., K] replicated; y [..., M_r]. ``weight`` [K, M_r], ``bias`` [M_r].
 
-    Communication: none forward; one all-reduce backward.
+    Communication: none forward; one all-reduce backward, none where ``input_is_gathered``.
     """
+
+    input_is_gathered = False
 
     def __init__(
         self,
@@ -56,7 +60,8 @@ class ColumnParallelConv1D(ShardedModule):
         return twin.load_dense(conv)
 
     def forward(self, x: Tensor) -> Tensor:
-        return column_parallel_linear(x, self.weight.t(), self.bias, group=self.group)
+        group = Group.single() if self.input_is_gathered else self.group
+        return column_parallel_linear(x, self.weight.t(), self.bias, group=group)
 
     def extra_repr(self) -> str:
         return f"nf={self.nf}, nx={self.nx}, local={self.weight.shape[1]}, {self.group}"
@@ -74,8 +79,11 @@ class RowParallelConv1D(ShardedModule):
     Shapes:
         x [..., K_r]; y [..., M] replicated. ``weight`` [K_r, M], ``bias`` [M], added once.
 
-    Communication: one all-reduce forward; none backward.
+    Communication: one all-reduce forward; none backward. With ``sequence_parallel`` y is this rank's
+    tokens: one reduce-scatter forward, one all-gather backward.
     """
+
+    sequence_parallel = False
 
     def __init__(
         self,
@@ -100,7 +108,11 @@ class RowParallelConv1D(ShardedModule):
         return twin.load_dense(conv)
 
     def forward(self, x: Tensor) -> Tensor:
-        return row_parallel_linear(x, self.weight.t(), self.bias, group=self.group)
+        weight = self.weight.t()
+        if self.sequence_parallel:
+            sizes = sequence_sizes(x.shape[-2], self.group)
+            return linear_reduce_scatter(x, weight, self.bias, group=self.group, sizes=sizes)
+        return row_parallel_linear(x, weight, self.bias, group=self.group)
 
     def extra_repr(self) -> str:
         return f"nf={self.nf}, nx={self.nx}, local={self.weight.shape[0]}, {self.group}"
