@@ -50,7 +50,9 @@ class CPUDecoder:
         reason = reason_against(model)
         if reason is not None:
             raise backend.UnsupportedError(f"decode_session: cpu: {reason}")
-        self.model = weakref.ref(model)
+        # Its parts and not the model, whose end is what frees this one.
+        self._attentions = [layer.attention for layer in model.layers]
+        self._rotary = model.rotary
         self.group = model.group
         self.head_start = model.head._start
         self.vocab_rows = model.head.weight.shape[0]
@@ -67,11 +69,11 @@ class CPUDecoder:
 
     def start(self, batch: int, slots: int) -> None:
         """Begin ``batch`` sequences of up to ``slots`` tokens, with empty caches."""
-        model = self.model()
-        self.cache = model.new_cache(batch, slots)
+        self.cache = [attention.new_cache(batch, slots) for attention in self._attentions]
         cos = sin = None
-        if model.rotary is not None:
-            cos, sin = (t.squeeze(0).contiguous() for t in model.rotary(torch.arange(slots)[None]))
+        if self._rotary is not None:
+            cos, sin = (t[0].contiguous() for t in self._rotary(torch.arange(slots)[None]))
+        # Held for as long as their addresses are in use.
         self._tables = (cos, sin)
         self.engine.use_cache(
             batch,
@@ -214,7 +216,10 @@ _compiled: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, CPUDecoder]] = (
 
 def compiled(model: Decoder) -> CPUDecoder:
     """The model's :class:`CPUDecoder`, made anew only if its parameters have moved."""
-    key = (torch.get_num_threads(), *((p.data_ptr(), p._version) for p in model.parameters()))
+    # Norms and biases may be copies, so a change in place counts; inference tensors do not count theirs.
+    versions = (0 if p.is_inference() else p._version for p in model.parameters())
+    addresses = (p.data_ptr() for p in model.parameters())
+    key = (torch.get_num_threads(), *zip(addresses, versions, strict=True))
     known = _compiled.get(model)
     if known is None or known[0] != key:
         known = (key, CPUDecoder(model))

@@ -72,9 +72,16 @@ class ModuleSession:
         return self.model.head.sample(hidden[:, 0], sampling, draws).tolist()
 
 
-for _name in backend.BACKENDS:
-    if _name != "cpu":
-        backend.register("decode_session", _name)(ModuleSession)
+def _modules_reason(model: CausalLM, *args: Any) -> str | None:
+    if backend.chosen() is None and next(model.parameters()).device.type == "cpu":
+        return "its kernels are for a GPU"
+    return None
+
+
+for _name in ("cuda", "triton"):
+    backend.register("decode_session", _name, supports=_modules_reason)(ModuleSession)
+for _name in ("torch", "reference"):
+    backend.register("decode_session", _name)(ModuleSession)
 
 
 @dataclass(frozen=True)
