@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+import weakref
+from dataclasses import dataclass, field
 
 from pyparallel.communicator import Communicator, LocalCommunicator
+
+_handles = itertools.count()
+_by_handle: weakref.WeakValueDictionary[int, Group] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,15 +20,27 @@ class Group:
         rank: this process's place, ``0 <= rank < size``.
         size: R, the number of ranks.
         communicator: the engine its collectives run on.
+        handle: a number that stands for this group in compiled graphs of this process.
     """
 
     rank: int
     size: int
     communicator: Communicator
+    handle: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
             raise ValueError(f"rank: expected 0 <= rank < size={self.size}, got {self.rank}")
+        object.__setattr__(self, "handle", next(_handles))
+        _by_handle[self.handle] = self
+
+    @classmethod
+    def of_handle(cls, handle: int) -> Group:
+        """The group that ``handle`` stands for, as long as somebody holds it."""
+        group = _by_handle.get(handle)
+        if group is None:
+            raise ValueError(f"handle: expected one of a living group, got {handle}")
+        return group
 
     @classmethod
     def over(cls, communicator: Communicator) -> Group:

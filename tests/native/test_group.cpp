@@ -84,10 +84,28 @@ void check_exchange(Group& group, uint64_t seed) {
   }
 }
 
+// Everybody sends first, more than a ring holds, and other calls come between.
+void check_messages(Group& group, uint64_t seed, int64_t n) {
+  const int size = group.size();
+  const int next = (group.rank() + 1) % size;
+  const int before = (group.rank() + size - 1) % size;
+  for (int tag = 0; tag < 2; ++tag) {
+    const std::vector<float> own = made<float>(group.rank(), seed + uint64_t(tag), n);
+    group.send(own.data(), n, DType::float32, next, tag);
+  }
+  group.barrier();
+  for (int tag = 0; tag < 2; ++tag) {
+    const std::vector<float> expected = made<float>(before, seed + uint64_t(tag), n);
+    std::vector<float> inbox(static_cast<size_t>(n));
+    group.receive(inbox.data(), n, DType::float32, before, tag);
+    expect(std::equal(inbox.begin(), inbox.end(), expected.begin(), same<float>), "message");
+  }
+}
+
 void random_calls(Group& group, int calls) {
   Random random(uint64_t(group.size()));
   for (int k = 0; k < calls; ++k) {
-    const int64_t kind = random.below(6);
+    const int64_t kind = random.below(7);
     const int64_t n = random.below(random.below(8) == 0 ? 300000 : 3000);
     if (kind == 0) check_reductions<float>(group, uint64_t(k), n);
     if (kind == 1) check_reductions<Half>(group, uint64_t(k), n);
@@ -95,6 +113,7 @@ void random_calls(Group& group, int calls) {
     if (kind == 3) check_reductions<int64_t>(group, uint64_t(k), n);
     if (kind == 4) check_exchange(group, uint64_t(k));
     if (kind == 5) group.barrier();
+    if (kind == 6 && group.size() > 1) check_messages(group, uint64_t(k), n);
   }
 }
 
@@ -106,7 +125,10 @@ int main() {
   using pyparallel::test::run_ranks;
   for (int size = 1; size <= 5; ++size) {
     run_ranks(size, "group of " + std::to_string(size),
-              [](pyparallel::cpu::Group& group) { random_calls(group, 30); });
+              [](pyparallel::cpu::Group& group) {
+                random_calls(group, 30);
+                group.flush();
+              });
   }
   // Two groups of the same four ranks, and two halves: each rank goes through three groups in turn.
   using pyparallel::cpu::Group;
