@@ -7,6 +7,7 @@ import os
 import signal
 import struct
 import sys
+import threading
 import time
 
 import psutil
@@ -15,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from pyparallel.collectives import all_reduce_raw
-from pyparallel.launch import RankError, _message, launch
+from pyparallel.communicator import PeerError
+from pyparallel.launch import RankError, _collect, _failure, _message, launch
 from pyparallel.mesh import init_mesh
 from pyparallel.torch_communicator import TorchCommunicator
 
@@ -149,6 +151,31 @@ def test_a_rank_killed_in_the_middle_of_its_message_is_told():
     os.write(sender.fileno(), struct.pack("!i", 1000) + bytes(10))
     sender.close()
     assert _message(Killed(), receiver).reason == "killed by SIGKILL"
+
+
+def lines_of(*errors: Exception) -> tuple[list, list]:
+    """Ranks that are nothing but pipes, and the ends through which they tell of their errors."""
+    pipes = [multiprocessing.Pipe(duplex=False) for _ in errors]
+    return [(Killed(), receiver) for receiver, _ in pipes], [sender for _, sender in pipes]
+
+
+def test_a_lost_peer_that_is_heard_first_is_not_the_cause():
+    errors = [PeerError("rank 1 is gone"), KeyError("the cause"), PeerError("rank 1 is gone")]
+    ranks, senders = lines_of(*errors)
+    for place in (0, 2):
+        senders[place].send_bytes(_failure(errors[place]))
+    threading.Timer(0.1, senders[1].send_bytes, [_failure(errors[1])]).start()
+    with pytest.raises(RankError, match="rank 1 of 3: KeyError: 'the cause'"):
+        _collect(ranks, None)
+
+
+def test_a_death_that_is_heard_last_is_the_cause():
+    errors = [PeerError("rank 1 is gone"), OSError("never told")]
+    ranks, senders = lines_of(*errors)
+    senders[0].send_bytes(_failure(errors[0]))
+    threading.Timer(0.1, senders[1].close).start()
+    with pytest.raises(RankError, match="rank 1 of 2: killed by SIGKILL"):
+        _collect(ranks, None)
 
 
 class Unpicklable(Exception):
