@@ -14,11 +14,10 @@ import time
 import pytest
 import torch
 
-from pyparallel.attention_blocks import plan_blocks
 from pyparallel.context import ContextShards
-from pyparallel.functional.block_attention import block_attention
 from pyparallel.functional.context_parallel_attention import context_parallel_attention
 from pyparallel.functional.context_parallel_choice import choose
+from pyparallel.group import Group
 from pyparallel.launch import launch
 from pyparallel.mesh import init_mesh
 
@@ -37,7 +36,7 @@ def measure(shape: tuple[int, int, int, int], backward: bool) -> dict[str, list[
         torch.randn(1, length, count, size, generator=generator)
         for count in (heads, kv_heads, kv_heads, heads)
     ]
-    whole = plan_blocks(((0, length),), ((0, length),), causal=True)
+    whole = ContextShards.of(length, Group.single())
 
     def work(rival: str) -> torch.Tensor | None:
         shards = ContextShards.of(length, group, algorithm="auto" if rival == "one rank" else rival)
@@ -45,10 +44,8 @@ def measure(shape: tuple[int, int, int, int], backward: bool) -> dict[str, list[
         if rival == "one rank" and group.rank:
             return None
         qkv = [t.detach().requires_grad_(backward) for t in qkv]
-        if rival == "one rank":
-            o = block_attention(*qkv, whole)
-        else:
-            o = context_parallel_attention(*qkv, shards, causal=True)
+        cut = whole if rival == "one rank" else shards
+        o = context_parallel_attention(*qkv, cut, causal=True)
         if backward:
             o.backward(do)
         return o.detach()

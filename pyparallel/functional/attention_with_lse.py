@@ -70,7 +70,7 @@ def attention_with_lse(
 
     On the CPU by torch's flash kernel. Elsewhere by the equations: the GPU kernels of other backends
     come first there, and leave over what needs a mask (a window's edge, a cache whose slots are spread).
-    Not differentiable by itself: see :func:`pyparallel.functional.block_attention.block_attention`.
+    Not differentiable by itself: see :mod:`pyparallel.functional.context_parallel_ring`.
     """
     if q.device.type != "cpu":
         options = {"causal": causal, "scale": scale, "window": window, "mask": mask}

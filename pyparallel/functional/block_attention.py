@@ -15,8 +15,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from pyparallel import backend
 from pyparallel.attention_blocks import Block
@@ -97,35 +95,3 @@ def attend_blocks_backward_(
 def _slices(block: Block) -> tuple[slice, slice, slice]:
     rows = slice(None) if block.rows is None else slice(*block.rows)
     return rows, slice(*block.q), slice(*block.k)
-
-
-class _BlockAttention(Function):
-    @staticmethod
-    def forward(
-        ctx, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block], scale: float | None
-    ) -> Tensor:
-        o, lse = nothing_yet(q)
-        attend_blocks_(o, lse, q, k, v, blocks, scale)
-        o = o.to(q.dtype)
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.plan = blocks, scale
-        return o
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, do: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v, _, _ = ctx.saved_tensors
-        blocks, scale = ctx.plan
-        gradients = [torch.zeros(t.shape, dtype=wide(t.dtype), device=t.device) for t in (q, k, v)]
-        attend_blocks_backward_(*gradients, ctx.saved_tensors, do, blocks, scale)
-        return *(g.to(q.dtype) for g in gradients), None, None
-
-
-def block_attention(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block], *, scale: float | None = None
-) -> Tensor:
-    """``o [B, S, N, D]`` of the queries over the keys that the blocks let them see. Differentiable.
-
-    A query that sees no key gives zeros.
-    """
-    return _BlockAttention.apply(q, k, v, blocks, scale)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pyparallel.attention_blocks import plan_blocks
 from pyparallel.context import ContextShards
-from pyparallel.functional.block_attention import block_attention
 from pyparallel.functional.context_parallel_choice import choose_for
 from pyparallel.functional.context_parallel_ring import ring_attention
 from pyparallel.functional.context_parallel_ulysses import ulysses_attention
@@ -34,13 +32,7 @@ def context_parallel_attention(
     """
     _check(q, k, v, shards)
     options = {"causal": causal, "window": window, "scale": scale}
-    if shards.group.size == 1:
-        ranges = shards.sharding.ranges[0]
-        blocks = plan_blocks(
-            ranges, ranges, causal=causal, window=window, documents=shards.documents
-        )
-        return block_attention(q, k, v, blocks, scale=scale)
-    algorithm = shards.algorithm
+    algorithm = "ring" if shards.group.size == 1 else shards.algorithm
     if algorithm == "auto":
         algorithm = choose_for(q, k, shards, causal=causal, window=window).algorithm
     attend = ring_attention if algorithm == "ring" else ulysses_attention

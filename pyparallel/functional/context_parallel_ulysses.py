@@ -24,11 +24,15 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from pyparallel.attention_blocks import plan_blocks
 from pyparallel.collectives import all_to_all_raw
 from pyparallel.context import ContextShards
-from pyparallel.functional.block_attention import block_attention, wide
-from pyparallel.shard import HeadLayout, Range
+from pyparallel.functional.block_attention import wide
+from pyparallel.functional.context_parallel_ring import ring_attention
+from pyparallel.group import Group
+from pyparallel.shard import HeadLayout, Range, even_parts
+
+# Whole sequences of some heads: the ring of one rank.
+_ALONE = Group.single()
 
 
 class _ToHeads(Function):
@@ -145,13 +149,9 @@ def ulysses_attention(
     query_counts = [stop - start for start, stop in layout.query]
     own_queries = query_counts[shards.group.rank]
     own_kv = (heads.shape[2] - own_queries) // 2
-    whole = ((0, shards.length),)
-    options = {"causal": causal, "window": window, "documents": shards.documents}
-    o = block_attention(
-        *heads.split([own_queries, own_kv, own_kv], 2),
-        plan_blocks(whole, whole, **options),
-        scale=scale,
-    )
+    whole = ContextShards(_ALONE, even_parts(shards.length, 1, dim=1), shards.documents)
+    q, k, v = heads.split([own_queries, own_kv, own_kv], 2)
+    o = ring_attention(q, k, v, whole, causal=causal, window=window, scale=scale)
     return _ToTokens.apply(o, shards, query_counts)
 
 
