@@ -7,7 +7,6 @@ CUDA_ARCHITECTURES ?= 80 90a 100a
 CUDA_BUILD ?= build/cuda
 
 CUDA_SOURCES := $(shell cat csrc/cuda/sources.txt)
-CUDA_HEADERS := $(wildcard csrc/core/*.h csrc/cuda/*.h csrc/cuda/bindings/*.h)
 CUDA_OBJECTS := $(patsubst csrc/cuda/%,$(CUDA_BUILD)/%.o,$(CUDA_SOURCES))
 
 # Asked of Python only when something is built: make expands these in the recipes.
@@ -49,21 +48,24 @@ $(CUDA_BUILD)/.nccl:
 cuda: $(CUDA_LIBRARY) cuda-report
 
 # nvcc's notes (registers, spills of every kernel) are kept beside the object; shown if it fails.
-$(CUDA_BUILD)/%.cu.o: csrc/cuda/%.cu $(CUDA_HEADERS)
+$(CUDA_BUILD)/%.cu.o: csrc/cuda/%.cu
 	@mkdir -p $(@D)
 	@echo "nvcc $<"
-	@$(NVCC) $(CUDA_NVCC_FLAGS) -c $< -o $@ > $@.log 2>&1 || { grep -E "error|warning|fatal" $@.log; rm -f $@; exit 1; }
+	@$(NVCC) $(CUDA_NVCC_FLAGS) -MMD -MP -MF $(basename $@).d -c $< -o $@ > $@.log 2>&1 || { grep -E "error|warning|fatal" $@.log; rm -f $@; exit 1; }
 
-$(CUDA_BUILD)/%.cpp.o: csrc/cuda/%.cpp $(CUDA_HEADERS)
+$(CUDA_BUILD)/%.cpp.o: csrc/cuda/%.cpp
 	@mkdir -p $(@D)
 	@echo "$(CXX) $<"
-	@$(CXX) $(CUDA_CXX_FLAGS) -c $< -o $@
+	@$(CXX) $(CUDA_CXX_FLAGS) -MMD -MP -c $< -o $@
 
 $(CUDA_LIBRARY): $(CUDA_OBJECTS) csrc/cuda/sources.txt
 	@echo "link $@"
 	@$(CXX) -shared -o $@ $(CUDA_OBJECTS) -L$(CUDA_TORCH)/lib -ltorch -ltorch_cpu -lc10 \
 	  -L$(NCCL_HOME)/lib -l:libnccl.so.2 -L$(CUDA_HOME)/lib64 -lcudart_static -lrt -lpthread -ldl \
 	  -Wl,--exclude-libs,ALL
+
+# Which headers each object was made from.
+-include $(CUDA_OBJECTS:.o=.d)
 
 # Every kernel of every architecture must report, and report no spills.
 cuda-report: $(CUDA_OBJECTS)

@@ -26,6 +26,7 @@ from pyparallel.communicator import (
     split_counts,
 )
 from pyparallel.cuda_extension import BYTES, NCCL_REDUCTIONS, NCCL_TYPES, type_of
+from pyparallel.cuda_peers import PeerMemory
 from pyparallel.peer_watch import PeerWatch, meet_neighbours, roll_call
 
 DEFAULT_TIMEOUT_S = 300.0
@@ -55,6 +56,9 @@ class NcclCommunicator(Communicator):
         self.stream = torch.cuda.ExternalStream(engine.stream)
         self._failure: PeerError | None = None
         processes = meet_neighbours(store, self.rank, self.size)
+        self.peers: PeerMemory | None = None
+        if PeerMemory.reason_against(processes, self.size) is None:
+            self.peers = PeerMemory(store, self.rank, self.size, name, timeout_s=timeout_s)
         self._watch = PeerWatch(processes, self._lost, tick=self._tick)
 
     @classmethod
@@ -68,10 +72,7 @@ class NcclCommunicator(Communicator):
         timeout_s: float = DEFAULT_TIMEOUT_S,
         deterministic: bool = True,
     ) -> NcclCommunicator:
-        """Joins the other ranks through torch's store; a call of all of them, on their own device.
-
-        Raises PeerError if not all have come within the timeout.
-        """
+        """Joins the other ranks, each on its own device; PeerError if not all come in time."""
         extension = cuda_extension.load()
         keys = dist.PrefixStore(f"pyparallel/nccl/{name}", store)
         if rank == 0:
@@ -82,8 +83,7 @@ class NcclCommunicator(Communicator):
 
     def split(self, color: int, key: int, name: str) -> NcclCommunicator | None:
         """The sub-group of all ranks with the same color >= 0; None with a color below 0."""
-        engine = self._run(self.engine.split, color, key, name)
-        if engine is None:
+        if (engine := self._run(self.engine.split, color, key, name)) is None:
             return None
         return NcclCommunicator(
             name,
@@ -96,6 +96,11 @@ class NcclCommunicator(Communicator):
     def all_reduce(self, tensor: Tensor, *, op: str = "sum", async_op: bool = False) -> Work | None:
         if not self.deterministic:
             return self._enqueue(async_op, self._nccl_all_reduce, tensor, op, uses=(tensor,))
+        # Peer kernels are ordered by the caller's stream; those of another stream would not be.
+        if self.peers is not None and not async_op and self.peers.takes(tensor):
+            return self._enqueue(
+                False, self._run, self.peers.all_reduce, tensor, op, uses=(tensor,)
+            )
         flat = tensor.view(-1)
         base, extra = divmod(flat.numel(), self.size)
         counts = [base + (rank < extra) for rank in range(self.size)]
@@ -174,6 +179,8 @@ class NcclCommunicator(Communicator):
     def synchronize(self) -> None:
         """Waits on the host for the current stream; bounded, raises PeerError like every call."""
         self._run(self.engine.synchronize, _stream())
+        if self.peers is not None:
+            self._run(self.peers.check)
 
     def close(self) -> None:
         self._watch.close()
@@ -276,14 +283,15 @@ class NcclCommunicator(Communicator):
         return named
 
     def _lost(self, ranks: list[int]) -> None:
-        verb = "has" if len(ranks) == 1 else "have"
-        self.engine.fail(f"rank {', '.join(map(str, ranks))} {verb} died", ranks)
+        self.engine.fail(f"died: rank {', '.join(map(str, ranks))}", ranks)
+        if self.peers is not None:
+            self.peers.group.fail(ranks)
 
     def _tick(self) -> bool:
         try:
             self.engine.poll()
         except PeerError:
-            # Kept by the engine; the thread that uses the group hears of it at its next call.
+            # The thread that uses the group hears of it at its next call.
             return False
         return True
 

@@ -69,6 +69,31 @@ def rank_sum(
     _ops.cuda_rank_sum(parts, bias, residual, out)
 
 
+def cross_entropy_statistics(
+    logits: Tensor, targets: Tensor, *, start: int, ignored: int
+) -> Tensor:
+    """[M, 4]: max, sum of exponentials, the target's logit, sum of the logits of these columns."""
+    return _ops.cuda_cross_entropy_stats(logits, targets, start, ignored)
+
+
+def cross_entropy_gradient_(
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    dloss: Tensor,
+    *,
+    start: int,
+    vocab: int,
+    ignored: int,
+    smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """The logits [M, V_r], overwritten with their gradient."""
+    numbers = (start, vocab, ignored, smoothing, z_loss)
+    _ops.cuda_cross_entropy_gradient_(logits, targets, lse, dloss.contiguous(), *numbers)
+    return logits
+
+
 def _fake(name: str) -> Any:
     return torch.library.register_fake(f"pyparallel::{name}")
 
@@ -134,20 +159,23 @@ def _(
 
 
 @_fake("cuda_cross_entropy_stats")
-def _(logits: Tensor, targets: Tensor, offset: int) -> Tensor:
-    return logits.new_empty(logits.shape[0], 3, dtype=torch.float32)
+def _(logits: Tensor, targets: Tensor, offset: int, ignored: int) -> Tensor:
+    return logits.new_empty(logits.shape[0], 4, dtype=torch.float32)
 
 
-@_fake("cuda_cross_entropy_combine")
-def _(stats: Tensor, targets: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
-    return stats.new_empty(stats.shape[1]), stats.new_empty(stats.shape[1])
-
-
-@_fake("cuda_cross_entropy_backward")
+@_fake("cuda_cross_entropy_gradient_")
 def _(
-    dloss: Tensor, logits: Tensor, targets: Tensor, log_sum: Tensor, offset: int, ignored: int
-) -> Tensor:
-    return logits.new_empty(logits.shape)
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    dloss: Tensor,
+    offset: int,
+    vocab: int,
+    ignored: int,
+    smoothing: float,
+    z_loss: float,
+) -> None:
+    return None
 
 
 @_fake("cuda_rank_sum")

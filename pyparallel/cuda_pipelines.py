@@ -14,12 +14,17 @@ from torch import Tensor
 
 from pyparallel import backend, cuda_extension
 from pyparallel.cuda_communicator import NcclCommunicator
+from pyparallel.functional import all_gather_linear as plain_gather
+from pyparallel.functional import linear_reduce_scatter as plain_scatter
+from pyparallel.functional.linear import bias_grad
 from pyparallel.group import Group
 from pyparallel.overlap.pipelines import (
     Linear,
     Pipeline,
     Plan,
+    all_gather_linear_backward_pipeline,
     all_gather_linear_pipeline,
+    linear_reduce_scatter_backward_pipeline,
     linear_reduce_scatter_pipeline,
 )
 from pyparallel.overlap.predict import LIBRARY_CANDIDATES, PiecesTable
@@ -160,6 +165,71 @@ def linear_reduce_scatter(
     streams_of(group.communicator).run(pipeline)
     y = pipeline.results[0].view(*lead, sizes[group.rank], width)
     return y if bias is None else y.add_(bias)
+
+
+def _reason_against_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    group: Group,
+    sizes: Sequence[int],
+    needs: tuple[bool, ...],
+) -> str | None:
+    return _reason_against(grad, weight, None, group, sizes)
+
+
+@backend.register("all_gather_linear_backward", "cuda", supports=_reason_against_backward)
+def all_gather_linear_backward(
+    grad: Tensor,
+    x_shard_s: Tensor,
+    weight: Tensor,
+    group: Group,
+    sizes: Sequence[int],
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx [..., S_r, K] and dw [N, K]: the input is gathered under dgrad, dx travels under wgrad."""
+    if not all(needs):
+        return plain_gather.plain_backward(grad, x_shard_s, weight, group, sizes, needs)
+    count = x_shard_s.shape[:-2].numel()
+    pipeline = all_gather_linear_backward_pipeline(
+        _rank_by_rank(grad, sizes),
+        x_shard_s.reshape(-1, x_shard_s.shape[-1]),
+        weight,
+        plan=_plan("all_gather_linear", weight, group, [count * size for size in sizes]),
+        link=NcclLink(group.communicator),
+        reduce=reduce_on_gpu,
+    )
+    streams_of(group.communicator).run(pipeline)
+    dx, dw = pipeline.results
+    return dx.view(x_shard_s.shape), dw
+
+
+@backend.register("linear_reduce_scatter_backward", "cuda", supports=_reason_against_backward)
+def linear_reduce_scatter_backward(
+    grad: Tensor,
+    x_shard_k: Tensor,
+    weight: Tensor,
+    group: Group,
+    sizes: Sequence[int],
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx [..., S, K_r], dw [N, K_r], db [N]: chunks of the gradient are multiplied as they land."""
+    if not all(needs[:2]):
+        return plain_scatter.plain_backward(grad, x_shard_k, weight, group, sizes, needs)
+    lead, columns = grad.shape[:-2], grad.shape[-1]
+    gathered = grad.new_empty(lead.numel() * sum(sizes), columns)
+    pipeline = linear_reduce_scatter_backward_pipeline(
+        grad.reshape(-1, columns),
+        _rank_by_rank(x_shard_k, sizes),
+        weight,
+        plan=_plan("linear_reduce_scatter", weight, group, [lead.numel() * size for size in sizes]),
+        link=NcclLink(group.communicator),
+        gathered=gathered,
+    )
+    streams_of(group.communicator).run(pipeline)
+    dx, dw = pipeline.results
+    db = bias_grad(gathered) if needs[2] else None
+    return _join_tokens(dx, lead, sizes, x_shard_k.shape[-1]), dw, db
 
 
 def _plan(operation: str, weight: Tensor, group: Group, rows: Sequence[int]) -> Plan:

@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from pyparallel.communicator import Communicator, LocalCommunicator
 from pyparallel.connect import connect
+from pyparallel.connect_gpus import connect_gpus
 from pyparallel.group import Group
-from pyparallel.torch_communicator import TorchCommunicator
 
 AXES = ("dp", "pp", "cp", "tp")
 
@@ -89,9 +89,7 @@ def _group(process_group: dist.ProcessGroup, name: str, device_type: str) -> Gro
     if process_group.size() == 1:
         return Group.over(LocalCommunicator(name))
     communicator = (
-        connect(process_group, name)
-        if device_type == "cpu"
-        else TorchCommunicator(process_group, name)
+        connect(process_group, name) if device_type == "cpu" else connect_gpus(process_group, name)
     )
     _open.append(communicator)
     return Group.over(communicator)

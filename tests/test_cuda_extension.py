@@ -29,8 +29,7 @@ OPS = {
     "cuda_gated_activation",
     "cuda_gated_activation_backward",
     "cuda_cross_entropy_stats",
-    "cuda_cross_entropy_combine",
-    "cuda_cross_entropy_backward",
+    "cuda_cross_entropy_gradient_",
     "cuda_rank_sum",
 }
 # Kernels whose every wide variant must move 16 bytes at a time, in and out.
@@ -41,7 +40,7 @@ WIDE_KERNELS = {
     "layer_norm_backward_kernel",
     "bias_activation_kernel",
     "gated_activation_kernel",
-    "cross_entropy_backward_kernel",
+    "cross_entropy_gradient_kernel",
     "rank_sum_kernel",
     "all_reduce_norm_kernel",
     "all_reduce_kernel",
@@ -143,13 +142,10 @@ def test_every_op_has_a_schema_and_a_fake_kernel(extension) -> None:
         assert shapes(ops.cuda_gated_activation(x, x, None, None, code)) == [like]
         both = ops.cuda_gated_activation_backward(x, x, x, None, None, code)
         assert shapes(both) == [((m, 2 * h), x.dtype)]
-        one = ops.cuda_cross_entropy_stats(logits, targets, 0)
-        assert shapes(one) == [((m, 3), torch.float32)]
-        all_stats = torch.empty(4, m, 3, device="meta")
-        combined = ops.cuda_cross_entropy_combine(all_stats, targets, -100)
-        assert shapes(*combined) == [stats, stats]
-        grad = ops.cuda_cross_entropy_backward(stat, logits, targets, stat, 0, -100)
-        assert shapes(grad) == [((m, v), x.dtype)]
+        one = ops.cuda_cross_entropy_stats(logits, targets, 0, -100)
+        assert shapes(one) == [((m, 4), torch.float32)]
+        rest = (targets, stat, stat, 0, v, -100, 0.1, 0.0)
+        assert ops.cuda_cross_entropy_gradient_(logits, *rest) is None
         parts = torch.empty(4, m, h, dtype=torch.bfloat16, device="meta")
         assert ops.cuda_rank_sum(parts, None, None, x) is None
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyparallel import reference
+from pyparallel.functional.cross_entropy_shard import statistics
 
 NATIVE = Path(__file__).parent / "native"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -201,39 +202,51 @@ def test_gated_activation(library, dtype, columns, wide, kind) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lanes", [1, 4])
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("vocab", [(37, False), (240, True)])
-def test_cross_entropy(library, dtype, lanes, ranks, vocab) -> None:
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 1e-3)])
+def test_cross_entropy(library, dtype, lanes, ranks, vocab, smoothing, z_loss) -> None:
+    """Statistics as `functional.cross_entropy_shard` defines them; the gradient against autograd."""
     (size, wide), rows, ignored = vocab, 6, -100
     logits = randn(rows, size, dtype=dtype) * 4
-    logits[1, 0] = -torch.inf
+    if not smoothing:
+        logits[1, 0] = -torch.inf
     targets = torch.tensor([0, size - 1, 5, ignored, size // 2, size // 3])
     unit = 8 if wide else 1
     cuts = [unit * (size // unit * r // ranks) for r in range(ranks)] + [size]
-    stats = nan(ranks, rows, 3)
     shards = [logits[:, a:b].contiguous() for a, b in itertools.pairwise(cuts)]
+    for shard, start in zip(shards, cuts, strict=False):
+        stats, columns = nan(rows, 4), shard.shape[1]
+        run(
+            library.host_cross_entropy_stats,
+            *(CODE[dtype], wide, lanes, shard, targets, stats),
+            *(rows, columns, columns, start, ignored),
+        )
+        want = statistics(shard.double(), targets, start, ignored)
+        assert torch.equal(stats[:, 0], want[:, 0].float())
+        assert torch.equal(stats[:, 2], want[:, 2].float())
+        close(stats[:, 1], want[:, 1], torch.float32, terms=columns)
+        finite = want[:, 3].isfinite()
+        largest = float(shard.double().abs().nan_to_num(posinf=0.0).sum(1).max())
+        close(stats[finite, 3], want[finite, 3], torch.float32, terms=columns, largest=largest)
+
+    truth = logits.double().requires_grad_()
+    lse = truth.logsumexp(1)
+    losses = torch.nn.functional.cross_entropy(
+        truth, targets, reduction="none", ignore_index=ignored, label_smoothing=smoothing
+    )
+    losses = losses + z_loss * lse.square() * (targets != ignored)
+    dloss = torch.rand(rows, generator=torch.Generator().manual_seed(1))
+    losses.backward(dloss.double())
     for rank, shard in enumerate(shards):
         columns = shard.shape[1]
         run(
-            library.host_cross_entropy_stats,
-            *(CODE[dtype], wide, lanes, shard, targets, stats[rank]),
-            *(rows, columns, columns, cuts[rank]),
-        )
-    loss, log_sum = nan(rows), nan(rows)
-    run(library.host_cross_entropy_combine, stats, targets, loss, log_sum, ranks, rows, ignored)
-    truth = logits.double().requires_grad_()
-    want = torch.nn.functional.cross_entropy(truth, targets, reduction="none", ignore_index=ignored)
-    close(loss, want.detach(), torch.float32, terms=size)
-    dloss = torch.rand(rows, generator=torch.Generator().manual_seed(1))
-    want.backward(dloss.double())
-    for rank, shard in enumerate(shards):
-        columns, dlogits = shard.shape[1], nan(*shard.shape, dtype=dtype)
-        run(
-            library.host_cross_entropy_backward,
-            *(CODE[dtype], wide, lanes, shard, targets, log_sum, dloss, dlogits),
+            library.host_cross_entropy_gradient,
+            *(CODE[dtype], wide, lanes, shard, targets, lse.detach().float(), dloss),
             *(rows, columns, columns, cuts[rank], ignored),
+            *(1.0 - smoothing, smoothing / size, z_loss),
         )
-        close(dlogits, truth.grad[:, cuts[rank] : cuts[rank + 1]], dtype, terms=size)
+        close(shard, truth.grad[:, cuts[rank] : cuts[rank + 1]], dtype, terms=64, largest=1.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

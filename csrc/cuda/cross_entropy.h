@@ -1,12 +1,13 @@
-// Cross entropy over a vocabulary that is split over ranks, without gathering the logits.
+// Cross entropy over a vocabulary that is split over ranks: what each rank's columns contribute, and
+// their gradient. How ranks join the statistics is the caller's.
 //
-//   stats_r[i]   = max_v z[i, v], sum_v exp(z[i, v] - max), z[i, target] if the target is rank r's
-//   loss[i]      = log(sum) + max - z[i, target]             max, sum, target over all ranks
-//   dz[i, v]     = (exp(z[i, v] - max) / sum - [v = target]) * dloss[i]
+//   statistics  m = max logit, s = sum exp(logit - m), t = the target's logit (0 if it is not here),
+//               a = sum logit
+//   gradient    dlogit = dloss ((1 + 2 z lse) exp(logit - lse) - (1 - e) [v = target] - e / V)
 //
-// logits [M, V_r] with a row stride, columns offset .. offset + V_r of the vocabulary; targets [M] int64;
-// stats [R, M, 3] and loss, log_sum [M] fp32, log_sum = log(sum) + max. Rows whose target is
-// `ignored` have loss 0 and gradient 0. Ranks are combined in rank order: the same bits everywhere.
+// logits [M, V_r] with a row stride, columns offset .. offset + V_r of the vocabulary of V; targets [M]
+// int64; statistics [M, 4], lse and dloss [M] fp32; e label smoothing, z the weight of the z-loss.
+// Rows whose target is `ignored` have t = 0 and gradient 0.
 #pragma once
 
 #include <cmath>
@@ -15,7 +16,7 @@
 
 namespace pyparallel::cuda {
 
-constexpr int kStats = 3;
+constexpr int kStats = 4;
 
 template <class T>
 struct CrossEntropy {
@@ -28,19 +29,34 @@ struct CrossEntropy {
   int64_t ignored;
 };
 
+template <class T>
+struct CrossEntropyGradient {
+  CrossEntropy<T> logits;
+  const float* lse;
+  const float* dloss;
+  T* dlogits;  // rows of `out_stride`; may be the logits themselves
+  int64_t out_stride;
+  float on_target;  // 1 - e
+  float off_target;  // e / V
+  float z_loss;
+};
+
 template <int W, class T, class Lanes>
 PP_HOST_DEVICE void cross_entropy_stats_row(const Lanes& lanes, const CrossEntropy<T>& a,
                                             float* stats, int64_t row) {
   const T* logits = a.logits + row * a.stride;
   const int64_t target = a.targets[row] - a.offset;
-  float largest = -INFINITY, total = 0.0f;
+  float largest = -INFINITY, total = 0.0f, plain = 0.0f;
   two_passes<W>(
       lanes, a.columns / W,
       [&](float(&value)[W], int64_t v, bool count) {
         load_vec(value, logits + v * W);
         if (!count) return;
 #pragma unroll
-        for (int i = 0; i < W; ++i) largest = fmaxf(largest, value[i]);
+        for (int i = 0; i < W; ++i) {
+          largest = fmaxf(largest, value[i]);
+          plain += value[i];
+        }
       },
       [&] { largest = lanes.max(largest); },
       [&](float(&value)[W], int64_t) {
@@ -49,47 +65,36 @@ PP_HOST_DEVICE void cross_entropy_stats_row(const Lanes& lanes, const CrossEntro
         for (int i = 0; i < W; ++i) total += largest == -INFINITY ? 0.0f : expf(value[i] - largest);
       });
   total = lanes.sum(total);
+  plain = lanes.sum(plain);
   if (lanes.index() == 0) {
-    const bool own = target >= 0 && target < a.columns;
+    const bool own = a.targets[row] != a.ignored && target >= 0 && target < a.columns;
     stats[row * kStats] = largest;
     stats[row * kStats + 1] = total;
     stats[row * kStats + 2] = own ? widen(logits[target]) : 0.0f;
+    stats[row * kStats + 3] = plain;
   }
-}
-
-// One row, one lane. stats [R, M, 3]; the target's logit is on one rank, 0 elsewhere.
-PP_HOST_DEVICE void cross_entropy_combine_row(const float* stats, const int64_t* targets, float* loss,
-                                              float* log_sum, int ranks, int64_t rows,
-                                              int64_t ignored, int64_t row) {
-  float largest = -INFINITY;
-  for (int r = 0; r < ranks; ++r) largest = fmaxf(largest, stats[(r * rows + row) * kStats]);
-  float total = 0.0f, target = 0.0f;
-  for (int r = 0; r < ranks; ++r) {
-    const float* own = stats + (r * rows + row) * kStats;
-    if (own[1] > 0.0f) total += own[1] * expf(own[0] - largest);
-    target += own[2];
-  }
-  log_sum[row] = logf(total) + largest;
-  loss[row] = targets[row] == ignored ? 0.0f : log_sum[row] - target;
 }
 
 template <int W, class T, class Lanes>
-PP_HOST_DEVICE void cross_entropy_backward_row(const Lanes& lanes, const CrossEntropy<T>& a,
-                                               const float* log_sum, const float* dloss, T* dlogits,
+PP_HOST_DEVICE void cross_entropy_gradient_row(const Lanes& lanes, const CrossEntropyGradient<T>& g,
                                                int64_t row) {
+  const CrossEntropy<T>& a = g.logits;
   const T* logits = a.logits + row * a.stride;
   const int64_t target = a.targets[row] - a.offset;
-  const float scale = a.targets[row] == a.ignored ? 0.0f : dloss[row];
-  const float shift = log_sum[row];
+  const bool ignored = a.targets[row] == a.ignored;
+  const float lse = g.lse[row], scale = g.dloss[row];
+  const float factor = 1.0f + 2.0f * g.z_loss * lse;
   for (int64_t v = lanes.index(); v < a.columns / W; v += lanes.count()) {
     float value[W];
     load_vec(value, logits + v * W);
 #pragma unroll
     for (int i = 0; i < W; ++i) {
-      const float probability = expf(value[i] - shift);
-      value[i] = scale == 0.0f ? 0.0f : scale * (probability - (v * W + i == target ? 1.0f : 0.0f));
+      const float taken = v * W + i == target ? g.on_target : 0.0f;
+      const float slope = factor * expf(value[i] - lse) - taken - g.off_target;
+      // Not a product with 0: an ignored row's logits may be infinite.
+      value[i] = ignored ? 0.0f : scale * slope;
     }
-    store_vec(dlogits + row * a.columns + v * W, value);
+    store_vec(g.dlogits + row * g.out_stride + v * W, value);
   }
 }
 

@@ -38,11 +38,8 @@ void gated_activation(const GatedActivation<T>& a, cudaStream_t stream);
 
 template <class T>
 void cross_entropy_stats(const CrossEntropy<T>& a, float* stats, cudaStream_t stream);
-void cross_entropy_combine(const float* stats, const int64_t* targets, float* loss, float* log_sum,
-                           int ranks, int64_t rows, int64_t ignored, cudaStream_t stream);
 template <class T>
-void cross_entropy_backward(const CrossEntropy<T>& a, const float* log_sum, const float* dloss,
-                            T* dlogits, cudaStream_t stream);
+void cross_entropy_gradient(const CrossEntropyGradient<T>& g, cudaStream_t stream);
 
 template <class T>
 void rank_sum(const RankSum<T>& a, cudaStream_t stream);

@@ -135,6 +135,16 @@ PeerCall PeerGroup::begin(PeerOperation operation, uint32_t dtype, Reduction red
           {uint32_t(operation), dtype, uint32_t(reduction), root, count, split, sequence_, 0}};
 }
 
+void PeerGroup::fail(const std::vector<int>& missing) {
+  uint64_t mask = 0;
+  for (const int rank : missing) mask |= uint64_t(1) << rank;
+  __atomic_fetch_or(&peers_.fault->missing, mask, __ATOMIC_RELAXED);
+  // A fault that a kernel has recorded keeps its number.
+  uint64_t none = 0;
+  __atomic_compare_exchange_n(&peers_.fault->sequence, &none, sequence_ == 0 ? 1 : sequence_, false,
+                              __ATOMIC_RELEASE, __ATOMIC_RELAXED);
+}
+
 void PeerGroup::check() {
   if (failure_) throw *failure_;
   const uint64_t sequence = load_acquire(&peers_.fault->sequence);
@@ -149,7 +159,7 @@ void PeerGroup::check() {
     text += text_of(differing) + " made another call; check that all ranks pass the same shapes, "
             "dtypes and operations in the same order";
   } else {
-    text += text_of(missing) + " did not come within " +
+    text += text_of(missing) + " died, or did not come within " +
             std::to_string(double(peers_.timeout_ns) * 1e-9) + " s";
   }
   failure_ = std::make_unique<PeerError>(text, operation, sequence, name_,

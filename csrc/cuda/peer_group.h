@@ -51,6 +51,8 @@ class PeerGroup {
   // Throws PeerError if a kernel that has run by now found a peer missing or in another call. The
   // group refuses further work from then on, with the same reason.
   void check();
+  // Tells kernels that wait, from another thread, that these ranks will not come: they give up at once.
+  void fail(const std::vector<int>& missing);
 
  private:
   std::string name_;

@@ -7,6 +7,7 @@ from pyparallel.functional import (  # noqa: F401
     attention_with_lse,
     column_parallel_linear,
     cross_entropy_shard,
+    cuda_kernels,
     dropout,
     linear,
     linear_reduce_scatter,

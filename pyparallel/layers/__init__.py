@@ -1,5 +1,6 @@
 """The parallel modules: parameters and one call each."""
 
+import pyparallel.cuda_pipelines
 import pyparallel.functional  # noqa: F401
 from pyparallel.layers.column_parallel_linear import ColumnParallelLinear
 from pyparallel.layers.norm import LayerNorm, RMSNorm

@@ -7,7 +7,7 @@ results are complete when the executor returns (CPU) or for work on the caller's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -223,15 +223,19 @@ def linear_reduce_scatter_backward_pipeline(
     plan: Plan,
     link: Link,
     linear: Linear = matmul_plain,
+    gathered: Tensor | None = None,
 ) -> Pipeline:
-    """results: dx [M, K_r], dw [N, K_r]; dy [M_r, N], x [M, K_r], weight [N, K_r]."""
+    """results: dx [M, K_r], dw [N, K_r]; dy [M_r, N], x [M, K_r], weight [N, K_r].
+
+    gathered: [M, N], where all ranks' dy will be, for callers that want its sum as well.
+    """
     layout = plan.layout()
     _check("dy", dy, plan.rows[plan.rank], weight.shape[0])
     _check("x", x, layout.total, weight.shape[1])
     schedule = linear_reduce_scatter_backward(
         rank=plan.rank, size=plan.size, pieces=plan.pieces, transport=plan.transport
     )
-    gathered = dy.new_empty(layout.total, dy.shape[1])
+    gathered = dy.new_empty(layout.total, dy.shape[1]) if gathered is None else gathered
     dx, dw = torch.empty_like(x), torch.empty_like(weight)
     side = GatherSide(
         dy,
@@ -264,10 +268,3 @@ def even_rows(total: int, size: int) -> tuple[int, ...]:
     """M rows over R ranks, the first M % R ranks one more."""
     base, extra = divmod(total, size)
     return tuple(base + (rank < extra) for rank in range(size))
-
-
-def check_rows(rows: Sequence[int], size: int) -> tuple[int, ...]:
-    """The rows as a tuple; ValueError unless there is one count for every rank."""
-    if len(rows) != size:
-        raise ValueError(f"rows: expected {size} counts, one for each rank, got {len(rows)}")
-    return tuple(rows)

@@ -136,33 +136,27 @@ void host_gated_activation(int dtype, int wide, void* gate, void* up, void* gate
 
 void host_cross_entropy_stats(int dtype, int wide, int lanes, void* logits, int64_t* targets,
                               float* stats, int64_t rows, int64_t columns, int64_t stride,
-                              int64_t offset) {
+                              int64_t offset, int64_t ignored) {
   dispatch(dtype, wide, [&](auto zero, auto width) {
     using T = decltype(zero);
-    const CrossEntropy<T> a{as<T>(logits), targets, rows, columns, stride, offset, 0};
+    const CrossEntropy<T> a{as<T>(logits), targets, rows, columns, stride, offset, ignored};
     for_rows(lanes, rows, [&](const auto& l, int64_t row) {
       cross_entropy_stats_row<width>(l, a, stats, row);
     });
   });
 }
 
-void host_cross_entropy_combine(float* stats, int64_t* targets, float* loss, float* log_sum,
-                                int ranks, int64_t rows, int64_t ignored) {
-  for (int64_t row = 0; row < rows; ++row) {
-    cross_entropy_combine_row(stats, targets, loss, log_sum, ranks, rows, ignored, row);
-  }
-}
-
-void host_cross_entropy_backward(int dtype, int wide, int lanes, void* logits, int64_t* targets,
-                                 float* log_sum, float* dloss, void* dlogits, int64_t rows,
-                                 int64_t columns, int64_t stride, int64_t offset,
-                                 int64_t ignored) {
+void host_cross_entropy_gradient(int dtype, int wide, int lanes, void* logits, int64_t* targets,
+                                 float* lse, float* dloss, int64_t rows, int64_t columns,
+                                 int64_t stride, int64_t offset, int64_t ignored, float on_target,
+                                 float off_target, float z_loss) {
   dispatch(dtype, wide, [&](auto zero, auto width) {
     using T = decltype(zero);
     const CrossEntropy<T> a{as<T>(logits), targets, rows, columns, stride, offset, ignored};
-    for_rows(lanes, rows, [&](const auto& l, int64_t row) {
-      cross_entropy_backward_row<width>(l, a, log_sum, dloss, as<T>(dlogits), row);
-    });
+    const CrossEntropyGradient<T> g{a,      lse,       dloss,      as<T>(logits),
+                                    stride, on_target, off_target, z_loss};
+    for_rows(lanes, rows,
+             [&](const auto& l, int64_t row) { cross_entropy_gradient_row<width>(l, g, row); });
   });
 }
 

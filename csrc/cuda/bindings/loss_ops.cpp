@@ -18,56 +18,38 @@ void check_arguments(const Tensor& logits, const Tensor& targets) {
   check_dtype("targets", targets, ScalarType::Long);
 }
 
-// -> stats [M, 3] of this rank
-Tensor op_cross_entropy_stats(Tensor logits, Tensor targets, int64_t offset) {
+// -> stats [M, 4] of this rank
+Tensor op_cross_entropy_stats(Tensor logits, Tensor targets, int64_t offset, int64_t ignored) {
   check_arguments(logits, targets);
   OnDeviceOf device(logits);
   const int64_t sizes[] = {logits.size(0), kStats};
   Tensor stats = torch::stable::new_empty(logits, {sizes, 2}, ScalarType::Float);
   dispatch_floats("logits", logits, [&](auto zero) {
     using T = decltype(zero);
-    cross_entropy_stats<T>(arguments<T>(logits, targets, offset, 0), data_of<float>(stats),
+    cross_entropy_stats<T>(arguments<T>(logits, targets, offset, ignored), data_of<float>(stats),
                            device.stream());
   });
   return stats;
 }
 
-// stats [R, M, 3] -> loss, log_sum [M]
-std::tuple<Tensor, Tensor> op_cross_entropy_combine(Tensor stats, Tensor targets, int64_t ignored) {
-  const int64_t rows = targets.size(0);
-  if (!stats.is_cuda() || stats.dim() != 3 || stats.size(1) != rows || stats.size(2) != kStats ||
-      !stats.is_contiguous()) {
-    fail("stats", "a contiguous CUDA tensor [R, " + std::to_string(rows) + ", 3]", shape_text(stats));
-  }
-  check_vector("targets", targets, rows);
-  check_dtype("targets", targets, ScalarType::Long);
-  check_dtype("stats", stats, ScalarType::Float);
-  OnDeviceOf device(stats);
-  Tensor loss = empty_vector(stats, rows, std::nullopt);
-  Tensor log_sum = empty_vector(stats, rows, std::nullopt);
-  cross_entropy_combine(data_of<float>(stats), data_of<int64_t>(targets), data_of<float>(loss),
-                        data_of<float>(log_sum), int(stats.size(0)), rows, ignored,
-                        device.stream());
-  return {loss, log_sum};
-}
-
-// -> dlogits [M, V_r]
-Tensor op_cross_entropy_backward(Tensor dloss, Tensor logits, Tensor targets, Tensor log_sum,
-                                 int64_t offset, int64_t ignored) {
+// Overwrites the logits [M, V_r] with their gradient.
+void op_cross_entropy_gradient(Tensor logits, Tensor targets, Tensor lse, Tensor dloss,
+                               int64_t offset, int64_t vocab, int64_t ignored, double smoothing,
+                               double z_loss) {
   check_arguments(logits, targets);
   check_vector("dloss", dloss, logits.size(0));
-  check_vector("log_sum", log_sum, logits.size(0));
+  check_vector("lse", lse, logits.size(0));
   check_dtype("dloss", dloss, ScalarType::Float);
-  check_dtype("log_sum", log_sum, ScalarType::Float);
+  check_dtype("lse", lse, ScalarType::Float);
   OnDeviceOf device(logits);
-  Tensor dlogits = empty_like_rows(logits, logits.size(0), logits.size(1));
   dispatch_floats("logits", logits, [&](auto zero) {
     using T = decltype(zero);
-    cross_entropy_backward<T>(arguments<T>(logits, targets, offset, ignored),
-                              data_of<float>(log_sum), data_of<float>(dloss), data_of<T>(dlogits),
-                              device.stream());
+    cross_entropy_gradient<T>(
+        {arguments<T>(logits, targets, offset, ignored), data_of<float>(lse), data_of<float>(dloss),
+         data_of<T>(logits), logits.stride(0), float(1.0 - smoothing),
+         float(smoothing / double(vocab)), float(z_loss)},
+        device.stream());
   });
-  return dlogits;
 }
 
 // parts [R, M, N], strides free but for contiguous [M, N] blocks; writes out [M, N].
@@ -96,18 +78,16 @@ void op_rank_sum(Tensor parts, OptionalTensor bias, OptionalTensor residual, Ten
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pyparallel, m) {
-  m.def("cuda_cross_entropy_stats(Tensor logits, Tensor targets, int offset) -> Tensor");
-  m.def("cuda_cross_entropy_combine(Tensor stats, Tensor targets, int ignored) -> (Tensor, Tensor)");
+  m.def("cuda_cross_entropy_stats(Tensor logits, Tensor targets, int offset, int ignored) -> Tensor");
   m.def(
-      "cuda_cross_entropy_backward(Tensor dloss, Tensor logits, Tensor targets, Tensor log_sum,"
-      " int offset, int ignored) -> Tensor");
+      "cuda_cross_entropy_gradient_(Tensor(a!) logits, Tensor targets, Tensor lse, Tensor dloss,"
+      " int offset, int vocab, int ignored, float smoothing, float z_loss) -> ()");
   m.def("cuda_rank_sum(Tensor parts, Tensor? bias, Tensor? residual, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyparallel, CUDA, m) {
   m.impl("cuda_cross_entropy_stats", TORCH_BOX(&op_cross_entropy_stats));
-  m.impl("cuda_cross_entropy_combine", TORCH_BOX(&op_cross_entropy_combine));
-  m.impl("cuda_cross_entropy_backward", TORCH_BOX(&op_cross_entropy_backward));
+  m.impl("cuda_cross_entropy_gradient_", TORCH_BOX(&op_cross_entropy_gradient));
   m.impl("cuda_rank_sum", TORCH_BOX(&op_rank_sum));
 }
 

@@ -160,6 +160,7 @@ void bind_peer_group(py::module_& m) {
       .def_property_readonly("rank", &PeerGroup::rank)
       .def_property_readonly("size", &PeerGroup::size)
       .def("check", &PeerGroup::check)
+      .def("fail", &PeerGroup::fail, py::arg("missing"))
       .def("all_reduce",
            [](PeerGroup& g, uintptr_t data, int64_t n, int dtype, Reduction reduction,
               Algorithm algorithm, uintptr_t stream) {
