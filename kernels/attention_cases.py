@@ -68,6 +68,7 @@ def attention_backward_cases(arch: str) -> Iterator[Case]:
         "attention_delta", "bf16 d128", attention_backward.attention_delta_kernel,
         {"o_ptr": "bf16", "do_ptr": "bf16", "delta_ptr": "fp32"},
         dict(dlse_ptr=None, D=128, HAS_DLSE=False, BLOCK_M=32, BLOCK_D=128), 4,
+        waiver="one fp32 a row: 128 bytes a program",
     )
 
 

@@ -135,12 +135,19 @@ def norm_cases(arch: str) -> Iterator[Case]:
                 "norm_backward", f"bf16 {what}", norm_backward.norm_backward_kernel, pointers,
                 missing | dict(
                     CENTER=center, HAS_WEIGHT=True, HAS_BIAS=center and not wide, HAS_AFTER=True,
-                    DROPOUT=drop, KEEP_WEIGHT=not wide, BLOCK_H=next_power_of_two(width),
+                    DROPOUT=drop, WIDE=wide, BLOCK_H=next_power_of_two(width),
                 ), warps, floats=_DROP_FLOATS, longs=_DROP_LONGS, odd=_DROP_LONGS,
             )
     yield Case(
+        "norm_weight_gradient", "bf16 layer_norm", norm_backward.norm_weight_gradient_kernel,
+        {"dout_ptr": "bf16", "h_ptr": "bf16", "mean_ptr": "fp32", "rstd_ptr": "fp32",
+         "dweight_ptr": "fp32", "dbias_ptr": "fp32"},
+        dict(CENTER=True, HAS_WEIGHT=True, HAS_BIAS=True, BLOCK_H=2048), 4,
+    )
+    yield Case(
         "column_sum", "fp32", norm_backward.column_sum_kernel,
         {"x_ptr": "fp32", "out_ptr": "fp32"}, dict(ACCUMULATE=False, BLOCK_M=16, BLOCK_H=128), 4,
+        waiver="one sum a thread: 128 columns, 512 bytes a program",
     )
     yield Case(
         "dropout", "bf16 +residual", dropout.dropout_kernel,

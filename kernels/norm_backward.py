@@ -40,18 +40,18 @@ def norm_backward_kernel(
     stride_dm, stride_hm, stride_am, stride_gm, stride_xm,
     seed, keep_threshold, keep_scale, rows_local, rows_global, row_start,
     CENTER: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_AFTER: tl.constexpr, DROPOUT: tl.constexpr, KEEP_WEIGHT: tl.constexpr,
+    HAS_AFTER: tl.constexpr, DROPOUT: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Grid (programs): program p takes rows p * rows_per_program onwards. KEEP_WEIGHT holds the
-    weight in registers; wide rows read it again for each row."""
+    """Grid (programs): program p takes rows p * rows_per_program onwards. WIDE rows
+    have no registers to spare: the weight is read again for each row, and its gradient is
+    norm_weight_gradient_kernel's."""
     program = tl.program_id(0).to(tl.int64)
     first = program * rows_per_program
     cols = tl.arange(0, BLOCK_H)
     mask = cols < H
-    if KEEP_WEIGHT:
+    if HAS_WEIGHT and not WIDE:
         weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    if HAS_WEIGHT:
         dweight = tl.zeros((BLOCK_H,), tl.float32)
     if HAS_BIAS:
         dbias = tl.zeros((BLOCK_H,), tl.float32)
@@ -65,8 +65,8 @@ def norm_backward_kernel(
         if HAS_BIAS:
             dbias += dout
         if HAS_WEIGHT:
-            dweight += dout * n
-            if KEEP_WEIGHT:
+            if not WIDE:
+                dweight += dout * n
                 dout *= weight
             else:
                 dout *= tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
@@ -82,6 +82,32 @@ def norm_backward_kernel(
             index = global_row(row, rows_local, rows_global, row_start) * H + cols
             dx = tl.where(keep_mask(seed, index, keep_threshold), dh * keep_scale, 0.0)
             tl.store(dx_ptr + row * stride_xm + cols, narrow(dx, dx_ptr.dtype.element_ty), mask=mask)
+    if HAS_WEIGHT and not WIDE:
+        tl.store(dweight_ptr + program * H + cols, dweight, mask=mask)
+    if HAS_BIAS:
+        tl.store(dbias_ptr + program * H + cols, dbias, mask=mask)
+
+
+@triton.jit
+def norm_weight_gradient_kernel(
+    dout_ptr, h_ptr, mean_ptr, rstd_ptr, dweight_ptr, dbias_ptr, M, H, rows_per_program,
+    stride_dm, stride_hm, CENTER: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Grid (programs, tiles of H): the sums of norm_backward_kernel, for wide rows."""
+    program = tl.program_id(0).to(tl.int64)
+    first = program * rows_per_program
+    cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    mask = cols < H
+    dweight = tl.zeros((BLOCK_H,), tl.float32)
+    dbias = tl.zeros((BLOCK_H,), tl.float32)
+    for row in range(first, tl.minimum(first + rows_per_program, M)):
+        dout = tl.load(dout_ptr + row * stride_dm + cols, mask=mask, other=0.0).to(tl.float32)
+        n = tl.load(h_ptr + row * stride_hm + cols, mask=mask, other=0.0).to(tl.float32)
+        if CENTER:
+            n = tl.where(mask, n - tl.load(mean_ptr + row), 0.0)
+        dweight += dout * (n * tl.load(rstd_ptr + row))
+        dbias += dout
     if HAS_WEIGHT:
         tl.store(dweight_ptr + program * H + cols, dweight, mask=mask)
     if HAS_BIAS:
@@ -152,7 +178,7 @@ def norm_backward(
     wide = block > WIDE_ROW
     sums = [
         torch.empty(programs, width, dtype=torch.float32, device=h.device) if wanted else None
-        for wanted in (weight is not None, has_bias and not wide)
+        for wanted in (weight is not None, has_bias)
     ]
     if h.numel():
         norm_backward_kernel[(programs,)](
@@ -160,14 +186,18 @@ def norm_backward(
             ROWS_PER_PROGRAM, grads.stride(0), rows.stride(0),
             after.stride(0) if after is not None else 0, dh.stride(0), dx.stride(0),
             *drop.arguments(), CENTER=mean is not None, HAS_WEIGHT=weight is not None,
-            HAS_BIAS=sums[1] is not None, HAS_AFTER=after is not None,
+            HAS_BIAS=has_bias and not wide, HAS_AFTER=after is not None,
             DROPOUT=dropout is not None and block < WIDE_ROW, BLOCK_H=block,
-            KEEP_WEIGHT=weight is not None and not wide, num_warps=row_warps(block),
+            WIDE=wide, num_warps=row_warps(block),
         )
         if block >= WIDE_ROW and dropout is not None:
             dropout_out(dh, dx, dropout=drop)
-    if wide and has_bias:
-        sums[1] = grads
+        if wide and (weight is not None or has_bias):
+            norm_weight_gradient_kernel[programs, cdiv(width, 2048)](
+                grads, rows, mean, rstd, *sums, num_rows, width, ROWS_PER_PROGRAM,
+                grads.stride(0), rows.stride(0), CENTER=mean is not None, HAS_BIAS=has_bias,
+                HAS_WEIGHT=weight is not None, BLOCK_H=2048, num_warps=4,
+            )
     dtype = weight.dtype if weight is not None else h.dtype
     totals = [
         None if s is None else column_sum_out(

@@ -1,26 +1,31 @@
-"""Kernel tests run in Triton's interpreter unless a GPU is asked for."""
+"""Kernel tests run in Triton's interpreter; TRITON_INTERPRET=0 runs them compiled, on a GPU."""
 
 import os
 
-# Chosen before triton is imported, which happens with the first kernel. The GPU twins run
-# compiled: PYPARALLEL_KERNEL_DEVICE=cuda leaves the interpreter off.
-DEVICE = os.environ.get("PYPARALLEL_KERNEL_DEVICE", "cpu")
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
+# Chosen before triton is imported, which happens with the first kernel.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import numpy as np
 import pytest
 import torch
 
+# Forked ranks on host memory, and compilation without a GPU: the interpreter's business.
+HOST_ONLY = ("test_collectives", "test_fused_collectives", "test_whole_model", "test_compile")
+
 
 def pytest_collection_modifyitems(config, items):
-    """On a GPU every kernel test is its own twin: the same test, marked gpu."""
+    """On a GPU the tests of one device run; tests/gpu has the twins of the others."""
     if DEVICE == "cuda":
         here = os.path.dirname(__file__)
-        for item in items:
-            if str(item.fspath).startswith(here):
-                item.add_marker(pytest.mark.gpu)
+        host = [
+            item
+            for item in items
+            if str(item.path).startswith(here) and item.path.stem in HOST_ONLY
+        ]
+        config.hook.pytest_deselected(items=host)
+        items[:] = [item for item in items if item not in host]
 
 
 @pytest.fixture(autouse=True)
