@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import math
 
@@ -253,55 +252,3 @@ def refusals(group: Group) -> None:
 
 def test_bad_input_is_refused_before_anything_is_sent() -> None:
     run_ranks(refusals, 2)
-
-
-def operators(group: Group) -> None:
-    length, operator = 7, torch.ops.pyparallel.ring_attention.default
-    q, k, v, _ = inputs(length, (4, 2), torch.float32)
-    for rows, window in (([], None), ([[0, 3, 7]], None), ([], 2)):
-        shards = ContextShards.of(length, group, documents=rows or None)
-        own = [shards.split(t).requires_grad_() for t in (q, k, v)]
-        ranges = [end for held in shards.sharding.ranges for piece in held for end in piece]
-        documents = [n for row in rows for n in (len(row), *row)]
-        cut = (ranges, documents, group.handle, True, window, None)
-        torch.library.opcheck(operator, (*own, *cut))
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_opcheck(ranks: int) -> None:
-    run_ranks(operators, ranks)
-
-
-def compiled(group: Group) -> None:
-    length = 12
-    for algorithm, documents in itertools.product(ALGORITHMS, (None, [0, 5, 12])):
-        shards = ContextShards.of(length, group, documents=documents, algorithm=algorithm)
-
-        def attend(q, k, v, shards=shards):
-            return context_parallel_attention(q * 2, k, v, shards, causal=True).sin()
-
-        results = []
-        for call in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):
-            *qkv, do = (shards.split(t) for t in inputs(length, (4, 2), torch.float32))
-            qkv = [t.requires_grad_() for t in qkv]
-            with count_collectives() as counter:
-                o = call(*qkv)
-                gradients = torch.autograd.grad(o, qkv, do)
-            results.append((o.detach(), *gradients, dict(counter)))
-        *eager, eager_counts = results[0]
-        *graph, graph_counts = results[1]
-        for part, one, two in zip(PARTS, eager, graph, strict=True):
-            assert_equal(two, one, f"{algorithm} {part} compiled")
-        assert graph_counts == eager_counts
-
-
-def test_backward_keeps_its_group() -> None:
-    q, k, v, do = inputs(5, (4, 2), torch.float32)
-    q.requires_grad_()
-    o = context_parallel_attention(q, k, v, ContextShards.of(5, Group.single()), causal=True)
-    gc.collect()
-    assert torch.autograd.grad(o, [q], do)[0].isfinite().all()
-
-
-def test_compiled_in_one_graph() -> None:
-    run_ranks(compiled, 2)

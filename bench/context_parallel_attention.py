@@ -1,6 +1,6 @@
 """Ring against Ulysses, and both against one rank: seconds of a forward and a forward with backward.
 
-    pytest bench/bench_context_parallel_attention.py --benchmark-only --benchmark-json=cp.json
+    pytest -s --benchmark-enable bench/context_parallel_attention.py
 
 Ranks measure between barriers; a round's time is the slowest rank's. Rivals take turns in one run, and
 every result is compared with the others' before it is timed.
@@ -8,12 +8,14 @@ every result is compared with the others' before it is timed.
 
 from __future__ import annotations
 
-import os
+import statistics
 import time
+from typing import Any
 
 import pytest
 import torch
 
+from bench.rivals import machine, print_table
 from pyparallel.context import ContextShards
 from pyparallel.functional.context_parallel_attention import context_parallel_attention
 from pyparallel.functional.context_parallel_choice import choose
@@ -69,7 +71,9 @@ def measure(shape: tuple[int, int, int, int], backward: bool) -> dict[str, list[
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "S{}-N{}-G{}-D{}".format(*shape))
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_context_parallel_attention(benchmark, ranks: int, shape: tuple, backward: bool) -> None:
+def test_context_parallel_attention(
+    benchmark: Any, ranks: int, shape: tuple, backward: bool
+) -> None:
     by_rank = launch(measure, ranks, shape, backward, threads=1)
     slowest = {
         rival: [max(times) for times in zip(*(rank[rival] for rank in by_rank), strict=True)]
@@ -86,13 +90,21 @@ def test_context_parallel_attention(benchmark, ranks: int, shape: tuple, backwar
         itemsize=4,
         causal=True,
     )
-    benchmark.extra_info |= {
+    rows = []
+    dense = statistics.median(slowest["one rank"])
+    for rival, times in slowest.items():
+        median = statistics.median(times)
+        chosen = "chosen" if rival == choice.algorithm else ""
+        rows.append([rival, f"{median * 1e3:.1f}", f"{dense / median:.2f}", chosen])
+    what = "forward and backward" if backward else "forward"
+    title = f"causal attention, {what}, S N G D = {shape}, {ranks} ranks of one thread"
+    print_table(title, ["", "ms", "x one rank", ""], rows)
+    benchmark.extra_info |= machine() | {
         "op": "context_parallel_attention",
         "shape": list(shape),
         "dtype": "float32",
         "world": ranks,
         "backend": "torch over shared memory",
-        "cores": len(os.sched_getaffinity(0)),
         "seconds": slowest,
         "chosen": choice.algorithm,
         "why": choice.reason,
