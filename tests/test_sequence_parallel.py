@@ -13,10 +13,14 @@ from pyparallel import reference
 from pyparallel.collectives import count_collectives
 from pyparallel.functional.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
 from pyparallel.group import Group
+from pyparallel.launch import launch
+from pyparallel.mesh import init_mesh
 from pyparallel.models.config import DecoderConfig, from_hugging_face
 from pyparallel.models.decoder import Decoder
+from pyparallel.models.load import load
 from pyparallel.parallelize import named_shardings
 from pyparallel.testing import UNIT_ROUNDOFF, assert_within, run_ranks
+from tests.transformers_models import build
 
 LLAMA = {
     "model_type": "llama",
@@ -214,6 +218,21 @@ def same_bits(group: Group) -> list[list[float]]:
 def test_replicated_results_have_the_same_bits_on_all_ranks_and_runs():
     results = run_ranks(same_bits, 3)
     assert all(run == results[0][0] for runs in results for run in runs)
+
+
+def loads(folder: str) -> None:
+    mesh = init_mesh(tp=torch.distributed.get_world_size())
+    ids = torch.arange(14).view(2, 7)
+    plain = load(folder, mesh)
+    cut = load(folder, mesh, sequence_parallel=True, recompute="layers")
+    error = (cut(ids) - plain(ids)).abs().max()
+    assert cut.sequence_parallel and cut.recompute == "layers"
+    assert error < 1e-5, error
+
+
+def test_loads_a_checkpoint(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    launch(loads, 3, str(tmp_path))
 
 
 def refused(group: Group) -> None:

@@ -32,6 +32,7 @@ def load_hugging_face(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    sequence_parallel: bool = False,
 ) -> nn.Module:
     """The transformers model in ``checkpoint``, cut over ``mesh.tp``.
 
@@ -41,6 +42,7 @@ def load_hugging_face(
     Args:
         dtype: of the parameters; by default the configuration's.
         progress: called with (bytes read, bytes of this rank in all) after each parameter.
+        sequence_parallel: as :func:`parallelize` takes it.
 
     Returns:
         A :class:`TransformersDecoder` (its ``model`` is the transformers one) where the model generates
@@ -51,7 +53,7 @@ def load_hugging_face(
         ValueError: transformers or parallelize does not know the model.
     """
     model = _empty_model(checkpoint, dtype)
-    parallelize(model, mesh)
+    parallelize(model, mesh, sequence_parallel=sequence_parallel)
     _fill(model, checkpoint, mesh.tp.rank, torch.device(device), progress)
     model.eval()
     return TransformersDecoder(model, mesh.tp) if model.can_generate() else model

@@ -42,6 +42,8 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
+    sequence_parallel: bool = False,
+    recompute: str = "none",
 ) -> nn.Module:
     """The model in ``path``, cut over ``mesh.tp``; each rank reads only its own slices.
 
@@ -53,6 +55,8 @@ def load(
         path: a folder of safetensors, a .safetensors or .gguf file, or an opened checkpoint.
         dtype: of the parameters; by default the checkpoint's (fp32 for a GGUF).
         progress: called with (bytes read, bytes of this rank in all) after each parameter.
+        sequence_parallel, recompute: for training, as :class:`Decoder` takes them; a transformers
+            model recomputes by its own ``gradient_checkpointing_enable()``.
 
     Raises:
         CheckpointError: a file is missing or broken; a tensor is missing, extra or mis-shaped.
@@ -71,14 +75,31 @@ def load(
                 f"cp: expected 1 for a {checkpoint.config().get('model_type')} model, which keeps its "
                 f"own attention; got {mesh.cp.size}"
             ) from None
+        if recompute != "none":
+            raise ValueError(
+                f"recompute: expected 'none' for a {checkpoint.config().get('model_type')} model, got "
+                f"{recompute!r}; call its gradient_checkpointing_enable()"
+            ) from None
         from pyparallel.models.hugging_face import load_hugging_face
 
-        return load_hugging_face(checkpoint, mesh, dtype=dtype, device=device, progress=progress)
+        return load_hugging_face(
+            checkpoint,
+            mesh,
+            dtype=dtype,
+            device=device,
+            progress=progress,
+            sequence_parallel=sequence_parallel,
+        )
     dtype = dtype or stored_dtype(checkpoint)
+    options = {
+        "group": mesh.tp,
+        "sequence_parallel": sequence_parallel,
+        "recompute": recompute,
+    }
     if mesh.cp.size > 1:
-        model = ContextDecoder(config, "meta", dtype, group=mesh.tp, context=mesh.cp)
+        model = ContextDecoder(config, "meta", dtype, context=mesh.cp, **options)
     else:
-        model = Decoder(config, "meta", dtype, group=mesh.tp)
+        model = Decoder(config, "meta", dtype, **options)
     fill(model, checkpoint, device=device, progress=progress)
     return model.eval()
 
