@@ -1,0 +1,12 @@
+# The compute kernels and the decoder of CPU ranks, on threads: `make asan_cpu`, `make tsan_cpu`.
+CPU_SOURCES := $(wildcard $(CSRC)/cpu/kernels_*.cpp $(CSRC)/cpu/decoder*.cpp $(CSRC)/cpu/team.cpp)
+
+.PHONY: asan_cpu tsan_cpu
+asan tsan: %: %_cpu
+
+asan_cpu tsan_cpu: %_cpu: $(BUILD)/cpu_%
+	$<
+
+$(BUILD)/cpu_%: test_cpu.cpp $(CPU_SOURCES) $(HEADERS)
+	@mkdir -p $(@D)
+	$(CXX) $(FLAGS) $(FLAGS_$*) -I$(CSRC) $< $(CPU_SOURCES) -o $@

@@ -1,0 +1,244 @@
+// The compute kernels and the decoder under sanitizers: every instruction set this processor has, buffers
+// of exactly the size that is asked for, threads that meet at barriers, and one that fails.
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "core/pack.h"
+#include "cpu/decoder.h"
+#include "cpu/kernels.h"
+#include "cpu/team.h"
+
+using namespace pyparallel;
+using namespace pyparallel::cpu;
+using namespace pyparallel::test;
+
+namespace {
+
+std::vector<float> values(Random& random, int64_t n) {
+  std::vector<float> v(static_cast<size_t>(n));
+  for (float& x : v) x = float(random.below(2001) - 1000) / 1000.0f;
+  return v;
+}
+
+// On the heap and of exactly n elements, so that a byte too far is seen.
+struct Packed {
+  Packed(const Kernels& k, const std::vector<float>& from, Precision precision) : precision(precision) {
+    const int64_t n = int64_t(from.size());
+    data.reset(new unsigned char[size_t(n * bytes_of(precision))]);
+    if (precision == Precision::i8) {
+      for (int64_t i = 0; i < n; ++i) reinterpret_cast<int8_t*>(data.get())[i] = int8_t(from[size_t(i)] * 100);
+    } else {
+      k.from_float(from.data(), precision, n, data.get());
+    }
+    wide.resize(from.size());
+    k.to_float(data.get(), precision, n, wide.data());
+  }
+  Precision precision;
+  std::unique_ptr<unsigned char[]> data;
+  std::vector<float> wide;
+};
+
+struct Aligned {
+  explicit Aligned(int64_t bytes) : data(std::aligned_alloc(64, size_t(round_up(max_of(bytes, 1), 64)))) {}
+  ~Aligned() { std::free(data); }
+  void* data;
+};
+
+void check_linear(const Kernels& k, Random& random, Precision precision, bool gated) {
+  const int64_t M = 1 + random.below(30), N = 1 + random.below(90), K = 1 + random.below(120);
+  const auto x = values(random, M * K);
+  const Packed w(k, values(random, N * K), precision), up(k, values(random, N * K), precision);
+  const auto bias = values(random, N), residual = values(random, M * N);
+  const std::vector<float> scale(size_t(N), 0.01f);
+  std::vector<float> y(size_t(M * N));
+  Aligned workspace(k.block_linear_bytes(M, K));
+  LinearCall call{};
+  call.x = x.data();
+  call.x_stride = K;
+  call.M = M;
+  call.K = K;
+  const bool int8 = precision == Precision::i8;
+  call.weight = {w.data.get(), int8 ? scale.data() : nullptr, bias.data(), precision};
+  if (gated) call.up = {up.data.get(), int8 ? scale.data() : nullptr, nullptr, precision};
+  call.act = gated ? Activation::silu : Activation::none;
+  call.residual = residual.data();
+  call.residual_stride = N;
+  call.y = y.data();
+  call.y_stride = N;
+  call.begin = random.below(N);
+  call.end = call.begin + random.below(N - call.begin + 1);
+  call.workspace = workspace.data;
+  for (int thin = 0; thin < 2; ++thin) {
+    if (thin && M > kMaxThinRows) continue;
+    (thin ? k.thin_linear : k.block_linear)(call);
+    for (int64_t m = 0; m < M; ++m) {
+      for (int64_t n = call.begin; n < call.end; ++n) {
+        double a = 0, b = 0;
+        for (int64_t i = 0; i < K; ++i) {
+          a += double(x[size_t(m * K + i)]) * w.wide[size_t(n * K + i)];
+          b += double(x[size_t(m * K + i)]) * up.wide[size_t(n * K + i)];
+        }
+        if (int8) a *= 0.01, b *= 0.01;
+        a += bias[size_t(n)];
+        if (gated) a = a / (1 + std::exp(-a)) * b;
+        a += residual[size_t(m * N + n)];
+        expect(std::fabs(a - y[size_t(m * N + n)]) < 1e-3, "linear is off");
+      }
+    }
+  }
+}
+
+void check_attention(const Kernels& k, Random& random, Precision precision) {
+  const int64_t G = 1 + random.below(6), D = 1 + random.below(90), T = 1 + random.below(200);
+  const int64_t M = 1 + random.below(T), start = T - M;
+  const auto q = values(random, M * G * D);
+  const Packed keys(k, values(random, T * D), precision), vals(k, values(random, T * D), precision);
+  std::vector<float> together(size_t(M * G * D)), one(size_t(M * G * D)), state(size_t(2 * G));
+  Aligned workspace(k.prefill_attention_bytes(G, D));
+  AttentionCall call{};
+  call.q = q.data();
+  call.q_row_stride = G * D;
+  call.q_head_stride = D;
+  call.keys = keys.data.get();
+  call.values = vals.data.get();
+  call.key_stride = D;
+  call.precision = precision;
+  call.G = G;
+  call.D = D;
+  call.out = together.data();
+  call.out_row_stride = G * D;
+  call.out_head_stride = D;
+  call.workspace = workspace.data;
+  k.prefill_attention(call, M, start, 0);
+  for (int64_t m = 0; m < M; ++m) {
+    AttentionCall row = call;
+    row.q = q.data() + m * G * D;
+    row.out = one.data() + m * G * D;
+    const SoftmaxState s{state.data(), state.data() + G};
+    k.decode_attention(row, 0, start + m + 1, s);
+    k.merge_attention(row.out, G * D, s, 1, G, D, row.out, D);
+  }
+  for (size_t i = 0; i < one.size(); ++i) expect(std::fabs(one[i] - together[i]) < 1e-3, "attention is off");
+}
+
+// A decoder of one rank: prefill, then decode, on `threads`; returns all logits it left.
+std::vector<float> decode(int threads) {
+  Random random(7);
+  const int64_t H = 40, D = 12, N = 4, Nk = 2, F = 50, V = 61, T = 300, B = 2;
+  DecoderShape shape{};
+  shape.hidden = H;
+  shape.heads = N;
+  shape.kv_heads = Nk;
+  shape.head_dim = D;
+  shape.rotary_dim = 8;
+  shape.intermediate = F;
+  shape.vocab_size = shape.vocab_rows = V;
+  shape.eps = 1e-5f;
+  shape.softmax_scale = 0.3f;
+  std::vector<std::vector<float>> held;
+  const auto hold = [&](int64_t n) {
+    held.push_back(values(random, n));
+    return held.back().data();
+  };
+  const auto weight = [&](int64_t rows, int64_t columns) { return Weight{hold(rows * columns), nullptr, nullptr, Precision::f32}; };
+  DecoderWeights weights;
+  weights.embedding = hold(V * H);
+  weights.final_norm = {hold(H), nullptr};
+  weights.head = weight(V, H);
+  DecoderCache cache;
+  cache.batch = B;
+  cache.slots = T;
+  cache.cos = hold(T * 4);
+  cache.sin = hold(T * 4);
+  for (int layer = 0; layer < 2; ++layer) {
+    DecoderLayer l;
+    l.attention_norm = {hold(H), nullptr};
+    l.qkv = weight((N + 2 * Nk) * D, H);
+    l.out = weight(H, N * D);
+    l.mlp_norm = {hold(H), nullptr};
+    l.up = weight(2 * F, H);
+    l.down = weight(H, F);
+    weights.layers.push_back(l);
+    cache.keys.push_back(hold(B * Nk * T * D));
+    cache.values.push_back(hold(B * Nk * T * D));
+  }
+  Decoder decoder(shape, weights, nullptr, std::make_shared<Team>(threads));
+  decoder.use_cache(cache);
+  std::vector<float> all;
+  const auto keep = [&] { all.insert(all.end(), decoder.logits(), decoder.logits() + decoder.logit_rows() * V); };
+  std::vector<int64_t> tokens(290);
+  for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = int64_t(i * 7) % V;
+  for (int64_t sequence = 0; sequence < B; ++sequence) {
+    decoder.prefill(tokens.data(), sequence == 0 ? 290 : 13, sequence, 0);
+    keep();
+  }
+  const int64_t sequences[2] = {1, 0};
+  for (int64_t step = 0; step < 5; ++step) {
+    int64_t next[2];
+    decoder.greedy(next);
+    next[1] = next[0];
+    const int64_t positions[2] = {13 + step, 290 + step};
+    decoder.decode(next, sequences, positions, 2);
+    keep();
+  }
+  return all;
+}
+
+void check_team() {
+  Team team(3);
+  std::vector<int> counts(3, 0);
+  for (int run = 0; run < 200; ++run) {
+    int shared = 0;
+    team.run([&](int thread) {
+      ++counts[size_t(thread)];
+      for (int round = 0; round < 5; ++round) {
+        team.barrier(thread, [&] { shared = round; });
+        expect(shared == round, "the action was not seen");
+        team.barrier(thread);
+      }
+    });
+    if (run % 50 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    for (int failing = 0; failing < 3; ++failing) {
+      bool thrown = false;
+      try {
+        team.run([&](int thread) {
+          team.barrier(thread);
+          if (thread == failing) throw std::runtime_error("broken");
+          team.barrier(thread);
+          team.barrier(thread);
+        });
+      } catch (const std::runtime_error& error) {
+        thrown = std::string(error.what()) == "broken";
+      }
+      expect(thrown, "a failure on a thread is lost");
+    }
+  }
+  for (const int count : counts) expect(count == 200, "a thread has missed a run");
+}
+
+}  // namespace
+
+int main() {
+  check_team();
+  for (int level = 0; level <= int(detected_isa()); ++level) {
+    isa_in_use().store(Isa(level));
+    const Kernels& k = kernels();
+    Random random(uint64_t(level) + 1);
+    for (int i = 0; i < 12; ++i) {
+      for (const Precision p : {Precision::f32, Precision::bf16, Precision::f16, Precision::i8}) {
+        check_linear(k, random, p, i % 2 == 1);
+        if (p != Precision::i8) check_attention(k, random, p);
+      }
+    }
+    const auto alone = decode(1), together = decode(3);
+    expect(alone == together, "bits depend on the number of threads");
+    for (const float x : alone) expect(std::isfinite(x), "a logit is not finite");
+    std::printf("%s: ok\n", isa_name(Isa(level)));
+  }
+}
