@@ -6,10 +6,11 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
-from pyparallel.overlap import SCHEDULES
+from pyparallel.overlap import SCHEDULES, report
 from pyparallel.overlap.predict import (
     CANDIDATES,
     LIBRARY_CANDIDATES,
@@ -157,3 +158,24 @@ def test_measurements_without_the_plain_path_are_refused(tmp_path: Path) -> None
 def test_unknown_operation() -> None:
     with pytest.raises(ValueError, match="operation: expected one of"):
         workload("all_reduce", m=1, k=1, n=1, size=1)
+
+
+def test_report_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    speeds = ["--tflops", "312", "--link", "300", "--ranks", "4"]
+    shape = ["--hidden", "1024", "--features", "2816", "--rows", "256", "4096"]
+    assert report.main([*speeds, *shape, "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "312 TFLOP/s x 70%, 300 GB/s a GPU each way, tp 4"
+    assert sum(line.startswith("| `all_gather_linear`") for line in lines) == 4
+    for name in ("all_gather_linear", "linear_reduce_scatter", "hidden"):
+        root = ElementTree.parse(tmp_path / f"overlap_{name}.svg").getroot()
+        assert len(root) > 10
+    with pytest.raises(SystemExit):
+        report.main(["--link", "0"])
+
+
+def test_a_faster_link_exposes_less() -> None:
+    shape = {"m": 4096, "k": 8192, "n": 3584, "size": 8, "pieces": 1}
+    slow = predict("all_gather_linear", **shape, machine=replace(H100, link=5e10))
+    fast = predict("all_gather_linear", **shape, machine=H100)
+    assert slow.exposed > fast.exposed > 0

@@ -27,6 +27,19 @@ bool is_capturing(cudaStream_t stream) {
          status != cudaStreamCaptureStatusNone;
 }
 
+// While another thread captures a graph in the global mode, even asking for an event would spoil its
+// capture; in the relaxed mode this thread's questions do not count.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~RelaxedCapture() { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 ncclConfig_t non_blocking(const std::string& name) {
   ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
   config.blocking = 0;
@@ -210,6 +223,7 @@ void NcclCommunicator::look(Lock&) {
 }
 
 void NcclCommunicator::poll() {
+  const RelaxedCapture relaxed;
   Lock lock(mutex_);
   look(lock);
 }

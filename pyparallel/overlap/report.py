@@ -1,20 +1,22 @@
-"""The figures of docs/overlap.md: `python -m pyparallel.overlap.report docs`."""
+"""The figures of docs/overlap.md, and the same for other speeds and shapes.
+
+python -m pyparallel.overlap.report --out docs
+python -m pyparallel.overlap.report --tflops 312 --link 300 --hidden 4096 --features 11008 --ranks 4
+"""
 
 from __future__ import annotations
 
-import sys
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pyparallel.overlap.plot import curves_svg, timeline_svg
 from pyparallel.overlap.predict import CANDIDATES, choose_pieces, predict, timeline
-from pyparallel.overlap.timing import H100
+from pyparallel.overlap.timing import H100, Machine
 
-# Llama-3-70B's MLP on 8 GPUs: K = 8192 into N = 28672 / 8 columns, and back.
-SIZE = 8
-SHAPES = {
-    "all_gather_linear": (8192, 28672 // SIZE),
-    "linear_reduce_scatter": (28672 // SIZE, 8192),
-}
+# Llama-3-70B's MLP on 8 GPUs.
+SIZE, HIDDEN, FEATURES = 8, 8192, 28672
 ROWS = (1024, 2048, 4096, 8192, 16384)
 DRAWN_ROWS = 8192
 COLORS = {"all_gather_linear": "#3b6ea8", "linear_reduce_scatter": "#5a9367"}
@@ -23,69 +25,102 @@ FLUX = (0.95, 0.97)
 SYMMETRIC_MEMORY = ((4096, 0.44), (16384, 0.80))
 
 
-def table() -> str:
+def shapes_of(hidden: int, features: int, size: int) -> dict[str, tuple[int, int]]:
+    """K and N of a rank's two matmuls of an MLP whose features are cut over the ranks."""
+    share = -(-features // size)
+    return {"all_gather_linear": (hidden, share), "linear_reduce_scatter": (share, hidden)}
+
+
+def table(
+    shapes: Mapping[str, tuple[int, int]], rows: Sequence[int], size: int, machine: Machine
+) -> str:
     """Markdown: every operation and M, with the choice of pieces and what stays exposed."""
     lines = [
         "| operation | M | pieces | matmul us | communication us | plain us | overlapped us "
         "| exposed us | hidden |",
         "| --- | --: | --: | --: | --: | --: | --: | --: | --: |",
     ]
-    for operation, (k, n) in SHAPES.items():
-        for m in ROWS:
-            pieces = choose_pieces(operation, m=m, k=k, n=n, size=SIZE)
-            p = predict(operation, m=m, k=k, n=n, size=SIZE, pieces=pieces)
+    for operation, (k, n) in shapes.items():
+        for m in rows:
+            shape = {"m": m, "k": k, "n": n, "size": size, "machine": machine}
+            pieces = choose_pieces(operation, **shape)
+            p = predict(operation, **shape, pieces=pieces)
             times = (p.matmul, p.communication, p.plain, p.total, p.exposed)
             cells = " | ".join(f"{t * 1e6:.0f}" for t in times)
             lines.append(f"| `{operation}` | {m} | {pieces} | {cells} | {p.hidden:.0%} |")
     return "\n".join(lines)
 
 
-def pieces_table() -> str:
+def pieces_table(
+    shapes: Mapping[str, tuple[int, int]], rows: Sequence[int], size: int, machine: Machine
+) -> str:
     """Markdown: total time of every candidate number of pieces."""
     heads = " | ".join(f"{c} pieces" if c else "plain" for c in CANDIDATES)
     lines = [f"| operation | M | {heads} |", "| --- | --: |" + " --: |" * len(CANDIDATES)]
-    for operation, (k, n) in SHAPES.items():
-        for m in ROWS:
-            totals = (
-                predict(operation, m=m, k=k, n=n, size=SIZE, pieces=c).total for c in CANDIDATES
-            )
-            lines.append(
-                f"| `{operation}` | {m} | " + " | ".join(f"{t * 1e6:.0f}" for t in totals) + " |"
-            )
+    for operation, (k, n) in shapes.items():
+        for m in rows:
+            shape = {"m": m, "k": k, "n": n, "size": size, "machine": machine}
+            totals = (predict(operation, **shape, pieces=c).total for c in CANDIDATES)
+            cells = " | ".join(f"{t * 1e6:.0f}" for t in totals)
+            lines.append(f"| `{operation}` | {m} | {cells} |")
     return "\n".join(lines)
 
 
-def write_plots(folder: Path) -> None:
-    """overlap_<operation>.svg (timelines of rank 0) and overlap_hidden.svg (curves)."""
+def write_plots(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, int]],
+    rows: Sequence[int],
+    size: int,
+    machine: Machine,
+) -> None:
+    """overlap_<operation>.svg (timelines of rank 0 at one M) and overlap_hidden.svg (curves)."""
     folder.mkdir(parents=True, exist_ok=True)
-    for operation, (k, n) in SHAPES.items():
-        shape = {"m": DRAWN_ROWS, "k": k, "n": n, "size": SIZE}
-        pieces = choose_pieces(operation, **shape)
+    drawn_rows = DRAWN_ROWS if DRAWN_ROWS in rows else max(rows)
+    series = []
+    for operation, (k, n) in shapes.items():
+        shape = {"k": k, "n": n, "size": size, "machine": machine}
+        pieces = choose_pieces(operation, m=drawn_rows, **shape)
         drawn = [
-            ("not overlapped", timeline(operation, **shape, pieces=0)),
-            (f"{pieces} piece(s) a shard", timeline(operation, **shape, pieces=pieces)),
+            (title, timeline(operation, m=drawn_rows, **shape, pieces=count))
+            for title, count in (("not overlapped", 0), (f"{pieces} piece(s) a shard", pieces))
         ]
         (folder / f"overlap_{operation}.svg").write_text(timeline_svg(drawn))
-    series = []
-    for operation, (k, n) in SHAPES.items():
         points = []
-        for m in ROWS:
-            pieces = choose_pieces(operation, m=m, k=k, n=n, size=SIZE)
-            points.append((m, predict(operation, m=m, k=k, n=n, size=SIZE, pieces=pieces).hidden))
+        for m in rows:
+            pieces = choose_pieces(operation, m=m, **shape)
+            points.append((m, predict(operation, m=m, **shape, pieces=pieces).hidden))
         series.append((f"{operation} (model)", COLORS[operation], points))
     series.append(("symmetric memory (publ.)", "#d98c3f", SYMMETRIC_MEMORY))
-    series.append(("Flux (published)", "#b04a5a", [(m, sum(FLUX) / 2) for m in ROWS]))
+    series.append(("Flux (published)", "#b04a5a", [(m, sum(FLUX) / 2) for m in rows]))
     curves = curves_svg(series, title="Communication hidden under the matmul", x_label="M (tokens)")
     (folder / "overlap_hidden.svg").write_text(curves)
 
 
-def main() -> int:
-    """Writes the plots beside the page and prints the tables that it quotes."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("docs")
-    write_plots(folder)
-    print(f"{H100.name}: {H100.peak / 1e12:.0f} TFLOP/s x {H100.efficiency:.0%}, ", end="")
-    print(f"{H100.link / 1e9:.0f} GB/s a GPU each way, tp {SIZE}\n")
-    print(table(), pieces_table(), sep="\n\n")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the tables; with --out also draws the plots."""
+    parser = argparse.ArgumentParser(prog="python -m pyparallel.overlap.report")
+    parser.add_argument("--out", type=Path, help="folder to draw the plots into")
+    parser.add_argument("--tflops", type=float, default=H100.peak / 1e12, help="peak of the matmul")
+    parser.add_argument("--efficiency", type=float, default=H100.efficiency)
+    parser.add_argument("--link", type=float, default=H100.link / 1e9, help="GB/s a GPU, each way")
+    parser.add_argument("--hidden", type=int, default=HIDDEN)
+    parser.add_argument("--features", type=int, default=FEATURES)
+    parser.add_argument("--ranks", type=int, default=SIZE)
+    parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS), help="M of each line")
+    args = parser.parse_args(argv)
+    for name in ("tflops", "efficiency", "link", "hidden", "features", "ranks"):
+        if getattr(args, name) <= 0:
+            parser.error(f"--{name}: expected more than 0, got {getattr(args, name)}")
+    speeds = {"peak": args.tflops * 1e12, "efficiency": args.efficiency, "link": args.link * 1e9}
+    machine = replace(H100, **speeds)
+    what = shapes_of(args.hidden, args.features, args.ranks), args.rows, args.ranks, machine
+    print(
+        f"{args.tflops:g} TFLOP/s x {args.efficiency:.0%}, {args.link:g} GB/s a GPU each way, ",
+        end="",
+    )
+    print(f"tp {args.ranks}\n\n{table(*what)}\n\n{pieces_table(*what)}")
+    if args.out is not None:
+        write_plots(args.out, *what)
     return 0
 
 
