@@ -34,6 +34,14 @@ def one_call(comm: SharedMemoryCommunicator, operation: str, length: int = LENGT
         comm.all_to_all(torch.empty_like(whole), whole)
     elif operation == "broadcast":
         comm.broadcast(x, comm.size - 1)
+    elif operation == "send":
+        # A sender waits for nobody, but must not pile up what nobody will take.
+        if comm.rank == 1:
+            comm.recv(x, 0)
+        elif comm.rank == 0:
+            comm.send(x, 1)
+        else:
+            comm.recv(x, 1)
     elif operation == "message":
         # Round the ring; a short message waits for nobody, so nobody waits for himself.
         comm.send(x, (comm.rank + 1) % comm.size)

@@ -25,6 +25,11 @@ void Group::send(const void* data, int64_t n, DType dtype, int peer, int tag) {
     }
   }
   if (next < chunks) {
+    // A peer that has gone makes no room; what is meant for it must not pile up.
+    guard(doing, false, [&] {
+      waiter_.begin_message(peer, world_.drained(world_.rank, peer), sent + 1 - kRing);
+      waiter_.look_once();
+    });
     unsent_[size_t(peer)].push_back({doing, {from, from + bytes}, next});
     has_unsent_ = true;
     if (!pusher_.joinable()) pusher_ = std::thread([this] { push_in_background(); });

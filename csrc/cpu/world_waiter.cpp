@@ -91,6 +91,11 @@ void Waiter::slow_turn() {
   }
 }
 
+void Waiter::look_once() {
+  since_ = asked_ = Clock::now();
+  look(since_);
+}
+
 bool Waiter::has_come(int peer) const {
   if (message_peer_ >= 0) {
     return peer != message_peer_ || int64_t(load_acquire(word_) - target_) >= 0;

@@ -46,6 +46,8 @@ class Waiter {
     else pause();
     return true;
   }
+  // For a call that does not wait: gives up if what begin named has not come and never will.
+  void look_once();
   [[noreturn]] bool mismatch(int peer);
   [[noreturn]] bool miscounted(int peer, int64_t expected, int64_t sent);
   [[noreturn]] bool unexpected(int peer, const Description& said, const Description& expected);
