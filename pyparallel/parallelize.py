@@ -21,6 +21,7 @@ from pyparallel.models.conv1d import ColumnParallelConv1D, RowParallelConv1D
 from pyparallel.models.cuts import AttentionCut, Cut, cuts_of, is_conv1d
 from pyparallel.models.head_dropout import OwnRandomness, share_generator_state
 from pyparallel.models.local_attention import local_sizes, tell_local_heads
+from pyparallel.models.own_attention import use_own_attention
 from pyparallel.models.plans import parent_of
 from pyparallel.models.sequence_region import check_sequence, cut_sequence
 from pyparallel.models.shared_parameter import sum_gradients
@@ -84,6 +85,8 @@ def parallelize(model: nn.Module, mesh: Mesh, *, sequence_parallel: bool = False
         _tie(model, names)
     for attention in cuts.attentions:
         _localize(model, attention, group)
+    if mesh.device_mesh.device_type == "cpu":
+        use_own_attention(model)
     if group.size > 1:
         if sequence_parallel:
             cut_sequence(model, cuts, group)

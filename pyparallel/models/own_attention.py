@@ -1,0 +1,58 @@
+"""transformers' attention through the backend table, for models that parallelize() has cut.
+
+Where no mask is needed beside the causal one and nothing is dropped, as in decoding and in reading one
+prompt, ``model.generate`` and its own caches thus run on this library's kernels. Every other call is
+transformers' SDPA attention, as it was before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from pyparallel import backend, cpu_ops  # noqa: F401
+
+NAME = "pyparallel"
+
+# Arguments that change what attention computes.
+OTHER = ("softcap", "position_bias", "cache", "s_aux", "output_attentions")
+
+
+def own_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """``query [B, N_r, S, D]``, ``key, value [B, G_r, T, D]`` to [B, S, N_r, D], as SDPA would."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    length = query.shape[2]
+    plain = attention_mask is None and not dropout and not any(kwargs.get(k) for k in OTHER)
+    if plain and (length == 1 or (causal and length == key.shape[2])):
+        q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+        o = backend.call("attention", q, k, v, causal=length > 1, scale=scaling)
+        return o.contiguous(), None
+    options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options, **kwargs)
+
+
+def use_own_attention(model: nn.Module) -> None:
+    """Let a transformers model that uses SDPA attention use :func:`own_attention`."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    if getattr(model.config, "_attn_implementation", None) != "sdpa":
+        return
+    if not getattr(model, "_supports_attention_backend", False):
+        return
+    AttentionInterface.register(NAME, own_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
