@@ -148,4 +148,3 @@ def test_bfloat16_is_as_near_as_the_dense_model(checkpoints: tuple[dict, dict]) 
         dense_error = (dense(torch.tensor([PROMPTS[2]])).logits.float() - exact).abs().max()
     error = (launch(low_precision, 2, folders["llama"], threads=1)[0] - exact).abs().max()
     assert error <= 2 * dense_error
-
