@@ -16,6 +16,7 @@ from pyparallel.layers import (
     ParallelMLP,
     RMSNorm,
     RotaryEmbedding,
+    SequenceParallelDropout,
     SequenceParallelLayerNorm,
     SequenceParallelRMSNorm,
 )
@@ -89,6 +90,27 @@ def test_block_in_one_graph(ranks, sequence_parallel):
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_block_in_one_graph_by_inductor(sequence_parallel):
     run_ranks(compiled, 2, sequence_parallel, "inductor", timeout_s=300.0)
+
+
+def drops(group: Group) -> None:
+    module = SequenceParallelDropout(0.4, group=group)
+    x = normals(2, sequence_sizes(LENGTH, group)[group.rank], H, seed=1)
+    results = []
+    for call in (module, torch.compile(module, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(3)
+        given = x.clone().requires_grad_()
+        y = call(given, length=LENGTH)
+        (grad,) = torch.autograd.grad(y, given, torch.ones_like(y))
+        results.append((y.detach(), grad))
+    for name, actual, expected in zip(("y", "dx"), results[1], results[0], strict=True):
+        assert_equal(actual, expected, name)
+    x = normals(2, 3, H, seed=1, dtype=torch.bfloat16)
+    arguments = (x, 0.4, torch.tensor(5), LENGTH, 2)
+    torch.library.opcheck(torch.ops.pyparallel.dropout.default, arguments)
+
+
+def test_dropout_in_one_graph():
+    run_ranks(drops, 2)
 
 
 def operators(group: Group) -> None:

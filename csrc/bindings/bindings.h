@@ -17,6 +17,9 @@ void bind_cpu_ops(pybind11::module_& m);
 // A whole decoder of a CPU rank.
 void bind_decode(pybind11::module_& m);
 
+// Dropout with a mask that does not depend on the number of ranks.
+void bind_dropout(pybind11::module_& m);
+
 // Memory that all ranks of a group read in place.
 void bind_shared_buffer(pybind11::module_& m);
 

@@ -6,5 +6,6 @@ PYBIND11_MODULE(_C, m) {
   pyparallel::bind_collectives(m);
   pyparallel::bind_cpu_ops(m);
   pyparallel::bind_decode(m);
+  pyparallel::bind_dropout(m);
   pyparallel::bind_shared_buffer(m);
 }

@@ -20,7 +20,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from pyparallel import backend, reference
+from pyparallel import _C, backend, reference
+
+# As numbered by DType in csrc/cpu/world_types.h.
+CPU_DTYPES = {torch.float16: 6, torch.bfloat16: 7, torch.float32: 8}
 
 
 def _triton_reason(x: Tensor, *_: object) -> str | None:
@@ -39,6 +42,32 @@ def _triton(x: Tensor, p: float, seed: Tensor, rows: int, row_start: int) -> Ten
     from pyparallel.kernels.dropout import Dropout, dropout
 
     return dropout(x.contiguous(), dropout=Dropout(p, int(seed), x.shape[-2], rows, row_start))
+
+
+def _cpu_reason(x: Tensor, *_: object) -> str | None:
+    if not x.is_cpu:
+        return f"the tensor is on {x.device.type}"
+    return None if x.dtype in CPU_DTYPES else f"the kernel takes no {x.dtype}"
+
+
+@backend.register("dropout", "cpu", supports=_cpu_reason)
+def _cpu(x: Tensor, p: float, seed: Tensor, rows: int, row_start: int) -> Tensor:
+    y = torch.empty(x.shape, dtype=x.dtype)
+    source, key, width = x.contiguous(), int(seed) % (1 << 64), x.shape[-1]
+    held = x.shape[-2] * width
+    for sequence in range(x.numel() // held if held else 0):
+        offset = sequence * held * x.itemsize
+        _C.cpu_dropout(
+            source.data_ptr() + offset,
+            y.data_ptr() + offset,
+            CPU_DTYPES[x.dtype],
+            held,
+            (sequence * rows + row_start) * width,
+            key,
+            round((1.0 - p) * 2.0**32),
+            1.0 / (1.0 - p),
+        )
+    return y
 
 
 @backend.register("dropout", "torch")
@@ -64,16 +93,36 @@ def masked(x: Tensor, p: float, seed: Tensor, rows: int, row_start: int) -> Tens
     return y.view(x.shape)
 
 
+def _real(x: Tensor, p: float, seed: Tensor, rows: int, row_start: int) -> Tensor:
+    return backend.call("dropout", x, p, seed, rows, row_start)
+
+
+_library = torch.library.Library("pyparallel", "FRAGMENT")
+_library.define("dropout(Tensor x, float p, Tensor seed, SymInt rows, SymInt row_start) -> Tensor")
+_library.impl("dropout", _real, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "pyparallel::dropout",
+    lambda x, p, seed, rows, row_start: torch.empty(x.shape, dtype=x.dtype, device=x.device),
+    lib=_library,
+)
+
+
+def _call(x: Tensor, p: float, seed: Tensor, rows: int, row_start: int) -> Tensor:
+    """The table's, at once or as an operator of a graph that is being traced."""
+    run = torch.ops.pyparallel.dropout if torch.compiler.is_compiling() else _real
+    return run(x, p, seed, rows, row_start)
+
+
 class _Dropout(Function):
     @staticmethod
     def forward(ctx, x: Tensor, p: float, seed: Tensor, rows: int, row_start: int) -> Tensor:
         ctx.mask = p, seed, rows, row_start
-        return backend.call("dropout", x, *ctx.mask)
+        return _call(x, *ctx.mask)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return backend.call("dropout", grad, *ctx.mask), None, None, None, None
+        return _call(grad, *ctx.mask), None, None, None, None
 
 
 def dropout(

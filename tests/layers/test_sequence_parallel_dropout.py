@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pyparallel import reference
+from pyparallel import backend, reference
 from pyparallel.functional.dropout import dropout
 from pyparallel.group import Group
 from pyparallel.layers import SequenceParallelDropout
@@ -55,9 +55,12 @@ def test_does_not_depend_on_the_number_of_ranks():
                 assert_equal(grad, dense_grad, f"R={ranks} dx")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_shards_of_the_mask(dtype):
     x = normals(3, 11, 8, seed=1, dtype=dtype)
+    with backend.use("torch"):
+        expected = dropout(x, 0.4, seed=9)
+    assert_equal(dropout(x, 0.4, seed=9), expected, "the kernel and torch's integers")
     for seed in (0, 1, -5, 2**63 + 11, 123456789012345):
         whole = dropout(x, 0.4, seed=seed)
         assert_equal(whole != 0, dense_mask((3, 11, 8), 0.4, seed), f"seed {seed}")
