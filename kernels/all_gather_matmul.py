@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configurations import MatmulConfig, matmul_config
+from .configurations import MatmulConfig, fused_matmul_config
 from .language import ACTIVATIONS, grouped_tile, narrow, wide
 from .launch import architecture, cdiv, check_runnable, check_shape, num_processors
 from .matmul import accumulate_tile, check_operands, epilogue
@@ -135,7 +135,7 @@ def all_gather_matmul(
         raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
     x, dtype, device = x_shard_m.contiguous(), x_shard_m.dtype, x_shard_m.device
     most, total = max(sizes), sum(sizes)
-    row = config or matmul_config(architecture(x), total, n, k, x.element_size(), precision)
+    row = config or fused_matmul_config(architecture(x), total, n, k, x.element_size(), precision)
     copiers = 1 if device.type == "cpu" else NUM_COPY
     blocks = cdiv(most, row.block_m)
     memory.need(name, most * k * x.element_size(), memory.size * (copiers + blocks))

@@ -48,7 +48,7 @@ def sum_and_normalize_row(
     cols = tl.arange(0, BLOCK_H)
     mask = cols < H
     total = tl.zeros((BLOCK_H,), tl.float32)
-    for r in tl.static_range(R):
+    for r in range(0, R):
         data = region_data(addresses_ptr, r, epoch, capacity, residual_ptr)
         total += tl.load(data + row * H + cols, mask=mask, other=0.0).to(tl.float32)
     dtype: tl.constexpr = residual_ptr.dtype.element_ty

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from . import (
@@ -229,6 +230,7 @@ def fused_matmul_cases(arch: str) -> Iterator[Case]:
     for operand, shape, row in matmul_rows(arch):
         if operand != "half":
             continue
+        row = replace(row, block_n=min(row.block_n, 128))
         tile = dict(
             BLOCK_M=row.block_m, BLOCK_N=row.block_n, BLOCK_K=row.block_k, GROUP_M=row.group_m,
             EVEN_K=True, SWAP=row.swap, PRECISION="ieee", R=_RANKS,

@@ -66,7 +66,7 @@ def sum_part(
     for offset in tl.range(first, stop, tl.num_programs(0) * BLOCK):
         offs = offset + tl.arange(0, BLOCK)
         total = tl.zeros((BLOCK,), tl.float32)
-        for r in tl.static_range(R):
+        for r in range(0, R):
             data = region_data(addresses_ptr, r, epoch, capacity, dest_ptr)
             total += tl.load(data + offs, mask=offs < stop, other=0.0).to(tl.float32)
         value = narrow(total, dest_ptr.dtype.element_ty)

@@ -120,6 +120,15 @@ def matmul_config(
     return row
 
 
+def fused_matmul_config(
+    arch: str, m: int, n: int, k: int, itemsize: int, precision: str = "ieee"
+) -> MatmulConfig:
+    """matmul's row for a kernel that also communicates: beside the flags' and peers' addresses
+    128 x 256 accumulators do not fit the registers."""
+    row = matmul_config(arch, m, n, k, itemsize, precision)
+    return replace(row, block_n=min(row.block_n, 128))
+
+
 def matmul_rows(arch: str) -> list[tuple[str, str, MatmulConfig]]:
     """Every shipped (operand, shape class, configuration) of an architecture."""
     return [(operand, shape, row) for (operand, shape), row in _MATMUL[family(arch)].items()]
@@ -159,8 +168,9 @@ def gated_mlp_config(
     padded = itemsize < 4 and family(arch) in ("sm_90", "sm_100")
     thin = max(64, row.block_m) if padded else row.block_m
     stages = max(2, row.num_stages - 1) if row.num_stages > 1 else 1
-    return replace(row, block_m=thin, block_n=max(row.block_n // 2, 16), swap=False,
-                   num_stages=stages, block_k=min(row.block_k, 64) if itemsize > 1 else row.block_k)
+    return replace(row, block_m=thin, block_n=min(max(row.block_n // 2, 16), 64), swap=False,
+                   num_stages=stages, num_warps=row.num_warps if itemsize < 4 else 8,
+                   block_k=min(row.block_k, 64) if itemsize > 1 else row.block_k)
 
 
 # Row kernels hold a whole row in registers: 16 elements a thread, two 128-bit loads of bf16.

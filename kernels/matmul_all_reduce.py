@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .collectives import ONE_SHOT_BYTES
-from .configurations import MatmulConfig, matmul_config
+from .configurations import MatmulConfig, fused_matmul_config
 from .language import grouped_tile, narrow, wide
 from .launch import architecture, cdiv, check_runnable, check_shape, num_processors
 from .matmul import accumulate_tile, check_operands
@@ -170,7 +170,7 @@ def matmul_all_reduce(
     if algorithm not in ("one_shot", "two_shot"):
         raise ValueError(f"algorithm: expected one_shot or two_shot, got {algorithm!r}")
     two_shot = algorithm == "two_shot"
-    row = config or matmul_config(architecture(x), m, n, k, x.element_size(), precision)
+    row = config or fused_matmul_config(architecture(x), m, n, k, x.element_size(), precision)
     tiles = cdiv(m, row.block_m) * cdiv(n, row.block_n)
     memory.need(name, num_bytes * (memory.size if two_shot else 1), 2 * tiles * memory.size)
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)

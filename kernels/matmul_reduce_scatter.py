@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .collectives import check_counts
-from .configurations import MatmulConfig, matmul_config
+from .configurations import MatmulConfig, fused_matmul_config
 from .language import grouped_tile, narrow, wide
 from .launch import architecture, cdiv, check_runnable, check_shape, num_processors
 from .matmul import accumulate_tile, check_operands
@@ -116,7 +116,7 @@ def matmul_reduce_scatter(
         check_shape("residual", residual, (rows, n))
         residual = residual.contiguous()
     x = x_shard_k
-    row = config or matmul_config(architecture(x), m, n, k, x.element_size(), precision)
+    row = config or fused_matmul_config(architecture(x), m, n, k, x.element_size(), precision)
     tiles = cdiv(max(sizes), row.block_m) * cdiv(n, row.block_n)
     slots = memory.size * max(sizes) * n * x.element_size()
     memory.need(name, slots, (tiles + 1) * memory.size)
