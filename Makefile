@@ -7,7 +7,8 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 CSRC := $(shell find csrc/core csrc/cpu csrc/bindings -name '*.cpp' -o -name '*.h')
 
 .PHONY: demo install model test test-kernels test-slow test-gpu tsan asan mutants lint format clean
-.PHONY: bench bench-collectives bench-decode bench-prefill bench-kernels
+.PHONY: bench bench-collectives bench-decode bench-prefill bench-context_parallel_attention
+.PHONY: bench-sequence_parallel_linear bench-activation_memory
 
 install: $(VENV)/.ready
 
@@ -58,17 +59,13 @@ tsan asan mutants:
 # Timings; each prints machine, versions and command, and writes JSON under .benchmarks.
 bench: bench-collectives bench-decode bench-prefill
 
-bench-collectives bench-decode bench-prefill bench-kernels: bench-%: install $(MODEL)
+bench-collectives bench-decode bench-prefill bench-context_parallel_attention \
+bench-sequence_parallel_linear: bench-%: install $(MODEL)
 	$(BIN)/pytest -q -s --benchmark-enable --benchmark-autosave --benchmark-columns=min,median,iqr \
 	  bench/$*.py
 
-lint: $(VENV)/.ready
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-
-format: $(VENV)/.ready
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+bench-activation_memory: install
+	$(BIN)/python bench/activation_memory.py
 
 include cuda.mk
 
