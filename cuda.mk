@@ -45,7 +45,16 @@ $(CUDA_BUILD)/.nccl:
 	  $(CUDA_PYTHON) -m pip install -q --disable-pip-version-check --no-deps nvidia-nccl-cu13
 	@touch $@
 
+# On a fresh clone there is no Python to ask for names yet.
+ifeq ($(CUDA_SUFFIX),)
+ifdef CUDA_AGAIN
+$(error CUDA_PYTHON: $(CUDA_PYTHON) does not run)
+endif
+cuda: install
+	$(MAKE) cuda CUDA_AGAIN=1
+else
 cuda: $(CUDA_LIBRARY) cuda-report
+endif
 
 # nvcc's notes (registers, spills of every kernel) are kept beside the object; shown if it fails.
 $(CUDA_BUILD)/%.cu.o: csrc/cuda/%.cu
