@@ -67,6 +67,14 @@ bench-sequence_parallel_linear: bench-%: install $(MODEL)
 bench-activation_memory: install
 	$(BIN)/python bench/activation_memory.py
 
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
 include cuda.mk
 
 clean: cuda-clean

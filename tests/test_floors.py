@@ -34,7 +34,14 @@ PYTHON_FLOORS = (
         "host_tensors",
     }
     | {"shard", "context", "attention_blocks", "reference", "backend", "cpu_ops"}
-    | {"cuda_extension", "cuda_ops", "cuda_communicator", "cuda_peers", "connect_gpus", "peer_watch"},
+    | {
+        "cuda_extension",
+        "cuda_ops",
+        "cuda_communicator",
+        "cuda_peers",
+        "connect_gpus",
+        "peer_watch",
+    },
     {"collectives", "collectives_raw", "collective_ops", "sequence"},
     {"functional", "overlap", "cuda_pipelines"},
     {"layers"},
