@@ -24,7 +24,7 @@ from pyparallel.models.load import load
 PROMPT = [504, 3575, 282, 4649, 314]
 LONGEST = 8192
 
-# An even-headed Llama of 168M parameters, which transformers' tp_plan can cut in two.
+# An even-headed Llama of 125M parameters, which transformers' tp_plan can cut in two.
 EVEN = {
     "vocab_size": 32000,
     "hidden_size": 768,
