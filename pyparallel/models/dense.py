@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,6 @@ from pyparallel.group import Group
 
 
 def _transformers() -> Any:
-    # Its bars and advice would mix with what the command prints.
-    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         import transformers
     except ImportError:
@@ -24,6 +23,7 @@ def _transformers() -> Any:
             "transformers is not installed, and tokenizers and --check need it; "
             "install pyparallel[hf]"
         ) from None
+    # Its bars and advice would mix with what the command prints.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
@@ -62,7 +62,10 @@ def load_dense(path: str, dtype: torch.dtype) -> torch.nn.Module:
     options = _place(path)
     if "gguf_file" in options:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    return transformers.AutoModelForCausalLM.from_pretrained(**options, dtype=dtype).eval()
+    # A GGUF is read under a bar that no setting of transformers turns off.
+    with contextlib.redirect_stderr(io.StringIO()):
+        model = transformers.AutoModelForCausalLM.from_pretrained(**options, dtype=dtype)
+    return model.eval()
 
 
 @torch.inference_mode()
