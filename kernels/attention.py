@@ -6,7 +6,7 @@ q, o [B, S, N, D]; k, v [B, T, G, D]; query head n reads key/value head n * G //
 never expanded; lse [B, N, S] fp32, natural log. Causal: the last query stands at the last
 key, so query i sees keys up to i + T - S. window: how many keys, its own included, a query
 sees. A query that sees no key gives o = 0 and lse = -inf, the neutral element for merging
-partial results of context parallelism.
+partial results of context parallelism. mask: see attention_mask.py.
 
 varlen: q [1, total_q, N, D], k, v [1, total_k, G, D] with cu_seqlens [num_sequences + 1]
 int32 on both sides; lse [1, N, total_q].
@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from .attention_configurations import AttentionConfig, attention_config
+from .attention_mask import apply_mask, mask_arguments, mask_places
 from .language import LN_2, LOG2_E, dot, narrow
 from .launch import (
     FLOATS,
@@ -61,9 +62,10 @@ def sequence_bounds(cu_ptr, b, length, VARLEN: tl.constexpr):
 
 @triton.jit
 def attend_keys(
-    acc, maximum, total, q, k_ptr, v_ptr, offs_m, start, stop, shift, S, T, window, scale_log2,
-    stride_ks, stride_vs, D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    acc, maximum, total, q, k_ptr, v_ptr, mask_ptr, offs_m, start, stop, shift, S, T, window,
+    scale_log2, stride_ks, stride_vs, stride_ms, stride_mt, D: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """Fold keys start .. stop into the running (acc, maximum, total) of a block of queries.
 
@@ -85,6 +87,9 @@ def attend_keys(
         scores = dot(q, k, tl.zeros((q.shape[0], BLOCK_N), tl.float32), PRECISION) * scale_log2
         if MASKED:
             seen = seen_keys(offs_m, offs_n, shift, S, T, window, CAUSAL, WINDOW)
+            if MASK != "none":
+                places = mask_places(mask_ptr, offs_m, offs_n, stride_ms, stride_mt)
+                scores, seen = apply_mask(scores, seen, places, MASK)
             scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(maximum, tl.max(scores, axis=1))
         if MASKED:
@@ -109,11 +114,14 @@ def attend_keys(
 
 @triton.jit
 def attention_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, S, T, N, G, window, scale_log2,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, mask_ptr,
+    S, T, N, G, window, scale_log2,
     stride_qb, stride_qs, stride_qn, stride_kb, stride_ks, stride_kg,
     stride_vb, stride_vs, stride_vg, stride_ob, stride_os, stride_on, stride_lb, stride_ln,
+    stride_mb, stride_mn, stride_ms, stride_mt,
     D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, VARLEN: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    MASK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """Grid (tiles of S, N, B or sequences). The longest rows of a causal mask start first."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -131,6 +139,8 @@ def attention_kernel(
     v_ptr += batch * stride_vb + k_first * stride_vs + kv_head * stride_vg
     o_ptr += batch * stride_ob + q_first * stride_os + head * stride_on
     lse_ptr += batch * stride_lb + head.to(tl.int64) * stride_ln + q_first
+    if MASK != "none":
+        mask_ptr += batch * stride_mb + head.to(tl.int64) * stride_mn
     offs_m = first + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     rows = offs_m < num_queries
@@ -155,25 +165,31 @@ def attention_kernel(
     full_low = tl.minimum(full_low, tl.cdiv(high, BLOCK_N) * BLOCK_N)
     full_low = tl.maximum(full_low, low)
     full_high = tl.maximum(full_high, full_low)
+    if MASK != "none":
+        # No run of keys is known to be seen whole: all of them are the right edge.
+        full_low = low
+        full_high = low
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    if WINDOW:
+    if WINDOW and MASK == "none":
         acc, maximum, total = attend_keys(
-            acc, maximum, total, q, k_ptr, v_ptr, offs_m, low, tl.minimum(full_low, high), shift,
-            num_queries, num_keys, window, scale_log2, stride_ks, stride_vs,
-            D, CAUSAL, WINDOW, True, PRECISION, BLOCK_N, BLOCK_D,
+            acc, maximum, total, q, k_ptr, v_ptr, mask_ptr, offs_m, low,
+            tl.minimum(full_low, high), shift, num_queries, num_keys, window, scale_log2,
+            stride_ks, stride_vs, stride_ms, stride_mt,
+            D, CAUSAL, WINDOW, MASK, True, PRECISION, BLOCK_N, BLOCK_D,
+        )
+    if MASK == "none":
+        acc, maximum, total = attend_keys(
+            acc, maximum, total, q, k_ptr, v_ptr, mask_ptr, offs_m, full_low, full_high, shift,
+            num_queries, num_keys, window, scale_log2, stride_ks, stride_vs, stride_ms, stride_mt,
+            D, CAUSAL, WINDOW, MASK, False, PRECISION, BLOCK_N, BLOCK_D,
         )
     acc, maximum, total = attend_keys(
-        acc, maximum, total, q, k_ptr, v_ptr, offs_m, full_low, full_high, shift,
-        num_queries, num_keys, window, scale_log2, stride_ks, stride_vs,
-        D, CAUSAL, WINDOW, False, PRECISION, BLOCK_N, BLOCK_D,
-    )
-    acc, maximum, total = attend_keys(
-        acc, maximum, total, q, k_ptr, v_ptr, offs_m, full_high, high, shift,
-        num_queries, num_keys, window, scale_log2, stride_ks, stride_vs,
-        D, CAUSAL, WINDOW, True, PRECISION, BLOCK_N, BLOCK_D,
+        acc, maximum, total, q, k_ptr, v_ptr, mask_ptr, offs_m, full_high, high, shift,
+        num_queries, num_keys, window, scale_log2, stride_ks, stride_vs, stride_ms, stride_mt,
+        D, CAUSAL, WINDOW, MASK, True, PRECISION, BLOCK_N, BLOCK_D,
     )
     none = total == 0.0
     acc = acc / tl.where(none, 1.0, total)[:, None]
@@ -218,8 +234,8 @@ def attention_out(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, lse: torch.Tensor, *,
     causal: bool = False, window: int | None = None, scale: float | None = None,
     cu_seqlens_q: torch.Tensor | None = None, cu_seqlens_k: torch.Tensor | None = None,
-    max_seqlen_q: int | None = None, precision: str = "ieee",
-    config: AttentionConfig | None = None,
+    max_seqlen_q: int | None = None, mask: torch.Tensor | None = None,
+    precision: str = "ieee", config: AttentionConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Write o [B, S, N, D] and lse [B, N, S]; max_seqlen_q bounds the grid for varlen."""
     check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, window)
@@ -228,19 +244,20 @@ def attention_out(
     check_shape("lse", lse, (b, n, s))
     check_last_contiguous("o", o)
     check_last_contiguous("lse", lse)
+    varlen = cu_seqlens_q is not None
+    kind, mask, strides_m = mask_arguments(q, k, mask, varlen)
     if q.numel() == 0:
         return o, lse
-    varlen = cu_seqlens_q is not None
     sequences = cu_seqlens_q.shape[0] - 1 if varlen else b
     longest = (max_seqlen_q or s) if varlen else s
     config = config or attention_config(architecture(q), "forward", d, q.element_size(), precision)
     attention_kernel[cdiv(longest, config.block_m), n, sequences](
-        q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, s, k.shape[1], n, k.shape[2], window or 0,
+        q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, mask, s, k.shape[1], n, k.shape[2], window or 0,
         (1 / math.sqrt(d) if scale is None else scale) * float(LOG2_E.value),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], *lse.stride()[:2],
-        D=d, CAUSAL=causal, WINDOW=window is not None, VARLEN=varlen, PRECISION=precision,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=max(16, next_power_of_two(d)),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        *strides_m, D=d, CAUSAL=causal, WINDOW=window is not None, VARLEN=varlen, MASK=kind,
+        PRECISION=precision, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        BLOCK_D=max(16, next_power_of_two(d)), num_warps=config.num_warps, num_stages=config.num_stages,
     )
     return o, lse
 
@@ -249,7 +266,7 @@ def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
     causal: bool = False, window: int | None = None, scale: float | None = None,
     cu_seqlens_q: torch.Tensor | None = None, cu_seqlens_k: torch.Tensor | None = None,
-    max_seqlen_q: int | None = None, precision: str = "ieee",
+    max_seqlen_q: int | None = None, mask: torch.Tensor | None = None, precision: str = "ieee",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(o, lse) as new tensors; see the top of the file."""
     b, s, n = q.shape[:3]
@@ -257,5 +274,5 @@ def attention(
     lse = torch.empty(b, n, s, dtype=torch.float32, device=q.device)
     return attention_out(
         q, k, v, o, lse, causal=causal, window=window, scale=scale, cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, precision=precision,
+        cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, mask=mask, precision=precision,
     )

@@ -8,7 +8,8 @@ With p = exp(scale * q k^T - lse), delta = sum_d do * o - dlse:
 One pass holds a tile of keys and walks the queries of every query head of its group, so dk
 and dv of grouped heads are summed in head order in registers; a second pass holds a tile of
 queries and walks the keys. Each recomputes p. dlse [B, N, S] is what arrives at lse where
-context parallelism merges partial results. Layouts and masks as in attention.py.
+context parallelism merges partial results. Layouts and masks as in attention.py; the mask gets
+no gradient.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import triton.language as tl
 
 from .attention import check_attention, seen_keys, sequence_bounds
 from .attention_configurations import attention_config
+from .attention_mask import apply_mask, mask_arguments, mask_places
 from .language import LOG2_E, dot, narrow
 from .launch import architecture, cdiv, check_last_contiguous, check_shape, next_power_of_two
 
@@ -58,12 +60,14 @@ def probabilities(scores, lse, seen):
 
 @triton.jit
 def attention_backward_kv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr, mask_ptr,
     S, T, N, G, window, scale, stride_qb, stride_qs, stride_qn, stride_kb, stride_ks, stride_kg,
     stride_vb, stride_vs, stride_vg, stride_ob, stride_os, stride_on,
     stride_gb, stride_gs, stride_gg, stride_lb, stride_ln,
+    stride_mb, stride_mn, stride_ms, stride_mt,
     D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, VARLEN: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    MASK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """Grid (tiles of T, G, B or sequences)."""
     first = tl.program_id(0) * BLOCK_N
@@ -111,6 +115,10 @@ def attention_backward_kv_kernel(
             seen = tl.trans(
                 seen_keys(offs_m, offs_n, shift, num_queries, num_keys, window, CAUSAL, WINDOW)
             )
+            if MASK != "none":
+                base = mask_ptr + batch * stride_mb + head * stride_mn
+                places = mask_places(base, offs_n, offs_m, stride_mt, stride_ms)
+                scores, seen = apply_mask(scores, seen, places, MASK)
             p = probabilities(scores, lse[None, :], seen)
             dv = dot(narrow(p, do.dtype), do, dv, PRECISION)
             dp = dot(v, tl.trans(do), zeros, PRECISION)
@@ -124,12 +132,14 @@ def attention_backward_kv_kernel(
 
 @triton.jit
 def attention_backward_q_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_q_ptr, cu_k_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_q_ptr, cu_k_ptr, mask_ptr,
     S, T, N, G, window, scale, stride_qb, stride_qs, stride_qn, stride_kb, stride_ks, stride_kg,
     stride_vb, stride_vs, stride_vg, stride_ob, stride_os, stride_on,
     stride_gb, stride_gs, stride_gn, stride_lb, stride_ln,
+    stride_mb, stride_mn, stride_ms, stride_mt,
     D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, VARLEN: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    MASK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """Grid (tiles of S, N, B or sequences)."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
@@ -157,6 +167,8 @@ def attention_backward_q_kernel(
     lse = tl.load(lse_ptr + row_base + offs_m, mask=rows, other=0.0) * LOG2_E
     delta = tl.load(delta_ptr + row_base + offs_m, mask=rows, other=0.0)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if MASK != "none":
+        mask_ptr += batch * stride_mb + head.to(tl.int64) * stride_mn
 
     low = 0
     high = num_keys
@@ -174,6 +186,9 @@ def attention_backward_q_kernel(
         zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         scores = dot(q, tl.trans(k), zeros, PRECISION) * (scale * LOG2_E)
         seen = seen_keys(offs_m, offs_n, shift, num_queries, num_keys, window, CAUSAL, WINDOW)
+        if MASK != "none":
+            places = mask_places(mask_ptr, offs_m, offs_n, stride_ms, stride_mt)
+            scores, seen = apply_mask(scores, seen, places, MASK)
         p = probabilities(scores, lse[:, None], seen)
         dp = dot(do, tl.trans(v), zeros, PRECISION)
         ds = p * (dp - delta[:, None])
@@ -188,7 +203,8 @@ def attention_backward(
     lse: torch.Tensor, *, dlse: torch.Tensor | None = None, causal: bool = False,
     window: int | None = None, scale: float | None = None,
     cu_seqlens_q: torch.Tensor | None = None, cu_seqlens_k: torch.Tensor | None = None,
-    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, precision: str = "ieee",
+    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
+    mask: torch.Tensor | None = None, precision: str = "ieee",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq [B, S, N, D], dk, dv [B, T, G, D]) from what attention() took and returned."""
     check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, window)
@@ -207,6 +223,7 @@ def attention_backward(
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     delta = torch.empty_like(lse)
     varlen = cu_seqlens_q is not None
+    kind, mask, strides_m = mask_arguments(q, k, mask, varlen)
     sequences = cu_seqlens_q.shape[0] - 1 if varlen else b
     block_d = max(16, next_power_of_two(d))
     scale = 1 / math.sqrt(d) if scale is None else scale
@@ -216,8 +233,8 @@ def attention_backward(
             D=d, HAS_DLSE=dlse is not None, BLOCK_M=32, BLOCK_D=block_d, num_warps=4,
         )
     shared = dict(
-        D=d, CAUSAL=causal, WINDOW=window is not None, VARLEN=varlen, PRECISION=precision,
-        BLOCK_D=block_d,
+        D=d, CAUSAL=causal, WINDOW=window is not None, VARLEN=varlen, MASK=kind,
+        PRECISION=precision, BLOCK_D=block_d,
     )
     sizes = (s, t, n, g, window or 0, scale)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
@@ -226,16 +243,16 @@ def attention_backward(
         row = attention_config(arch, "backward_kv", d, itemsize, precision)
         longest = (max_seqlen_k or t) if varlen else t
         attention_backward_kv_kernel[cdiv(longest, row.block_n), g, sequences](
-            q, k, v, do, lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, *sizes, *strides,
-            *dk.stride()[:3], *lse.stride()[:2], BLOCK_M=row.block_m, BLOCK_N=row.block_n,
-            num_warps=row.num_warps, num_stages=row.num_stages, **shared,
+            q, k, v, do, lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, mask, *sizes, *strides,
+            *dk.stride()[:3], *lse.stride()[:2], *strides_m, BLOCK_M=row.block_m,
+            BLOCK_N=row.block_n, num_warps=row.num_warps, num_stages=row.num_stages, **shared,
         )
     if q.numel():
         row = attention_config(arch, "backward_q", d, itemsize, precision)
         longest = (max_seqlen_q or s) if varlen else s
         attention_backward_q_kernel[cdiv(longest, row.block_m), n, sequences](
-            q, k, v, do, lse, delta, dq, cu_seqlens_q, cu_seqlens_k, *sizes, *strides,
-            *dq.stride()[:3], *lse.stride()[:2], BLOCK_M=row.block_m, BLOCK_N=row.block_n,
-            num_warps=row.num_warps, num_stages=row.num_stages, **shared,
+            q, k, v, do, lse, delta, dq, cu_seqlens_q, cu_seqlens_k, mask, *sizes, *strides,
+            *dq.stride()[:3], *lse.stride()[:2], *strides_m, BLOCK_M=row.block_m,
+            BLOCK_N=row.block_n, num_warps=row.num_warps, num_stages=row.num_stages, **shared,
         )
     return dq, dk, dv

@@ -14,24 +14,38 @@ _TYPES = {"half": "bf16", "ieee": "fp32", "tf32": "fp32"}
 _DECODE = "16 rows of scores a step, bound by the cache's bytes: wgmma and tcgen05 need 64 rows"
 
 
+_MASKED = ("boolean", "additive")
+
+
+def _masking(mask: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """The pointers and the constants that a mask adds to a case."""
+    if mask not in _MASKED:
+        return {}, {"mask_ptr": None, "MASK": "none"}
+    return {"mask_ptr": "u8" if mask == "boolean" else "bf16"}, {"MASK": mask, "stride_mt": 1}
+
+
 def attention_cases(arch: str) -> Iterator[Case]:
     for operand, size, row in attention_rows(arch, "forward"):
         kind = _TYPES[operand]
         for d in {64: (64,), 128: (80, 96, 128), 256: (256,)}[size]:
-            for mask in ("causal", "full", "window", "varlen causal"):
+            for mask in ("causal", "full", "window", "varlen causal", *_MASKED):
                 if mask != "causal" and (operand != "half" or d in (80, 96)):
+                    continue
+                if mask == "additive" and d != 128:
                     continue
                 varlen = "varlen" in mask
                 pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), kind)
                 pointers |= {"lse_ptr": "fp32"}
                 if varlen:
                     pointers |= {"cu_q_ptr": "i32", "cu_k_ptr": "i32"}
+                masking = _masking(mask)
+                pointers |= masking[0]
                 yield Case(
                     "attention", f"{operand} d{d} {mask} {row.label}", attention.attention_kernel,
                     pointers,
                     dict(D=d, CAUSAL="causal" in mask, WINDOW=mask == "window", VARLEN=varlen,
                          PRECISION="ieee", BLOCK_M=row.block_m, BLOCK_N=row.block_n,
-                         BLOCK_D=next_power_of_two(d))
+                         BLOCK_D=next_power_of_two(d)) | masking[1]
                     | ({} if varlen else {"cu_q_ptr": None, "cu_k_ptr": None}),
                     row.num_warps, row.num_stages, floats=("scale_log2",),
                     odd=("N", "G", "window"), tensor_core=operand == "half", waiver=row.note,
@@ -46,7 +60,7 @@ def attention_backward_cases(arch: str) -> Iterator[Case]:
         for operand, size, row in attention_rows(arch, which):
             kind = _TYPES[operand]
             for d in {64: (64,), 128: (80, 96, 128), 256: (256,)}[size]:
-                for mask in ("causal", "full", "window", "varlen causal"):
+                for mask in ("causal", "full", "window", "varlen causal", *_MASKED):
                     if mask != "causal" and (operand != "half" or d != 128):
                         continue
                     varlen = "varlen" in mask
@@ -54,11 +68,13 @@ def attention_backward_cases(arch: str) -> Iterator[Case]:
                     pointers = dict.fromkeys(names, kind)
                     pointers |= {"lse_ptr": "fp32", "delta_ptr": "fp32"}
                     pointers |= {"cu_q_ptr": "i32", "cu_k_ptr": "i32"} if varlen else {}
+                    masking = _masking(mask)
+                    pointers |= masking[0]
                     constants = dict(
                         D=d, CAUSAL="causal" in mask, WINDOW=mask == "window", VARLEN=varlen,
                         PRECISION="ieee", BLOCK_M=row.block_m, BLOCK_N=row.block_n,
                         BLOCK_D=next_power_of_two(d),
-                    ) | ({} if varlen else {"cu_q_ptr": None, "cu_k_ptr": None})
+                    ) | masking[1] | ({} if varlen else {"cu_q_ptr": None, "cu_k_ptr": None})
                     yield Case(
                         f"attention_{which}", f"{operand} d{d} {mask} {row.label}", kernel,
                         pointers, constants, row.num_warps, row.num_stages, floats=("scale",),

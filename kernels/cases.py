@@ -24,7 +24,14 @@ from . import (
 )
 from .attention_cases import attention_backward_cases, attention_cases, attention_decode_cases
 from .compile_kernel import Case
-from .configurations import WIDE_ROW, descriptor_rows, gated_mlp_config, matmul_rows, row_warps
+from .configurations import (
+    WIDE_ROW,
+    descriptor_rows,
+    elementwise_config,
+    gated_mlp_config,
+    matmul_rows,
+    row_warps,
+)
 from .launch import next_power_of_two
 
 _TYPES = {"half": "bf16", "ieee": "fp32", "tf32": "fp32"}
@@ -150,22 +157,24 @@ def norm_cases(arch: str) -> Iterator[Case]:
         {"x_ptr": "fp32", "out_ptr": "fp32"}, dict(ACCUMULATE=False, BLOCK_M=16, BLOCK_H=128), 4,
         waiver="one sum a thread: 128 columns, 512 bytes a program",
     )
+    stream = elementwise_config(arch, "stream")
     yield Case(
         "dropout", "bf16 +residual", dropout.dropout_kernel,
         {"x_ptr": "bf16", "residual_ptr": "bf16", "out_ptr": "bf16"},
-        dict(HAS_RESIDUAL=True, BLOCK_H=1024), 4, floats=_DROP_FLOATS, longs=_DROP_LONGS,
-        odd=_DROP_LONGS,
+        dict(HAS_RESIDUAL=True, BLOCK_H=stream.block), stream.num_warps, floats=_DROP_FLOATS,
+        longs=_DROP_LONGS, odd=_DROP_LONGS,
     )
 
 
 def elementwise_cases(arch: str) -> Iterator[Case]:
+    stream = elementwise_config(arch, "stream")
     for d in (64, 128):
         yield Case(
             "rope", f"bf16 d{d}", rope.rope_kernel,
             {"x_ptr": "bf16", "out_ptr": "bf16", "cos_ptr": "fp32", "sin_ptr": "fp32"},
             dict(positions_ptr=None, E=d // 2, INVERSE=False, INTERLEAVED=False,
-                 HAS_POSITIONS=False, COPY_REST=False, BLOCK_N=1024 * 2 // d, BLOCK_E=d // 2,
-                 BLOCK_REST=1), 4, odd=("N", "S"),
+                 HAS_POSITIONS=False, COPY_REST=False, BLOCK_N=stream.block * 2 // d,
+                 BLOCK_E=d // 2, BLOCK_REST=1), stream.num_warps, odd=("N", "S"),
         )
     for activation in ("silu", "gelu_tanh"):
         names = ("gate_ptr", "up_ptr", "out_ptr", "dout_ptr", "dgate_ptr", "dup_ptr")
@@ -176,7 +185,7 @@ def elementwise_cases(arch: str) -> Iterator[Case]:
             yield Case(
                 name, f"bf16 {activation}", kernel,
                 {n: "bf16" for n in names if n in kernel.arg_names},
-                dict(ACTIVATION=activation, HAS_UP=True, BLOCK_F=1024), 4,
+                dict(ACTIVATION=activation, HAS_UP=True, BLOCK_F=stream.block), stream.num_warps,
             )
 
 
@@ -206,14 +215,15 @@ _RANKS = 8
 
 
 def collective_cases(arch: str) -> Iterator[Case]:
+    config = elementwise_config(arch, "collective")
     for name in ("all_reduce_one_shot", "all_reduce_two_shot", "all_gather", "reduce_scatter"):
         kernel = getattr(collectives, f"{name}_kernel")
         pointers = {"x_ptr": "bf16", "out_ptr": "bf16", **_SYMMETRIC}
-        constants: dict[str, Any] = dict(R=_RANKS, BLOCK=collectives.BLOCK)
+        constants: dict[str, Any] = dict(R=_RANKS, BLOCK=config.block)
         if "starts_ptr" in kernel.arg_names:
             pointers["starts_ptr"] = "i64"
             constants["ALIGNED"] = True
-        yield Case(name, f"bf16 R{_RANKS}", kernel, pointers, constants, 8, **_RANK)
+        yield Case(name, f"bf16 R{_RANKS}", kernel, pointers, constants, config.num_warps, **_RANK)
     for two_shot in (False, True):
         yield Case(
             "all_reduce_residual_rms_norm",

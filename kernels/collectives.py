@@ -21,8 +21,17 @@ import torch
 import triton
 import triton.language as tl
 
+from .configurations import elementwise_config
 from .language import narrow
-from .launch import FLOATS, cdiv, check_dtype, check_runnable, check_shape, num_processors
+from .launch import (
+    FLOATS,
+    architecture,
+    cdiv,
+    check_dtype,
+    check_runnable,
+    check_shape,
+    num_processors,
+)
 from .symmetric import (
     SymmetricMemory,
     enter,
@@ -32,7 +41,6 @@ from .symmetric import (
     wait_peers,
 )
 
-BLOCK = 2048
 MAX_PROGRAMS = 64
 # One-shot up to here: a second step costs more than the bytes that it saves.
 ONE_SHOT_BYTES = 256 * 1024
@@ -194,10 +202,11 @@ def _check(name: str, x: torch.Tensor, out: torch.Tensor, memory: SymmetricMemor
 def _run(kernel, name, x, out, memory, counts) -> torch.Tensor:
     programs = _check(name, x, out, memory)
     starts = memory.starts(counts)
+    config = elementwise_config(architecture(x), "collective")
     kernel[(programs,)](
         x, out, starts, memory.addresses, memory.state, memory.capacity, memory.timeout_ns,
-        memory.rank, R=memory.size, BLOCK=BLOCK, ALIGNED=all(c % 16 == 0 for c in counts[:-1]),
-        num_warps=8,
+        memory.rank, R=memory.size, BLOCK=config.block, num_warps=config.num_warps,
+        ALIGNED=all(c % 16 == 0 for c in counts[:-1]),
     )
     memory.launched(name)
     return out
@@ -217,9 +226,10 @@ def all_reduce_out(
     if algorithm != "one_shot":
         raise ValueError(f"algorithm: expected one_shot or two_shot, got {algorithm!r}")
     programs = _check("all_reduce", x, out, memory)
+    config = elementwise_config(architecture(x), "collective")
     all_reduce_one_shot_kernel[(programs,)](
         x, out, memory.addresses, memory.state, x.numel(), memory.capacity, memory.timeout_ns,
-        memory.rank, R=memory.size, BLOCK=BLOCK, num_warps=8,
+        memory.rank, R=memory.size, BLOCK=config.block, num_warps=config.num_warps,
     )
     memory.launched("all_reduce")
     return out

@@ -187,3 +187,35 @@ def row_warps(block: int) -> int:
         raise ValueError(f"last dimension: expected at most {MAX_ROW}, got up to {block}; "
                          "a row must fit one program's registers: use another backend")
     return min(16, max(1, block // 512))
+
+
+@dataclass(frozen=True)
+class ElementwiseConfig:
+    """block: elements that a program takes at a time, 8 a thread: 16 bytes of bf16."""
+
+    block: int
+    num_warps: int
+
+
+_ELEMENTWISE: dict[str, dict[str, ElementwiseConfig]] = {
+    # Streams: rope, dropout, activations. Collectives: longer blocks between two flags.
+    "stream": {
+        "interpreter": ElementwiseConfig(1024, 1),
+        "sm_80": ElementwiseConfig(1024, 4),
+        # Waves have 64 lanes: as many warps would leave 8 bytes a thread.
+        "gfx942": ElementwiseConfig(1024, 2),
+    },
+    "collective": {
+        "interpreter": ElementwiseConfig(2048, 1),
+        "sm_80": ElementwiseConfig(2048, 8),
+        "gfx942": ElementwiseConfig(2048, 4),
+    },
+}
+for _rows in _ELEMENTWISE.values():
+    _rows |= dict.fromkeys(("sm_86", "sm_90", "sm_100"), _rows["sm_80"])
+
+
+def elementwise_config(arch: str, shape: str) -> ElementwiseConfig:
+    """The configuration of a kernel that works element by element; shape: "stream" or
+    "collective"."""
+    return _ELEMENTWISE[shape][family(arch)]

@@ -16,8 +16,17 @@ import torch
 import triton
 import triton.language as tl
 
+from .configurations import elementwise_config
 from .language import keep_mask, narrow
-from .launch import FLOATS, as_rows, cdiv, check_dtype, check_runnable, check_shape
+from .launch import (
+    FLOATS,
+    architecture,
+    as_rows,
+    cdiv,
+    check_dtype,
+    check_runnable,
+    check_shape,
+)
 
 
 @dataclass(frozen=True)
@@ -95,10 +104,11 @@ def dropout_out(
     drop = check_dropout(dropout, rows.shape[0])
     if x.numel() == 0:
         return out
-    dropout_kernel[rows.shape[0], cdiv(x.shape[-1], 1024)](
+    config = elementwise_config(architecture(x), "stream")
+    dropout_kernel[rows.shape[0], cdiv(x.shape[-1], config.block)](
         rows, added, dest, x.shape[-1], rows.stride(0),
         added.stride(0) if added is not None else 0, dest.stride(0), *drop.arguments(),
-        HAS_RESIDUAL=added is not None, BLOCK_H=1024,
+        HAS_RESIDUAL=added is not None, BLOCK_H=config.block, num_warps=config.num_warps,
     )
     return out
 

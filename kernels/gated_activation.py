@@ -13,10 +13,17 @@ import torch
 import triton
 import triton.language as tl
 
+from .configurations import elementwise_config
 from .language import ACTIVATIONS, activate, activation_slope, narrow
-from .launch import FLOATS, as_rows, cdiv, check_dtype, check_runnable, check_shape
-
-_BLOCK = 1024
+from .launch import (
+    FLOATS,
+    architecture,
+    as_rows,
+    cdiv,
+    check_dtype,
+    check_runnable,
+    check_shape,
+)
 
 
 @triton.jit
@@ -81,9 +88,10 @@ def gated_activation_out(
     """Write act(gate) * up into out."""
     g, u, o = _rows({"gate": gate, "up": up, "out": out}, activation)
     if gate.numel():
-        gated_activation_kernel[g.shape[0], cdiv(g.shape[1], _BLOCK)](
-            g, u, o, g.shape[1], _stride(g), _stride(u), _stride(o),
-            ACTIVATION=activation, HAS_UP=up is not None, BLOCK_F=_BLOCK, num_warps=4,
+        config = elementwise_config(architecture(gate), "stream")
+        gated_activation_kernel[g.shape[0], cdiv(g.shape[1], config.block)](
+            g, u, o, g.shape[1], _stride(g), _stride(u), _stride(o), ACTIVATION=activation,
+            HAS_UP=up is not None, BLOCK_F=config.block, num_warps=config.num_warps,
         )
     return out
 
@@ -106,10 +114,11 @@ def gated_activation_backward_out(
     named = {"gate": gate, "dout": dout, "up": up, "dgate": dgate, "dup": dup}
     g, d, u, dg, du = _rows(named, activation)
     if gate.numel():
-        gated_activation_backward_kernel[g.shape[0], cdiv(g.shape[1], _BLOCK)](
+        config = elementwise_config(architecture(gate), "stream")
+        gated_activation_backward_kernel[g.shape[0], cdiv(g.shape[1], config.block)](
             d, g, u, dg, du, g.shape[1], _stride(d), _stride(g), _stride(u), _stride(dg),
-            _stride(du), ACTIVATION=activation, HAS_UP=up is not None, BLOCK_F=_BLOCK,
-            num_warps=4,
+            _stride(du), ACTIVATION=activation, HAS_UP=up is not None, BLOCK_F=config.block,
+            num_warps=config.num_warps,
         )
 
 

@@ -14,9 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .configurations import elementwise_config
 from .language import narrow
 from .launch import (
     FLOATS,
+    architecture,
     cdiv,
     check_dtype,
     check_last_contiguous,
@@ -101,15 +103,17 @@ def rope_out(
     half = cos.shape[1]
     rest = d - 2 * half
     block_e = next_power_of_two(half)
-    # About 8 elements a thread of 4 warps: two half-rows of 16 bytes each for bf16.
-    block_n = min(next_power_of_two(n), max(1, 1024 // block_e))
+    # Of each half of the rotated features.
+    config = elementwise_config(architecture(x), "stream")
+    block_n = min(next_power_of_two(n), max(1, config.block // block_e))
     rope_kernel[b * s, cdiv(n, block_n)](
         x, cos, sin, positions, out, s, n, d, x.stride(0), x.stride(1), x.stride(2),
         out.stride(0), out.stride(1), out.stride(2), cos.stride(0),
         positions.stride(0) if positions is not None else 0,
         E=half, INVERSE=inverse, INTERLEAVED=interleaved, HAS_POSITIONS=positions is not None,
         COPY_REST=rest > 0 and out.data_ptr() != x.data_ptr(),
-        BLOCK_N=block_n, BLOCK_E=block_e, BLOCK_REST=next_power_of_two(max(rest, 1)), num_warps=4,
+        BLOCK_N=block_n, BLOCK_E=block_e, BLOCK_REST=next_power_of_two(max(rest, 1)),
+        num_warps=config.num_warps,
     )
     return out
 

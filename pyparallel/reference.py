@@ -111,7 +111,8 @@ def attention(
         q: [B, S, N, D]; k, v: [B, T, G, D].
         scale: by default ``1 / sqrt(D)``.
         window: how many keys, its own included, a query sees.
-        mask: [B, 1 or N, S, T], true where a query sees a key; joined with ``causal`` and ``window``.
+        mask: [B or 1, N or 1, S, T], true where a query sees a key, or what is added to the scores;
+            joined with ``causal`` and ``window``.
 
     Returns:
         o [B, S, N, D] in q's dtype and the log-sum-exp of the scores [B, N, S] in fp32.
@@ -124,7 +125,10 @@ def attention(
         wide_q @ wide_k.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     )
     seen = attention_mask(q.shape[1], k.shape[1], causal=causal, window=window, device=q.device)
-    if mask is not None:
+    if mask is not None and mask.dtype is not torch.bool:
+        scores = scores + mask.to(scores.dtype)
+        seen = seen & (scores > -math.inf)
+    elif mask is not None:
         seen = seen & mask
     scores = scores.masked_fill(~seen, -math.inf)
     lse = scores.logsumexp(-1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,7 +22,10 @@ def attention(
     window: int | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """``o[B, S, N, D] = softmax(scale q k^T) v`` by torch's fused kernels. Differentiable."""
+    """``o[B, S, N, D] = softmax(scale q k^T) v`` by torch's fused kernels. Differentiable.
+
+    mask: see :func:`pyparallel.reference.attention`.
+    """
     num_queries, num_keys = q.shape[1], k.shape[1]
     # torch's is_causal aligns the first query with the first key; here the last ones are aligned.
     square = causal and window is None and mask is None and num_queries == num_keys
@@ -28,7 +34,12 @@ def attention(
         seen = reference.attention_mask(
             num_queries, num_keys, causal=causal, window=window, device=q.device
         )
-        mask = seen if mask is None else seen & mask
+        if mask is None:
+            mask = seen
+        elif mask.dtype is torch.bool:
+            mask = seen & mask
+        else:
+            mask = mask.masked_fill(~seen, -math.inf)
     o = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),

@@ -66,10 +66,9 @@ def attention_with_lse(
     window: int | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``(o, lse)``; arguments as in :func:`pyparallel.reference.attention`.
+    """``(o, lse)``; arguments as in :func:`pyparallel.reference.attention`, the mask a boolean one.
 
-    On the CPU by torch's flash kernel. Elsewhere by the equations: the GPU kernels of other backends
-    come first there, and leave over what needs a mask (a window's edge, a cache whose slots are spread).
+    On the CPU by torch's flash kernel. Elsewhere by the equations: the GPU kernels come first there.
     Not differentiable by itself: see :mod:`pyparallel.functional.context_parallel_ring`.
     """
     if q.device.type != "cpu":
@@ -174,8 +173,8 @@ def _by_equations(
 def _takes_triton(
     q: Tensor, k: Tensor, *args: Any, mask: Tensor | None = None, **options: Any
 ) -> str | None:
-    if mask is not None:
-        return "the kernel takes causal and window, but no mask"
+    if mask is not None and mask.dtype is not torch.bool:
+        return f"expected a boolean mask, got {mask.dtype}"
     if q.dtype == torch.float64:
         return "the kernel has no fp64"
     try:
@@ -191,7 +190,6 @@ def _takes_triton(
 def _triton_forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     from pyparallel.kernels.attention import attention
 
-    options.pop("mask", None)
     return attention(q, k, v, **options)
 
 
@@ -201,7 +199,6 @@ def _triton_backward(
 ) -> Gradients:
     from pyparallel.kernels.attention_backward import attention_backward
 
-    options.pop("mask", None)
     return attention_backward(do.contiguous(), q, k, v, o, lse, **options)
 
 

@@ -49,8 +49,10 @@ def _matmul_reason(x: Tensor, *_: Any) -> str | None:
 def _attention_reason(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, **_: Any
 ) -> str | None:
-    if mask is not None:
-        return "the kernel takes causal and window, but no mask"
+    if mask is not None and mask.requires_grad:
+        return "the kernel gives the mask no gradient"
+    if mask is not None and mask.dtype not in (torch.bool, *FLOATS):
+        return f"the kernel takes a mask in bool, fp32, fp16 or bf16, not {mask.dtype}"
     return reason_against(q)
 
 
@@ -214,11 +216,12 @@ class _Attention(Function):
         causal: bool,
         scale: float | None,
         window: int | None,
+        mask: Tensor | None,
     ) -> Tensor:
         from pyparallel.kernels.attention import attention as run
 
         q, k, v = (t.contiguous() for t in (q, k, v))
-        ctx.options = {"causal": causal, "scale": scale, "window": window}
+        ctx.options = {"causal": causal, "scale": scale, "window": window, "mask": mask}
         o, lse = run(q, k, v, **ctx.options)
         ctx.save_for_backward(q, k, v, o, lse)
         return o
@@ -230,7 +233,7 @@ class _Attention(Function):
 
         q, k, v, o, lse = ctx.saved_tensors
         grads = attention_backward(grad.contiguous(), q, k, v, o, lse, **ctx.options)
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
 
 @backend.register("attention", "triton", supports=_attention_reason)
@@ -245,4 +248,4 @@ def attention(
     mask: Tensor | None = None,
 ) -> Tensor:
     """Flash attention, ``o[B, S, N, D]``. Differentiable."""
-    return _Attention.apply(q, k, v, causal, scale, window)
+    return _Attention.apply(q, k, v, causal, scale, window, mask)

@@ -1,8 +1,9 @@
 """transformers' attention through the backend table, for models that parallelize() has cut.
 
-Where no mask is needed beside the causal one and nothing is dropped, as in decoding and in reading one
-prompt, ``model.generate`` and its own caches thus run on this library's kernels. Every other call is
-transformers' SDPA attention, as it was before.
+Where nothing is dropped, ``model.generate`` and its own caches thus run on the kernels that the table
+finds: where no mask is needed beside the causal one, as in decoding and in reading one prompt, and with
+a mask where a backend has a kernel for it. Every other call is transformers' SDPA attention, as it was
+before.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyparallel import backend, cpu_ops  # noqa: F401
+from pyparallel.functional.attention import attention as torch_attention
 
 NAME = "pyparallel"
 
@@ -35,9 +37,16 @@ def own_attention(
 
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     length = query.shape[2]
-    plain = attention_mask is None and not dropout and not any(kwargs.get(k) for k in OTHER)
-    if plain and (length == 1 or (causal and length == key.shape[2])):
-        q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    plain = not dropout and not any(kwargs.get(k) for k in OTHER)
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    if plain and attention_mask is not None:
+        # transformers' masks are complete: they have the causal one and the window in them.
+        masked = {"scale": scaling, "mask": attention_mask[..., : key.shape[2]]}
+        run = backend.select("attention", q, k, v, **masked)
+        # torch's kernel is SDPA, which transformers calls with the heads packed best.
+        if run is not torch_attention:
+            return run(q, k, v, **masked).contiguous(), None
+    elif plain and (length == 1 or (causal and length == key.shape[2])):
         o = backend.call("attention", q, k, v, causal=length > 1, scale=scaling)
         return o.contiguous(), None
     options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}

@@ -1,0 +1,48 @@
+"""A transformers model cut over two ranks, with padded prompts, through the Triton kernels."""
+
+import torch
+from torch.nn import functional as F
+
+from pyparallel import backend
+from pyparallel.launch import launch
+from pyparallel.mesh import init_mesh
+from pyparallel.parallelize import parallelize
+from pyparallel.testing import poisoned_empty
+from tests.transformers_models import build
+
+IDS = torch.tensor([[0, 0, 0, 40, 33, 7, 18], [5, 9, 2, 11, 24, 3, 50]])
+SEEN = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7])
+TARGETS = IDS.masked_fill(SEEN == 0, -100)
+
+
+def step(model):
+    logits = model(IDS, attention_mask=SEEN).logits
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), TARGETS[:, 1:].flatten()).backward()
+    return logits[SEEN == 1].detach(), model.get_input_embeddings().weight.grad
+
+
+def padded_step() -> tuple:
+    model = parallelize(build("llama"), init_mesh(tp=torch.distributed.get_world_size()))
+    row = backend._table["attention"]["triton"]
+    masked = []
+
+    def counted(*args, **options):
+        masked.append(options.get("mask") is not None)
+        return row.run(*args, **options)
+
+    backend._table["attention"]["triton"] = backend.Implementation(
+        "attention", "triton", counted, row.supports
+    )
+    with poisoned_empty(), backend.use("triton"):
+        logits, gradient = step(model)
+    return logits, gradient, masked
+
+
+def test_a_padded_step_equals_dense():
+    logits, gradient = step(build("llama"))
+    parts = launch(padded_step, 2, threads=1)
+    for ours, _, masked in parts:
+        torch.testing.assert_close(ours, logits, rtol=1e-4, atol=1e-4)
+        assert masked == [True, True]
+    ours = torch.cat([part for _, part, _ in parts])[: gradient.shape[0]]
+    torch.testing.assert_close(ours, gradient, rtol=1e-4, atol=1e-4 * gradient.abs().max().item())
