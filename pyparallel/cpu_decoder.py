@@ -233,6 +233,8 @@ def reason_against(model: nn.Module, *args: Any) -> str | None:
         return f"expected a pyparallel Decoder, got {type(model).__name__}"
     if isinstance(model, ContextDecoder):
         return "its KV cache holds whole sequences, and this model's are cut over ranks"
+    if model.stage.count > 1:
+        return f"expected a whole model, got {model.stage}"
     parameters = list(model.parameters())
     if any(p.device.type != "cpu" for p in parameters):
         return f"expected parameters on the CPU, got {parameters[0].device}"

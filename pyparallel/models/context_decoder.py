@@ -21,6 +21,7 @@ from pyparallel.layers.context_kv_cache import ContextKVCache
 from pyparallel.layers.context_span import prefill_span, step_span
 from pyparallel.models.config import DecoderConfig
 from pyparallel.models.decoder import Decoder
+from pyparallel.models.stage import Stage
 
 
 class ContextDecoder(Decoder):
@@ -44,6 +45,7 @@ class ContextDecoder(Decoder):
         group: Group,
         context: Group,
         algorithm: str = "auto",
+        stage: Stage | None = None,
         sequence_parallel: bool = False,
         recompute: str = "none",
     ) -> None:
@@ -52,6 +54,7 @@ class ContextDecoder(Decoder):
             device,
             dtype,
             group=group,
+            stage=stage,
             sequence_parallel=sequence_parallel,
             recompute=recompute,
         )
@@ -74,25 +77,36 @@ class ContextDecoder(Decoder):
             layer.attention.new_cache(batch, length, context=self.context) for layer in self.layers
         ]
 
-    def forward(self, ids: Tensor, shards: ContextShards | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, shards: ContextShards | None = None, *, length: int | None = None
+    ) -> Tensor:
         """The logits [B, S_r, V] of this rank's tokens of ``ids [B, S]``.
 
         Args:
             shards: from :meth:`shards`; by default each sequence is one document.
+            length: S, where a stage is given hidden states and no ``shards``.
         """
-        shards = shards or self.shards(ids.shape[1])
+        shards = shards or self.shards(length or ids.shape[1])
         hidden = self._prefill(ids, shards, None)
+        if self.head is None:
+            return hidden
         return self.head(hidden, length=shards.sizes[self.context.rank])
 
     def hidden(
-        self, ids: Tensor, starts: Sequence[int], cache: list[ContextKVCache] | None = None
+        self,
+        ids: Tensor,
+        starts: Sequence[int],
+        cache: list[ContextKVCache] | None = None,
+        *,
+        length: int | None = None,
     ) -> Tensor:
         """The normalised last hidden states [B, S, H] of ``ids [B, S]``, whole on every rank, without
-        gradients.
+        gradients; a stage that is not the last returns the next one's input, this rank's tokens.
 
         Args:
-            starts: the position of each sequence's first token; all 0 for the first call on a cache
-                and without one.
+            starts: the position of each sequence's first token in this call; all 0 for the first call
+                on a cache and without one.
+            length: S, where a stage is given shards.
         """
         if cache is not None and cache[0].slots is not None:
             span = step_span(starts, ids.shape[1], cache[0], device=ids.device, rotary=self.rotary)
@@ -101,10 +115,11 @@ class ContextDecoder(Decoder):
             raise ValueError(
                 f"starts: expected 0 for the first call of a cache, got {list(starts)}"
             )
-        shards = self.shards(ids.shape[1])
-        joined = all_gather_raw(
-            self._prefill(ids, shards, cache), self.context, dim=1, sizes=shards.sizes
-        )
+        shards = self.shards(length or ids.shape[1])
+        hidden = self._prefill(ids, shards, cache)
+        if not self.stage.is_last:
+            return hidden
+        joined = all_gather_raw(hidden, self.context, dim=1, sizes=shards.sizes)
         order = shards.dense_order()
         return joined if order is None else joined[:, order.to(joined.device)]
 
@@ -112,7 +127,7 @@ class ContextDecoder(Decoder):
         self, ids: Tensor, lengths: Sequence[int], cache: list[ContextKVCache] | None = None
     ) -> Tensor:
         """The hidden states [B, H] of the prompts' last tokens; no rank holds those of all tokens."""
-        shards = self.shards(ids.shape[1])
+        shards = self.shards(max(lengths))
         hidden = self._prefill(ids, shards, cache)
         is_last = torch.tensor(lengths).unsqueeze(1) - 1 == shards.positions()
         rows, tokens = torch.nonzero(is_last, as_tuple=True)
@@ -132,4 +147,5 @@ class ContextDecoder(Decoder):
             rotary=self.rotary,
             cached=cache is not None,
         )
-        return self._run(shards.split(ids), dict.fromkeys(self.config.windows, span), cache)
+        own = shards.split(ids) if self.stage.is_first else ids
+        return self._run(own, dict.fromkeys(self.config.windows, span), cache)

@@ -26,6 +26,7 @@ from pyparallel.layers import (
 from pyparallel.layers.kv_cache import KVCache
 from pyparallel.layers.span import Span
 from pyparallel.models.config import DecoderConfig
+from pyparallel.models.stage import Layers, Stage
 from pyparallel.sequence import split_sequence
 
 RECOMPUTE = ("none", "attention", "layers")
@@ -88,11 +89,15 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The whole model; this rank's shard of it.
+    """The whole model, or one stage of it; this rank's shard of that.
+
+    A stage that is not the first takes hidden states [B, S, H] for ids (with ``sequence_parallel`` this
+    rank's tokens of them), and one that is not the last returns such hidden states.
 
     Args:
         config: the dense sizes.
         group: the tensor-parallel ranks.
+        stage: which layers, by default all; see :mod:`pyparallel.models.stage`.
         sequence_parallel: between the matmuls each rank holds its tokens alone: 1/R of the
             activations. A call needs as many tokens as ranks.
         recompute: what backward computes again instead of keeping it: "none"; "attention", all
@@ -110,6 +115,7 @@ class Decoder(nn.Module):
         dtype: torch.dtype | None = None,
         *,
         group: Group,
+        stage: Stage | None = None,
         sequence_parallel: bool = False,
         recompute: str = "none",
     ) -> None:
@@ -120,47 +126,42 @@ class Decoder(nn.Module):
         self.group = group
         self.sequence_parallel = sequence_parallel
         self.recompute = recompute
-        self.embedding = VocabParallelEmbedding(
-            config.vocab_size,
-            config.hidden_size,
-            device=device,
-            dtype=dtype,
-            group=group,
-            sequence_parallel=sequence_parallel,
-        )
-        self.rotary = self.positions = None
+        self.stage = stage or Stage.whole(config.num_layers)
+        options = {"device": device, "dtype": dtype}
+        on_shards = {"group": group, "sequence_parallel": sequence_parallel}
+        self.embedding = self.rotary = self.positions = self.norm = self.head = None
+        if self.stage.is_first:
+            self.embedding = VocabParallelEmbedding(
+                config.vocab_size, config.hidden_size, **options, **on_shards
+            )
         if config.rotary_dim:
             self.rotary = RotaryEmbedding(
                 config.rotary_dim, config.rope_theta, config.rope_scaling, config.rope_factors
             )
-        else:
-            self.positions = nn.Embedding(
-                config.max_positions, config.hidden_size, device=device, dtype=dtype
-            )
-        self.layers = nn.ModuleList(
-            DecoderLayer(
-                config,
-                index,
-                self.rotary,
-                device,
-                dtype,
-                group=group,
-                sequence_parallel=sequence_parallel,
-                recompute=recompute,
-            )
-            for index in range(config.num_layers)
+        elif self.stage.is_first:
+            self.positions = nn.Embedding(config.max_positions, config.hidden_size, **options)
+        self.layers = Layers(
+            (
+                DecoderLayer(
+                    config, index, self.rotary, **options, **on_shards, recompute=recompute
+                )
+                for index in self.stage.layers
+            ),
+            self.stage.layers,
         )
-        self.norm = _norm(config, device, dtype, group, sequence_parallel)
-        self.head = ParallelLMHead(
-            config.hidden_size,
-            config.vocab_size,
-            False,
-            device,
-            dtype,
-            group=group,
-            sequence_parallel=sequence_parallel,
-        )
-        if config.tied:
+        if self.stage.is_last:
+            self.norm = _norm(config, device, dtype, group, sequence_parallel)
+            self.head = ParallelLMHead(
+                config.hidden_size, config.vocab_size, False, **options, **on_shards
+            )
+        self.tied_copies: dict[str, str] = {}
+        if config.tied and self.stage.is_last and not self.stage.is_first:
+            self.tied_copies["head.weight"] = "embedding.weight"
+        self.tie()
+
+    def tie(self) -> None:
+        """Make a tied head's weight the embedding's, where this stage has both."""
+        if self.config.tied and self.stage.is_first and self.stage.is_last:
             self.head.weight = self.embedding.weight
 
     @property
@@ -195,7 +196,12 @@ class Decoder(nn.Module):
             )
 
     def hidden(
-        self, ids: Tensor, starts: Sequence[int], cache: list[KVCache] | None = None
+        self,
+        ids: Tensor,
+        starts: Sequence[int],
+        cache: list[KVCache] | None = None,
+        *,
+        length: int | None = None,
     ) -> Tensor:
         """The normalised last hidden states [B, S, H] of ``ids [B, S]``; with ``sequence_parallel``
         this rank's tokens of them.
@@ -203,21 +209,29 @@ class Decoder(nn.Module):
         Args:
             starts: the position of each sequence's first token in this call.
             cache: holds the tokens before ``starts``, and gets these.
+            length: S, where a stage is given shards.
         """
         spans: dict[int | None, Span] = {}
         for window in set(self.config.windows):
             spans[window] = Span.of(
-                starts, ids.shape[1], device=ids.device, rotary=self.rotary, window=window
+                starts,
+                length or ids.shape[1],
+                device=ids.device,
+                rotary=self.rotary,
+                window=window,
             )
         return self._run(ids, spans, cache)
 
     def last_hidden(
-        self, ids: Tensor, lengths: Sequence[int], cache: list[KVCache] | None = None
+        self,
+        ids: Tensor,
+        lengths: Sequence[int],
+        cache: list[KVCache] | None = None,
     ) -> Tensor:
         """The hidden states [B, H] of the last tokens of prompts ``ids [B, S]``, padded on the right.
 
         Args:
-            lengths: without the padding.
+            lengths: without the padding; the longest has none.
             cache: empty; gets the prompts.
         """
         hidden = self.hidden(ids, [0] * len(lengths), cache)
@@ -225,28 +239,35 @@ class Decoder(nn.Module):
         return hidden[torch.arange(len(lengths), device=ids.device), last]
 
     def _run(
-        self, ids: Tensor, spans: dict[int | None, Span], cache: list[KVCache] | None
+        self, x: Tensor, spans: dict[int | None, Span], cache: list[KVCache] | None
     ) -> Tensor:
         """The layers over the tokens of a call; ``spans`` by the layers' windows."""
-        x = self.embedding(ids)
+        if self.embedding is not None:
+            x = self.embedding(x)
         if self.positions is not None:
             positions = self.positions(next(iter(spans.values())).positions)
             # Looked up whole and then cut, so that every rank has the whole gradient of the table.
             if self.sequence_parallel:
                 positions = split_sequence(positions, self.group)
             x = x + positions
-        for index, layer in enumerate(self.layers):
+        for place, (index, layer) in enumerate(zip(self.stage.layers, self.layers, strict=True)):
             span = spans[self.config.windows[index]]
-            held = None if cache is None else cache[index]
+            held = None if cache is None else cache[place]
             if self.recompute == "layers" and torch.is_grad_enabled():
                 x = checkpoint(layer, x, span, held, use_reentrant=False)
             else:
                 x = layer(x, span, held)
-        return self.norm(x)
+        return x if self.norm is None else self.norm(x)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """All logits [B, S, V] of ``ids [B, S]``, on every rank."""
-        return self.head(self.hidden(ids, [0] * ids.shape[0]), length=ids.shape[1])
+    def forward(self, ids: Tensor, *, length: int | None = None) -> Tensor:
+        """All logits [B, S, V] of ``ids [B, S]``, on every rank.
+
+        Args:
+            length: S, where a stage is given shards.
+        """
+        length = length or ids.shape[1]
+        hidden = self.hidden(ids, [0] * ids.shape[0], length=length)
+        return hidden if self.head is None else self.head(hidden, length=length)
 
 
 def _norm(

@@ -20,6 +20,7 @@ from pyparallel.models.config import (
 )
 from pyparallel.models.context_decoder import ContextDecoder
 from pyparallel.models.decoder import Decoder
+from pyparallel.models.stage import Stage, stages_of, stages_of_rank
 from pyparallel.models.weights import Source, Sources, sources
 
 # Tensors that checkpoints carry and that hold nothing a model has to load.
@@ -44,8 +45,12 @@ def load(
     progress: Progress | None = None,
     sequence_parallel: bool = False,
     recompute: str = "none",
+    stage: Stage | None = None,
 ) -> nn.Module:
     """The model in ``path``, cut over ``mesh.tp``; each rank reads only its own slices.
+
+    Over several ``mesh.pp`` ranks it is this rank's stage of the model, and only the stage's tensors are
+    read; see :mod:`pyparallel.models.stage`.
 
     Peak memory of a rank is its share and one tensor. Llama, Mistral, Qwen2, Qwen3, GPT-2 and GPT-NeoX
     become a :class:`Decoder`, or over several ``mesh.cp`` ranks a :class:`ContextDecoder`; any other
@@ -57,11 +62,12 @@ def load(
         progress: called with (bytes read, bytes of this rank in all) after each parameter.
         sequence_parallel, recompute: for training, as :class:`Decoder` takes them; a transformers
             model recomputes by its own ``gradient_checkpointing_enable()``.
+        stage: which part of a :class:`Decoder`; by default stage ``mesh.pp.rank`` of ``mesh.pp.size``.
 
     Raises:
         CheckpointError: a file is missing or broken; a tensor is missing, extra or mis-shaped.
-        ValueError: an unknown architecture, one that can't be cut over ``mesh.cp``, or more ranks than
-            its heads can be cut into.
+        ValueError: an unknown architecture, one that can't be cut over ``mesh.cp`` or ``mesh.pp``, or
+            more ranks than its heads or layers can be cut into.
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     device = device or mesh.device_mesh.device_type
@@ -74,6 +80,11 @@ def load(
             raise ValueError(
                 f"cp: expected 1 for a {checkpoint.config().get('model_type')} model, which keeps its "
                 f"own attention; got {mesh.cp.size}"
+            ) from None
+        if mesh.pp.size > 1 or stage is not None:
+            raise ValueError(
+                f"pp: expected 1 to load a {checkpoint.config().get('model_type')} model, got "
+                f"{mesh.pp.size}; load it with transformers and call parallelize()"
             ) from None
         if recompute != "none":
             raise ValueError(
@@ -93,6 +104,7 @@ def load(
     dtype = dtype or stored_dtype(checkpoint)
     options = {
         "group": mesh.tp,
+        "stage": stage or stages_of(config, mesh.pp.size)[mesh.pp.rank],
         "sequence_parallel": sequence_parallel,
         "recompute": recompute,
     }
@@ -102,6 +114,45 @@ def load(
         model = Decoder(config, "meta", dtype, **options)
     fill(model, checkpoint, device=device, progress=progress)
     return model.eval()
+
+
+def load_stages(
+    path: str | Path | Checkpoint,
+    mesh: Mesh,
+    *,
+    chunks: int,
+    order: str = "loop",
+    balance: str = "compute",
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    sequence_parallel: bool = False,
+    recompute: str = "none",
+) -> list[nn.Module]:
+    """This rank's ``chunks`` stages of ``mesh.pp.size * chunks``, as :func:`load` loads one.
+
+    Args:
+        chunks: stages a rank (v), for interleaved schedules.
+        order: "loop", or "v" for a schedule that goes there and back (zero-bubble V); see
+            :func:`pyparallel.models.stage.stages_of_rank`.
+        balance: by what the layers are spread; see :func:`pyparallel.models.stage.stages_of`.
+
+    Raises:
+        ValueError: as :func:`load`; the model has fewer layers than stages.
+    """
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+    stages = stages_of(decoder_config(checkpoint), mesh.pp.size * chunks, balance=balance)
+    return [
+        load(
+            checkpoint,
+            mesh,
+            dtype=dtype,
+            device=device,
+            sequence_parallel=sequence_parallel,
+            recompute=recompute,
+            stage=stages[index],
+        )
+        for index in stages_of_rank(mesh.pp.size, mesh.pp.rank, chunks, order=order)
+    ]
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -124,7 +175,7 @@ def fill(
     device: torch.device | str,
     progress: Progress | None = None,
 ) -> None:
-    """Read every parameter of a decoder on the meta device.
+    """Read every parameter of a decoder, or of a stage of one, on the meta device.
 
     Raises:
         CheckpointError: a tensor is missing, extra or mis-shaped; the message names it.
@@ -145,13 +196,13 @@ def fill(
     for name, parameter in parameters.items():
         # Allocated before anything is read, so that what reading takes is given back on top of it.
         value = torch.empty_like(parameter, device="cpu", requires_grad=False)
-        _read(value, checkpoint, wanted[name], model.group.rank)
+        source = wanted[model.tied_copies.get(name, name)]
+        _read(value, checkpoint, source, model.group.rank)
         _assign(model, name, value.to(device))
         done += value.numel() * value.itemsize
         if progress is not None:
             progress(done, total)
-    if model.config.tied:
-        model.head.weight = model.embedding.weight
+    model.tie()
 
 
 def _read(out: Tensor, checkpoint: Checkpoint, found: tuple[Source, ...], rank: int) -> None:
