@@ -40,12 +40,13 @@ def long_prompt(length: int, vocab_size: int) -> list[int]:
     return torch.randint(vocab_size, (length,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-def ours(model: str, dtype: str, int8: bool = False) -> Callable[[tuple], Any]:
+def ours(model: str, dtype: str, quantized: str | None = None) -> Callable[[tuple], Any]:
     """pyparallel's decoder in C++ on the ranks it is launched on."""
     mesh = init_mesh(tp=torch.distributed.get_world_size())
     kind = getattr(torch, dtype)
-    decoder_model = load(_even_folder() if model == "even" else MODEL, mesh, dtype=kind)
-    decoder = CPUDecoder(decoder_model, int8=int8)
+    path = _even_folder() if model == "even" else MODEL
+    decoder_model = load(path, mesh, dtype=kind, weights=quantized)
+    decoder = CPUDecoder(decoder_model)
     vocab_size = decoder_model.vocab_size
     weights = sum(p.numel() * p.itemsize for p in decoder_model.parameters())
     slots = min(LONGEST, decoder_model.max_positions)

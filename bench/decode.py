@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench.contestants import EVEN, PROMPT, hugging_face, modules, ours, weight_bytes_read
+from bench import llama_cpp
+from bench.contestants import EVEN, hugging_face, modules, ours, weight_bytes_read
 from bench.rivals import MODEL, Contest, Rival, machine, print_table, read_bandwidth
 from pyparallel.checkpoint import open_checkpoint
 from pyparallel.models.config import from_hugging_face
@@ -26,19 +27,21 @@ POSITIONS = (64, 512, 1024, 2048, 4096, 8191)
 
 
 def check_tokens(contest: Contest, dtype: str) -> None:
-    """fp32: all tokens equal. Half precision rounds each in its own way: the first ones are equal."""
+    """fp32: all tokens equal. Half precision and int8 weights round each in their own way: the first
+    tokens are equal."""
     request = ("decode", STEPS)
     answers = {rival.name: rival.turn(request)[1] for rival in contest.rivals}
-    compared = len(PROMPT) + STEPS if dtype == "float32" else 2
     first = next(iter(answers.values()))
     for name, tokens in answers.items():
+        exact = dtype == "float32" and "int8" not in name
+        compared = 1 + STEPS if exact else 2
         assert tokens[:compared] == first[:compared], f"{name} says {tokens}, not {first}"
 
 
 def table(title: str, contest: Contest, limit: float | None) -> dict[str, Any]:
     request = ("decode", STEPS)
     speeds = {r.name: STEPS / r.median(request) for r in contest.rivals}
-    base = speeds.get("transformers dense")
+    base, other = speeds.get("transformers dense"), speeds.get(llama_cpp.NAME)
     rows = []
     for rival in contest.rivals:
         speed = speeds[rival.name]
@@ -48,12 +51,15 @@ def table(title: str, contest: Contest, limit: float | None) -> dict[str, Any]:
                 f"{speed:.1f}",
                 f"{100 * rival.spread(request):.0f} %",
                 "" if base is None else f"{speed / base:.2f}",
-                "" if limit is None else f"{100 * speed / limit:.0f} %",
+                "" if other is None else f"{speed / other:.2f}",
+                # int8 weights are fewer bytes to read.
+                "" if limit is None or "int8" in rival.name else f"{100 * speed / limit:.0f} %",
             ]
         )
     if limit is not None:
-        rows.append(["what memory allows", f"{limit:.1f}", "", "", "100 %"])
-    print_table(title, ["", "tokens/s", "+-", "x dense", "of limit"], rows)
+        rows.append(["what memory allows", f"{limit:.1f}", "", "", "", "100 %"])
+    columns = ["", "tokens/s", "+-", "x dense", "x llama.cpp", "of limit"]
+    print_table(title, columns, rows)
     return speeds
 
 
@@ -79,8 +85,10 @@ def test_smollm2(benchmark: Any, dtype: str) -> None:
     rivals = [
         Rival("pyparallel tp=2", ours, (name, dtype), ranks=2),
         Rival("pyparallel tp=1, 2 threads", ours, (name, dtype), threads=2),
+        Rival("pyparallel tp=2, int8 weights", ours, (name, dtype, "int8"), ranks=2),
         Rival("pyparallel modules tp=2", modules, (name, dtype), ranks=2),
         Rival("transformers dense", hugging_face, (name, dtype), threads=2),
+        *llama_cpp.rivals(dtype),
     ]
     reader = Rival("bandwidth", read_bandwidth, (), threads=2)
     with Contest([*rivals, reader]) as everyone:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from bench import llama_cpp
 from bench.contestants import hugging_face, modules, ours
 from bench.rivals import MODEL, Contest, Rival, machine, print_table
 
@@ -34,6 +35,7 @@ def test_smollm2(benchmark: Any, dtype: str, seconds: dict[str, float]) -> None:
         Rival("pyparallel tp=1, 2 threads", ours, (name, dtype), threads=2),
         Rival("pyparallel modules tp=2", modules, (name, dtype), ranks=2),
         Rival("transformers dense", hugging_face, (name, dtype), threads=2),
+        *llama_cpp.rivals(dtype),
     ]
     with Contest(rivals) as contest:
         answers = {rival.name: rival.turn(request)[1] for rival in rivals}
@@ -42,7 +44,7 @@ def test_smollm2(benchmark: Any, dtype: str, seconds: dict[str, float]) -> None:
             assert len({tuple(answer) for answer in answers.values()}) == 1, answers
         contest.rounds(request, ROUNDS)
     medians = {rival.name: rival.median(request) for rival in rivals}
-    dense = medians["transformers dense"]
+    dense, other = medians["transformers dense"], medians.get(llama_cpp.NAME)
     rows = [
         [
             rival.name,
@@ -50,10 +52,11 @@ def test_smollm2(benchmark: Any, dtype: str, seconds: dict[str, float]) -> None:
             f"{100 * rival.spread(request):.0f} %",
             f"{LENGTH / medians[rival.name]:.0f}",
             f"{dense / medians[rival.name]:.2f}",
+            "" if other is None else f"{other / medians[rival.name]:.2f}",
         ]
         for rival in rivals
     ]
-    columns = ["", "seconds", "+-", "tokens/s", "x dense"]
+    columns = ["", "seconds", "+-", "tokens/s", "x dense", "x llama.cpp"]
     print_table(f"prefill of {LENGTH} tokens, {name}, {dtype}", columns, rows)
     seconds[dtype] = medians["pyparallel tp=2"]
     if len(seconds) == 2:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pyparallel import _C, backend
-from pyparallel.cpu_ops import ACTIVATIONS, PRECISIONS, quantize_rows
+from pyparallel.cpu_ops import ACTIVATIONS, PRECISIONS
 from pyparallel.functional.next_token import Sampling, sample
 from pyparallel.layers.kv_cache import KVCache
 from pyparallel.layers.parallel_mlp import GATED
@@ -32,10 +32,8 @@ class CPUDecoder:
     """This rank's share of a decoder, ready to run. All ranks of the model's group make one.
 
     Args:
-        model: on the CPU, in fp32, bf16 or fp16.
+        model: on the CPU, in fp32, bf16 or fp16; its matrices may be int8.
         threads: of this rank; by default torch's number.
-        int8: read the matrices as int8 with a scale a row, half of bf16's bytes; the embedding and
-            the norms keep their dtype. The int8 copies are the decoder's own.
         pin: keep every thread on a core of its own, if the ranks of this machine have as many.
     """
 
@@ -44,7 +42,6 @@ class CPUDecoder:
         model: Decoder,
         *,
         threads: int | None = None,
-        int8: bool = False,
         pin: bool = True,
     ) -> None:
         reason = reason_against(model)
@@ -56,7 +53,6 @@ class CPUDecoder:
         self.group = model.group
         self.head_start = model.head._start
         self.vocab_rows = model.head.weight.shape[0]
-        self._int8 = int8
         # Everything the C++ side holds addresses of.
         self._kept: list[Tensor] = []
         self.cache: list[KVCache] | None = None
@@ -121,16 +117,14 @@ class CPUDecoder:
 
     def _weight(self, module: nn.Module) -> tuple[int, int, int, int]:
         bias = self._keep(getattr(module, "bias", None), torch.float32)
-        if self._int8:
-            data, scale = quantize_rows(module.weight)
-            return self._keep(data), PRECISIONS[torch.int8], bias, self._keep(scale)
-        return self._keep(module.weight), PRECISIONS[module.weight.dtype], bias, 0
+        scale = self._keep(module.weight_scale, torch.float32)
+        return self._keep(module.weight), PRECISIONS[module.weight.dtype], bias, scale
 
     def _shape(self, model: Decoder) -> dict[str, Any]:
         attention, mlp = model.layers[0].attention, model.layers[0].mlp
         layout, rank = attention.qkv_proj.layout, self.group.rank
         (query, query_end), (kv, kv_end) = layout.query[rank], layout.kv[rank]
-        dtype = model.embedding.weight.dtype
+        dtype = model.embedding.dtype
         return {
             "hidden": model.config.hidden_size,
             "heads": query_end - query,
@@ -153,8 +147,7 @@ class CPUDecoder:
     def _weights(self, model: Decoder) -> dict[str, Any]:
         positions = None if model.positions is None else model.positions.weight
         return {
-            "embedding": self._keep(model.embedding.weight),
-            "embedding_precision": PRECISIONS[model.embedding.weight.dtype],
+            "embedding": self._weight(model.embedding),
             "positions": self._keep(positions, torch.float32),
             "final_norm": self._norm(model.norm),
             "head": self._weight(model.head),
@@ -238,7 +231,7 @@ def reason_against(model: nn.Module, *args: Any) -> str | None:
     parameters = list(model.parameters())
     if any(p.device.type != "cpu" for p in parameters):
         return f"expected parameters on the CPU, got {parameters[0].device}"
-    dtypes = {p.dtype for p in parameters}
+    dtypes = {p.dtype for p in parameters if p.dtype is not torch.int8}
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
         return f"expected one of fp32, bf16, fp16 throughout, got {sorted(map(str, dtypes))}"
     if model.group.size > 1 and not isinstance(model.group.communicator, SharedMemoryCommunicator):

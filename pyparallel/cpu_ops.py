@@ -25,17 +25,6 @@ ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3, "relu": 4}
 MAX_THIN_ROWS = 16
 
 
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """``weight [N, K]`` as int8 and one fp32 scale a row: ``weight[n] ~ scale[n] * data[n]``.
-
-    The scale is the row's largest magnitude over 127, so the error is at most half a scale.
-    """
-    wide = weight.detach().float()
-    scale = wide.abs().amax(1) / 127
-    step = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return (wide / step.unsqueeze(1)).round_().to(torch.int8), scale
-
-
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -249,7 +238,7 @@ def _expect(ok: bool, name: str, expected: object, got: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
-def _plain_reason(*tensors: Tensor | None) -> str | None:
+def plain_reason(*tensors: Tensor | None) -> str | None:
     """Why tensors can't go to a kernel that knows no gradients, devices or graphs."""
     given = [t for t in tensors if t is not None]
     if torch.compiler.is_compiling():
@@ -268,21 +257,21 @@ def _plain_reason(*tensors: Tensor | None) -> str | None:
 def _linear_reason(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
     if not weight.is_contiguous():
         return "expected a contiguous weight"
-    return _plain_reason(x, weight, bias)
+    return plain_reason(x, weight, bias)
 
 
 def _attention_reason(q: Tensor, k: Tensor, v: Tensor, **options) -> str | None:
-    return _plain_reason(q, k, v) or attention_reason(q, k, v, **options)
+    return plain_reason(q, k, v) or attention_reason(q, k, v, **options)
 
 
 def _norm_reason(x: Tensor, weight: Tensor | None, *rest: Tensor | float | None) -> str | None:
     if weight is None:
         return "expected a weight"
-    return _plain_reason(x, weight, *(t for t in rest if isinstance(t, Tensor)))
+    return plain_reason(x, weight, *(t for t in rest if isinstance(t, Tensor)))
 
 
 def _rope_reason(x: Tensor, cos: Tensor, sin: Tensor) -> str | None:
-    return _plain_reason(x, cos, sin)
+    return plain_reason(x, cos, sin)
 
 
 def _enter(op: str, reason: Callable[..., str | None], run: Callable[..., Tensor]) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pyparallel import _C, backend, cpu_ops, reference
+from pyparallel.quantize import quantize_rows
 
 ISAS = ["plain", "avx2", "avx512", "avx512_bf16"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -98,7 +99,7 @@ def test_int8_weights_are_within_half_a_step() -> None:
     torch.manual_seed(0)
     weight = torch.randn(70, 203) * torch.rand(70, 1)
     weight[3] = 0
-    data, scale = cpu_ops.quantize_rows(weight)
+    data, scale = quantize_rows(weight)
     read = data.double() * scale.double().unsqueeze(1)
     # Half a step, and what fp32 rounds in finding the step.
     assert ((read - weight.double()).abs() <= scale.unsqueeze(1) * (0.5 + 1e-4)).all()

@@ -32,7 +32,7 @@ PYTHON_FLOORS = (
         "hierarchical",
         "host_tensors",
     }
-    | {"shard", "context", "attention_blocks", "reference", "backend", "cpu_ops"}
+    | {"shard", "context", "attention_blocks", "reference", "backend", "cpu_ops", "quantize"}
     | {
         "cuda_extension",
         "cuda_ops",

@@ -86,8 +86,7 @@ class PythonDecoder {
       : group_(group) {
     const DecoderShape s = shape_of(shape);
     DecoderWeights w;
-    w.embedding = pointer<const void>(field<uintptr_t>(weights, "embedding"));
-    w.embedding_precision = Precision(field<int>(weights, "embedding_precision"));
+    w.embedding = weight_of(field<WeightTuple>(weights, "embedding"));
     w.positions = pointer<const float>(field<uintptr_t>(weights, "positions"));
     w.final_norm = norm_of(field<NormTuple>(weights, "final_norm"));
     w.head = weight_of(field<WeightTuple>(weights, "head"));

@@ -61,8 +61,7 @@ struct DecoderShape {
 };
 
 struct DecoderWeights {
-  const void* embedding = nullptr;  // [V, H]
-  Precision embedding_precision = Precision::f32;
+  Weight embedding;  // [V, H]
   const float* positions = nullptr;  // [T at least, H], learned positions; or none
   Norm final_norm;
   Weight head;  // [V, H]

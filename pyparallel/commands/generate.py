@@ -40,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--max-new-tokens", type=int, default=64, metavar="K")
     add("--dtype", choices=DTYPES, help="of weights and activations; default: the checkpoint's")
+    add(
+        "--weights",
+        choices=("int8",),
+        help="round the matrices to int8 with a scale a row: fewer bytes to hold and read",
+    )
     add("--temperature", type=float, default=0.0, help="0: the likeliest token (default)")
     add("--top-k", type=int, default=0, help="0: all (default)")
     add("--top-p", type=float, default=1.0)
@@ -77,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         args.max_new_tokens,
         sampling,
         dtype,
+        args.weights,
         args.check,
         not args.json,
         threads=args.threads,
@@ -85,7 +91,9 @@ def run(args: argparse.Namespace) -> int:
     printer.end()
     summary = _summary(tokenizer, ranks)
     if args.check:
-        summary |= compare(args.model, prompts, ranks[0], sampling, dtype)
+        summary |= compare(
+            args.model, prompts, ranks[0], sampling, dtype, int8=args.weights == "int8"
+        )
     _print(summary, args, len(prompts))
     return 0 if summary.get("matches_dense", True) else 1
 
@@ -113,6 +121,7 @@ def _rank(
     max_new_tokens: int,
     sampling: Sampling,
     dtype: torch.dtype,
+    weights: str | None,
     check: bool,
     show_progress: bool,
 ) -> dict[str, Any]:
@@ -120,7 +129,7 @@ def _rank(
     mesh = init_mesh(cp=cp, tp=torch.distributed.get_world_size() // cp)
     first = mesh.world.rank == 0
     with _progress_bar(show_progress and first) as progress:
-        model = load(checkpoint, mesh, dtype=dtype, progress=progress)
+        model = load(checkpoint, mesh, dtype=dtype, progress=progress, weights=weights)
     on_token = (lambda row, token: report(token)) if first and len(prompts) == 1 else None
     made = generate(
         model, prompts, max_new_tokens=max_new_tokens, sampling=sampling, on_token=on_token

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from pyparallel.collectives import all_gather
 from pyparallel.functional.all_gather_linear import all_gather_linear
 from pyparallel.functional.column_parallel_linear import column_parallel_linear
+from pyparallel.functional.int8_linear import int8_linear
 from pyparallel.functional.replicated_parameter import sum_over_replicas
 from pyparallel.group import Group
 from pyparallel.layers.parameters import ShardedModule, init_linear
@@ -98,7 +99,17 @@ class ColumnParallelLinear(ShardedModule):
         Args:
             length: S, with ``sequence_parallel``; by default all shards are as long as this one.
         """
+        y = self._multiply(x, length)
+        if self.gather_output:
+            sizes = self.shardings["weight"].sizes
+            return all_gather(y, self.group, dim=-1, sizes=sizes, grad="split")
+        return y
+
+    def _multiply(self, x: Tensor, length: int | None) -> Tensor:
+        """This rank's features."""
         weight, bias = self.weight, self.bias
+        if self.weight_scale is not None:
+            return int8_linear(x, weight, self.weight_scale, bias)
         if self.replicas is not None:
             first_row, sharding = self.replicas
             weight = sum_over_replicas(weight, sharding, self.group, first_row=first_row)
@@ -106,14 +117,9 @@ class ColumnParallelLinear(ShardedModule):
                 bias = sum_over_replicas(bias, sharding, self.group, first_row=first_row)
         if self.sequence_parallel:
             sizes = shard_sizes(x, length, self.group)
-            y = all_gather_linear(x, weight, bias, group=self.group, sizes=sizes)
-        else:
-            group = Group.single() if self.input_is_gathered else self.group
-            y = column_parallel_linear(x, weight, bias, group=group)
-        if self.gather_output:
-            sizes = self.shardings["weight"].sizes
-            return all_gather(y, self.group, dim=-1, sizes=sizes, grad="split")
-        return y
+            return all_gather_linear(x, weight, bias, group=self.group, sizes=sizes)
+        group = Group.single() if self.input_is_gathered else self.group
+        return column_parallel_linear(x, weight, bias, group=group)
 
     def extra_repr(self) -> str:
         return (

@@ -142,7 +142,7 @@ class ParallelAttention(nn.Module):
         start, stop = self.qkv_proj.layout.kv[self.qkv_proj.group.rank]
         weight = self.qkv_proj.weight
         sizes = (batch, stop - start, length, self.qkv_proj.head_dim)
-        options = {"device": weight.device, "dtype": weight.dtype}
+        options = {"device": weight.device, "dtype": self.qkv_proj.dtype}
         if context is not None:
             return ContextKVCache(*sizes, group=context, **options)
         return KVCache(*sizes, **options)

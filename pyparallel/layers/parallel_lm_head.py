@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyparallel.functional.column_parallel_linear import column_parallel_linear
+from pyparallel.functional.int8_linear import int8_linear
 from pyparallel.functional.next_token import Sampling, greedy, sample
 from pyparallel.group import Group
 from pyparallel.layers.column_parallel_linear import ColumnParallelLinear
@@ -49,6 +50,8 @@ class ParallelLMHead(ColumnParallelLinear):
 
     def local_logits(self, x: Tensor) -> Tensor:
         """This rank's logits [..., V_r] of a replicated ``x [..., K]``."""
+        if self.weight_scale is not None:
+            return int8_linear(x, self.weight, self.weight_scale, self.bias)
         return column_parallel_linear(x, self.weight, self.bias, group=self.group)
 
     def greedy(self, x: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from pyparallel.collectives import all_reduce_raw
 from pyparallel.group import Group
+from pyparallel.quantize import largest_of_rows, quantize_rows
 from pyparallel.shard import Sharding
 
 
@@ -19,13 +21,48 @@ class ShardedModule(nn.Module):
         group: the ranks the parameters are cut over.
         shardings: for each of the module's own parameters, which ranges of the dense one it holds.
         dense_shapes: the dense parameters' shapes.
+        weight_scale: [M], fp32, where ``weight`` is held as int8 (:meth:`quantize_weight`); or None.
+        dtype: of the activations, and of ``weight`` where that is not int8.
     """
+
+    weight_scale: Tensor | None
 
     def __init__(self, group: Group) -> None:
         super().__init__()
         self.group = group
         self.shardings: dict[str, Sharding] = {}
         self.dense_shapes: dict[str, tuple[int, ...]] = {}
+        self.register_buffer("weight_scale", None)
+        self._dtype: torch.dtype | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype if self._dtype is None else self._dtype
+
+    def quantize_weight(self) -> None:
+        """Hold ``weight [M, K]`` as int8 with one fp32 scale a row, for inference; half of bf16's bytes.
+
+        The scales are those of the dense matrix's rows, so all numbers of ranks round it alike.
+
+        Communication: one all-reduce of M numbers where the rows are cut.
+
+        Raises:
+            ValueError: the module is sequence-parallel.
+        """
+        if getattr(self, "sequence_parallel", False):
+            raise ValueError(
+                "sequence_parallel: expected False for int8 weights, which are for inference"
+            )
+        largest = None
+        if self.shardings["weight"].dim == 1 and self.group.size > 1:
+            largest = all_reduce_raw(largest_of_rows(self.weight), self.group, op="max")
+        self._dtype = self.weight.dtype
+        data, self.weight_scale = quantize_rows(self.weight, largest)
+        self.weight = nn.Parameter(data, requires_grad=False)
+
+    def share_weight(self, other: ShardedModule) -> None:
+        """Take another's weight as one's own, in the form in which it holds it."""
+        self.weight, self.weight_scale, self._dtype = other.weight, other.weight_scale, other._dtype
 
     def add_shard(
         self,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyparallel.collectives import split
+from pyparallel.collectives import all_reduce_raw, split
+from pyparallel.functional.int8_linear import int8_linear
 from pyparallel.functional.linear_reduce_scatter import linear_reduce_scatter
 from pyparallel.functional.row_parallel_linear import row_parallel_linear
 from pyparallel.group import Group
@@ -83,6 +84,10 @@ class RowParallelLinear(ShardedModule):
     def forward(self, x: Tensor) -> Tensor:
         if not self.input_is_parallel:
             x = split(x, self.group, dim=-1, sizes=self.shardings["weight"].sizes)
+        if self.weight_scale is not None:
+            y = int8_linear(x, self.weight, self.weight_scale)
+            y = all_reduce_raw(y, self.group) if self.group.size > 1 else y
+            return y if self.bias is None else y + self.bias
         if self.sequence_parallel:
             sizes = sequence_sizes(x.shape[-2], self.group)
             return linear_reduce_scatter(x, self.weight, self.bias, group=self.group, sizes=sizes)

@@ -162,7 +162,7 @@ class Decoder(nn.Module):
     def tie(self) -> None:
         """Make a tied head's weight the embedding's, where this stage has both."""
         if self.config.tied and self.stage.is_first and self.stage.is_last:
-            self.head.weight = self.embedding.weight
+            self.head.share_weight(self.embedding)
 
     @property
     def vocab_size(self) -> int:

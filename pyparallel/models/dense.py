@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pyparallel.checkpoint import CheckpointError
+from pyparallel.quantize import dequantized, quantize_rows
 from pyparallel.functional.next_token import Sampling, sample
 from pyparallel.group import Group
 
@@ -68,6 +69,17 @@ def load_dense(path: str, dtype: torch.dtype) -> torch.nn.Module:
     return model.eval()
 
 
+@torch.no_grad()
+def round_to_int8(model: torch.nn.Module) -> None:
+    """Round every linear layer's weight to what int8 with a scale a row holds, in place."""
+    for module in model.modules():
+        # transformers' Conv1D holds its weight transposed.
+        transposed = type(module).__name__ == "Conv1D"
+        if transposed or isinstance(module, torch.nn.Linear):
+            weight = module.weight.t() if transposed else module.weight
+            weight.copy_(dequantized(*quantize_rows(weight)))
+
+
 @torch.inference_mode()
 def compare(
     path: str,
@@ -75,6 +87,8 @@ def compare(
     made: dict[str, Any],
     sampling: Sampling,
     dtype: torch.dtype,
+    *,
+    int8: bool = False,
 ) -> dict[str, Any]:
     """Whether the dense model says the same: ``matches_dense`` and ``max_abs_logit_diff``.
 
@@ -83,8 +97,11 @@ def compare(
 
     Args:
         made: rank 0's ``tokens`` and ``logits``.
+        int8: the dense model's matrices are rounded as :func:`pyparallel.load` rounds them.
     """
     model = load_dense(path, dtype)
+    if int8:
+        round_to_int8(model)
     matches, difference = True, 0.0
     for row, prompt in enumerate(prompts):
         tokens, logits = made["tokens"][row], torch.from_numpy(made["logits"][row])

@@ -46,6 +46,7 @@ def load(
     sequence_parallel: bool = False,
     recompute: str = "none",
     stage: Stage | None = None,
+    weights: str | None = None,
 ) -> nn.Module:
     """The model in ``path``, cut over ``mesh.tp``; each rank reads only its own slices.
 
@@ -63,12 +64,22 @@ def load(
         sequence_parallel, recompute: for training, as :class:`Decoder` takes them; a transformers
             model recomputes by its own ``gradient_checkpointing_enable()``.
         stage: which part of a :class:`Decoder`; by default stage ``mesh.pp.rank`` of ``mesh.pp.size``.
+        weights: "int8" rounds every matrix (a tied embedding too) to int8 with a scale a row as it is
+            read: half of bf16's bytes to hold and to read a token. For inference with a decoder; all
+            numbers of ranks round alike. Activations, cache, norms and biases stay in ``dtype``.
 
     Raises:
         CheckpointError: a file is missing or broken; a tensor is missing, extra or mis-shaped.
         ValueError: an unknown architecture, one that can't be cut over ``mesh.cp`` or ``mesh.pp``, or
-            more ranks than its heads or layers can be cut into.
+            more ranks than its heads or layers can be cut into; int8 weights with
+            ``sequence_parallel`` or a transformers model.
     """
+    if weights not in (None, "int8"):
+        raise ValueError(f"weights: expected None (as dtype says) or 'int8', got {weights!r}")
+    if weights is not None and sequence_parallel:
+        raise ValueError(
+            "weights: expected None with sequence_parallel, since int8 is for inference; got 'int8'"
+        )
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     device = device or mesh.device_mesh.device_type
     try:
@@ -91,6 +102,11 @@ def load(
                 f"recompute: expected 'none' for a {checkpoint.config().get('model_type')} model, got "
                 f"{recompute!r}; call its gradient_checkpointing_enable()"
             ) from None
+        if weights is not None:
+            raise ValueError(
+                f"weights: expected None for a {checkpoint.config().get('model_type')} model, which "
+                f"keeps transformers' modules; got {weights!r}"
+            ) from None
         from pyparallel.models.hugging_face import load_hugging_face
 
         return load_hugging_face(
@@ -112,7 +128,7 @@ def load(
         model = ContextDecoder(config, "meta", dtype, context=mesh.cp, **options)
     else:
         model = Decoder(config, "meta", dtype, **options)
-    fill(model, checkpoint, device=device, progress=progress)
+    fill(model, checkpoint, device=device, progress=progress, int8=weights == "int8")
     return model.eval()
 
 
@@ -174,8 +190,10 @@ def fill(
     *,
     device: torch.device | str,
     progress: Progress | None = None,
+    int8: bool = False,
 ) -> None:
-    """Read every parameter of a decoder, or of a stage of one, on the meta device.
+    """Read every parameter of a decoder, or of a stage of one, on the meta device; with ``int8`` round
+    its matrices.
 
     Raises:
         CheckpointError: a tensor is missing, extra or mis-shaped; the message names it.
@@ -199,10 +217,19 @@ def fill(
         source = wanted[model.tied_copies.get(name, name)]
         _read(value, checkpoint, source, model.group.rank)
         _assign(model, name, value.to(device))
+        if int8 and _is_matrix(model, name):
+            model.get_submodule(name.removesuffix(".weight")).quantize_weight()
         done += value.numel() * value.itemsize
         if progress is not None:
             progress(done, total)
     model.tie()
+
+
+def _is_matrix(model: Decoder, name: str) -> bool:
+    """Whether matmuls read the parameter: not norms, biases, and tables that are only looked up."""
+    if name == "embedding.weight":
+        return model.config.tied
+    return name == "head.weight" or name.endswith("_proj.weight")
 
 
 def _read(out: Tensor, checkpoint: Checkpoint, found: tuple[Source, ...], rank: int) -> None:

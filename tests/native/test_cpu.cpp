@@ -148,7 +148,7 @@ std::vector<float> decode(int threads) {
   };
   const auto weight = [&](int64_t rows, int64_t columns) { return Weight{hold(rows * columns), nullptr, nullptr, Precision::f32}; };
   DecoderWeights weights;
-  weights.embedding = hold(V * H);
+  weights.embedding.data = hold(V * H);
   weights.final_norm = {hold(H), nullptr};
   weights.head = weight(V, H);
   DecoderCache cache;
