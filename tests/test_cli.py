@@ -63,6 +63,20 @@ def test_generate_json(folder: Path, extra: tuple) -> None:
     assert all(row["peak_rss_bytes"] > row["weight_bytes"] for row in report["ranks"])
 
 
+def test_int8_weights_match_the_dense_model_rounded_alike(folder: Path) -> None:
+    result = run(
+        *("generate", "--model", folder, "--tp", 2, "--weights", "int8", "--check", "--json"),
+        *("--prompt", "w5 w9 w2", "--max-new-tokens", 7),
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["matches_dense"] is True
+    assert report["max_abs_logit_diff"] < 1e-4
+    whole = sum(p.numel() * p.itemsize for p in build("llama").parameters())
+    # The matrices are all of it but for a table that is only looked up, and vectors.
+    assert sum(row["weight_bytes"] for row in report["ranks"]) < 0.4 * whole
+
+
 def test_the_context_is_cut_too(folder: Path) -> None:
     result = run(
         *("generate", "--model", folder, "--tp", 2, "--cp", 2, "--check", "--json"),
