@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from pyparallel.communicator import Communicator, LocalCommunicator
 from pyparallel.connect import connect
@@ -45,7 +47,13 @@ class Mesh:
 
 
 def init_mesh(
-    *, dp: int = 1, pp: int = 1, cp: int = 1, tp: int = 1, device_type: str | None = None
+    *,
+    dp: int = 1,
+    pp: int = 1,
+    cp: int = 1,
+    tp: int = 1,
+    device_type: str | None = None,
+    timeout_s: float | None = None,
 ) -> Mesh:
     """Lay the ranks of this job out as dp x pp x cp x tp.
 
@@ -55,15 +63,19 @@ def init_mesh(
     Args:
         dp, pp, cp, tp: ranks along the axes; their product is the number of ranks.
         device_type: "cpu" or "cuda"; by default "cuda" where every local rank has a GPU.
+        timeout_s: how long a collective of any axis may wait for a peer, in seconds; by default as
+            long as torch.distributed's world, which is half an hour unless somebody set it.
 
     Raises:
-        ValueError: a size below 1, or a product that is not the world's size.
+        ValueError: a size below 1, a product that is not the world's size, or a timeout not above 0.
     """
+    if timeout_s is not None and timeout_s <= 0:
+        raise ValueError(f"timeout_s: expected more than 0 seconds, got {timeout_s}")
     sizes = {"dp": dp, "pp": pp, "cp": cp, "tp": tp}
     for axis, size in sizes.items():
         if size < 1:
             raise ValueError(f"{axis}: expected at least 1 rank, got {size}")
-    _init_distributed()
+    _init_distributed(timeout_s)
     world_size = dist.get_world_size()
     product = math.prod(sizes.values())
     if product != world_size:
@@ -75,6 +87,9 @@ def init_mesh(
     if device_type is None:
         device_type = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
     device_mesh = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=AXES)
+    for axis in AXES:
+        # A new process group waits as long as torch's default, whatever the world was told.
+        _set_pg_timeout(_timeout_of_world(), device_mesh.get_group(axis))
     groups = {axis: _group(device_mesh.get_group(axis), axis, device_type) for axis in AXES}
     return Mesh(device_mesh, _group(dist.group.WORLD, "world", device_type), **groups)
 
@@ -95,8 +110,16 @@ def _group(process_group: dist.ProcessGroup, name: str, device_type: str) -> Gro
     return Group.over(communicator)
 
 
-def _init_distributed() -> None:
+def _timeout_of_world() -> timedelta:
+    world = dist.group.WORLD
+    return world._get_backend(world._device_types[0]).options._timeout
+
+
+def _init_distributed(timeout_s: float | None) -> None:
+    timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
     if dist.is_initialized():
+        if timeout is not None:
+            _set_pg_timeout(timeout, dist.group.WORLD)
         return
     if "RANK" not in os.environ:
         # A single process has no peers: an in-memory store serves it.
@@ -105,6 +128,6 @@ def _init_distributed() -> None:
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if torch.cuda.device_count() >= local_world:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl")
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timeout)

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 import torch.distributed as dist
 
@@ -36,6 +37,21 @@ def roll_call(store: dist.Store, rank: int, size: int) -> tuple[int, ...]:
         silent = [r for r in silent if not store.check([f"alive/{r}"])]
         time.sleep(0.02)
     return tuple(silent)
+
+
+def bounded_roll_call(store: dist.Store, rank: int, size: int) -> tuple[int, ...] | None:
+    """:func:`roll_call`, or None if the store itself can't be reached: its machine is cut off."""
+    found: list[tuple[int, ...]] = []
+
+    def call() -> None:
+        # A store that was closed or refuses raises; one behind a dead link answers nothing.
+        with suppress(RuntimeError):
+            found.append(roll_call(store, rank, size))
+
+    thread = threading.Thread(target=call, name="pyparallel-roll-call", daemon=True)
+    thread.start()
+    thread.join(2 * ROLL_CALL_S)
+    return found[0] if found else None
 
 
 def _machine() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,9 @@ from pyparallel.communicator import (
     rank_ordered_reduce,
     split_counts,
 )
+from pyparallel.peer_watch import bounded_roll_call
+
+T = TypeVar("T")
 
 # The name since torch 2.13, and the one before it.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -40,6 +44,8 @@ class TorchCommunicator(Communicator):
         self._ranks = dist.get_process_group_ranks(process_group)
         self._sent: list[tuple[dist.Work, Tensor]] = []
         self._closed = False
+        self._sequence = 0
+        self._failure: PeerError | None = None
 
     def all_reduce(self, tensor: Tensor, *, op: str = "sum", async_op: bool = False) -> Work | None:
         if tensor.numel() * tensor.itemsize <= ONE_SHOT_BYTES or self.size == 2:
@@ -127,21 +133,24 @@ class TorchCommunicator(Communicator):
         self._sent = [(work, data) for work, data in self._sent if not work.is_completed()]
         data = _as_bytes(tensor).clone()
         call = lambda: dist.isend(data, self._ranks[dst], self.process_group, tag)  # noqa: E731
-        self._sent.append((self._guard("send", call), data))
+        self._sequence += 1
+        self._sent.append((self._guard("send", call, peer=dst), data))
 
     def recv(self, tensor: Tensor, src: int, *, tag: int = 0) -> None:
         self._run(
             "recv",
             False,
             lambda: dist.irecv(_as_bytes(tensor), self._ranks[src], self.process_group, tag),
+            peer=src,
         )
 
     def barrier(self) -> None:
         self._run("barrier", False, lambda: dist.barrier(self.process_group, async_op=True))
 
     def close(self) -> None:
-        for work, _ in self._sent:
-            self._guard("send", work.wait)
+        if self._failure is None:
+            for work, _ in self._sent:
+                self._guard("send", work.wait)
         self._sent.clear()
         self._closed = True
 
@@ -162,15 +171,46 @@ class TorchCommunicator(Communicator):
             async_op=True,
         )
 
-    def _guard(self, operation: str, call: Callable[[], object]) -> object:
+    def _guard(
+        self,
+        operation: str,
+        call: Callable[[], T],
+        *,
+        peer: int | None = None,
+        sequence: int | None = None,
+    ) -> T:
         if self._closed:
             raise PeerError(f"{operation}: the group '{self.name}' is closed")
+        if self._failure is not None:
+            raise self._failure
         try:
             return call()
         except RuntimeError as error:
-            raise PeerError(
-                f"{operation} on group '{self.name}' (rank {self.rank} of {self.size}): {error}"
-            ) from error
+            self._failure = self._explained(operation, sequence or self._sequence, error, peer)
+            raise self._failure from error
+
+    def _explained(
+        self, operation: str, sequence: int, error: RuntimeError, peer: int | None
+    ) -> PeerError:
+        """What failed, and which ranks are missing: those that do not answer over torch's store."""
+        if self.size == 2:
+            peer = 1 - self.rank
+        missing: tuple[int, ...] | None = (peer,) if peer is not None else None
+        if missing is None:
+            prefix = f"pyparallel/{self.name}/{'-'.join(map(str, self._ranks))}"
+            store = dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
+            missing = bounded_roll_call(store, self.rank, self.size)
+        if missing is None:
+            who = "unknown, since the machine of torch's store can't be reached either"
+        else:
+            who = ", ".join(map(str, missing)) or "none"
+        named = PeerError(
+            f"{operation} on group '{self.name}' (rank {self.rank} of {self.size}, call "
+            f"{sequence}) failed, missing ranks: {who} ({str(error).splitlines()[0]})"
+        )
+        named.operation, named.sequence = operation, sequence
+        named.group, named.missing = self.name, missing or ()
+        return named
 
     def _run(
         self,
@@ -178,11 +218,15 @@ class TorchCommunicator(Communicator):
         async_op: bool,
         start: Callable[[], dist.Work],
         finish: Callable[[], None] | None = None,
+        *,
+        peer: int | None = None,
     ) -> Work | None:
-        handle = self._guard(operation, start)
+        self._sequence += 1
+        sequence = self._sequence
+        handle = self._guard(operation, start, peer=peer)
 
         def complete() -> None:
-            self._guard(operation, handle.wait)
+            self._guard(operation, handle.wait, peer=peer, sequence=sequence)
             if finish is not None:
                 finish()
 

@@ -1,0 +1,66 @@
+"""What the ranks of two hosts do: ``python -m tests.machines.job same|cut FOLDER``, under torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pyparallel.collectives import all_reduce_raw
+from pyparallel.communicator import PeerError
+from pyparallel.layers import ColumnParallelLinear, RowParallelLinear
+from pyparallel.mesh import Mesh, init_mesh
+
+# Ranks along the axes: tensor parallel inside a host with data parallel across, and across both.
+MESHES = ({"dp": 2, "tp": 2}, {"tp": 4})
+TIMEOUT_S = 4.0
+
+
+def step(mesh: Mesh, number: int) -> list[Tensor]:
+    """Output and gradients of two layers cut over tp, summed over dp."""
+    torch.manual_seed(number)
+    up = ColumnParallelLinear(9, 14, group=mesh.tp)
+    down = RowParallelLinear(14, 5, group=mesh.tp)
+    x = torch.randn(4, 9) + mesh.dp.rank
+    y = down(torch.nn.functional.gelu(up(x)))
+    y.square().sum().backward()
+    gradients = [all_reduce_raw(p.grad, mesh.dp) for p in (*up.parameters(), *down.parameters())]
+    return [y.detach(), *gradients]
+
+
+def same() -> list:
+    """The results of a step on every mesh, and the engines that its axes talk through."""
+    found = []
+    for sizes in MESHES:
+        mesh = init_mesh(**sizes)
+        engines = [type(group.communicator).__name__ for group in (mesh.tp, mesh.dp)]
+        found.append([engines, [tensor.tolist() for tensor in step(mesh, 0)]])
+    return found
+
+
+def cut(folder: Path) -> dict:
+    """Steps until the link is cut; what this rank was told then, and when."""
+    mesh = init_mesh(dp=2, tp=2, timeout_s=TIMEOUT_S)
+    for number in range(10_000):
+        if number == 20 and mesh.world.rank == 0:
+            (folder / "under way").touch()
+        try:
+            step(mesh, number)
+        except PeerError as error:
+            return {"error": str(error), "at": time.time(), "process": os.getpid()}
+        time.sleep(0.01)
+    raise AssertionError("the link was never cut")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    place = Path(sys.argv[2])
+    result = same() if sys.argv[1] == "same" else cut(place)
+    (place / os.environ["RANK"]).write_text(json.dumps(result))
+    if sys.argv[1] == "cut":
+        raise SystemExit(1)

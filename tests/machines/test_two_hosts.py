@@ -1,0 +1,76 @@
+"""Two hosts, as network namespaces joined by a link: the same bits as on one, and a link that is cut."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pyparallel.launch import launch
+from tests.machines.hosts import Hosts, two_hosts
+from tests.machines.job import TIMEOUT_S, same
+
+RANKS = range(4)
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    if os.geteuid() != 0:
+        pytest.skip("only root may make network namespaces")
+    with two_hosts() as opened:
+        yield opened
+
+
+def test_two_hosts_give_the_bits_of_one(hosts: Hosts, tmp_path: Path) -> None:
+    for process in hosts.torchrun(2, "tests.machines.job", "same", str(tmp_path)):
+        output, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, output
+    alone = launch(same, len(RANKS), threads=1)
+    for rank in RANKS:
+        found = json.loads((tmp_path / str(rank)).read_text())
+        engines = [mesh[0] for mesh in found]
+        assert engines == [
+            ["SharedMemoryCommunicator", "TorchCommunicator"],
+            ["HierarchicalCommunicator", "LocalCommunicator"],
+        ]
+        assert [mesh[1] for mesh in found] == [mesh[1] for mesh in alone[rank]]
+
+
+def test_a_link_that_is_cut_ends_every_rank_inside_the_timeout(
+    hosts: Hosts, tmp_path: Path
+) -> None:
+    started = hosts.torchrun(2, "tests.machines.job", "cut", str(tmp_path))
+    wait_for((tmp_path / "under way").exists, 200)
+    hosts.cut()
+    cut_at = time.time()
+    wait_for(lambda: all((tmp_path / str(rank)).exists() for rank in RANKS), TIMEOUT_S + 20)
+    for rank in RANKS:
+        told = json.loads((tmp_path / str(rank)).read_text())
+        # The roll call takes up to two seconds more.
+        assert told["at"] - cut_at < TIMEOUT_S + 4, told
+        assert "on group 'dp'" in told["error"], told
+        assert f"missing ranks: {1 - rank // 2} " in told["error"], told
+        wait_for(lambda: has_ended(told["process"]), 20)  # noqa: B023
+    # The store is on the first host. torchrun on the other asks for it for minutes, without ranks.
+    output, _ = started[0].communicate(timeout=60)
+    assert started[0].returncode != 0, output
+
+
+def wait_for(condition: Callable[[], bool], limit_s: float) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not so within {limit_s} s"
+        time.sleep(0.05)
+
+
+def has_ended(process: int) -> bool:
+    """Gone, or waiting for torchrun to ask how it ended."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return True
+    return state == "Z"
