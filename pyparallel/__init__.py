@@ -26,6 +26,7 @@ from pyparallel.layers import (
 from pyparallel.mesh import Mesh, init_mesh
 from pyparallel.models.load import load
 from pyparallel.parallelize import parallelize
+from pyparallel.save import restore, save
 
 __all__ = [
     "ColumnParallelLinear",
@@ -52,6 +53,8 @@ __all__ = [
     "load",
     "parallelize",
     "reduce_scatter",
+    "restore",
+    "save",
     "use",
     "vocab_parallel_cross_entropy",
 ]

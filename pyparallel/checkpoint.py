@@ -1,4 +1,5 @@
-"""Reading checkpoints by slices: safetensors (one file, or several with an index) and GGUF.
+"""Reading checkpoints by slices: safetensors (one file, or several with an index), GGUF, and what
+:func:`pyparallel.save` wrote.
 
 A checkpoint lists dense tensors under their Hugging Face names and reads any ranges of one axis of one
 of them, so that a rank never holds more than its own share and one tensor. No pickle is ever read.
@@ -7,7 +8,6 @@ Opened checkpoints are small and picklable: a launcher opens one and hands it to
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyparallel.checkpoint_format import Checkpoint, CheckpointError
+from pyparallel.checkpoint_format import (
+    Checkpoint,
+    CheckpointError,
+    open_safetensors,
+    read_json,
+)
+from pyparallel.sharded_checkpoint import ShardedCheckpoint, is_sharded
 
 __all__ = ["Checkpoint", "CheckpointError", "SafetensorsCheckpoint", "open_checkpoint"]
 
@@ -30,36 +36,36 @@ class SafetensorsCheckpoint(Checkpoint):
         if path.is_file():
             files = [path]
         elif index.exists():
-            files = sorted({folder / name for name in _json(index)["weight_map"].values()})
+            files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
         else:
             files = sorted(folder.glob("*.safetensors"))
         self._config_file = folder / "config.json"
         self._files: dict[str, Path] = {}
         self.shapes = {}
         for file in files:
-            with _open_safetensors(file) as tensors:
+            with open_safetensors(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118  (not a mapping)
                     self._files[name] = file
                     self.shapes[name] = tuple(tensors.get_slice(name).get_shape())
         if index.exists() and not path.is_file():
-            for name in _json(index)["weight_map"]:
+            for name in read_json(index)["weight_map"]:
                 if name not in self.shapes:
                     raise CheckpointError(f"{path}: tensor {name} of the index is in no file")
 
     def config(self) -> Mapping[str, Any]:
         if not self._config_file.exists():
             raise CheckpointError(f"{self.path}: there is no config.json beside the tensors")
-        return _json(self._config_file)
+        return read_json(self._config_file)
 
     def dtype(self, name: str) -> torch.dtype:
-        with _open_safetensors(self._files[name]) as tensors:
+        with open_safetensors(self._files[name]) as tensors:
             rows = tensors.get_slice(name)
             return rows[:0].dtype if rows.get_shape() else tensors.get_tensor(name).dtype
 
     def _copy(self, name: str, dim: int, start: int, out: Tensor) -> None:
         # Opened anew for each tensor: closing unmaps the pages that were read, which would otherwise
         # add up to the whole file.
-        with _open_safetensors(self._files[name]) as tensors:
+        with open_safetensors(self._files[name]) as tensors:
             if not self.shapes[name]:
                 out.copy_(tensors.get_tensor(name))
                 return
@@ -68,7 +74,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a folder of safetensors, a .safetensors file or a .gguf file.
+    """Open a folder of safetensors, one that ``save`` wrote, a .safetensors file or a .gguf file.
 
     Raises:
         CheckpointError: nothing is there, or it is of another kind, or truncated.
@@ -76,6 +82,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
+    if is_sharded(path):
+        return ShardedCheckpoint(path)
     if path.suffix == ".gguf":
         from pyparallel.gguf_checkpoint import GGUFCheckpoint
 
@@ -95,21 +103,3 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if path.is_file() and path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: expected a folder, a .safetensors or a .gguf file")
     return SafetensorsCheckpoint(path)
-
-
-def _open_safetensors(file: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(file, "pt")
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: not a whole safetensors file ({error})") from None
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: not readable as JSON ({error})") from None

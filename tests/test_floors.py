@@ -50,6 +50,13 @@ PYTHON_FLOORS = (
         "checkpoint",
         "checkpoint_format",
         "gguf_checkpoint",
+        "sharded_checkpoint",
+        "checkpoint_names",
+        "checkpoint_pieces",
+        "checkpoint_planner",
+        "checkpoint_storage",
+        "checkpoint_optimizer",
+        "save",
         "generate",
         "cpu_decoder",
     }

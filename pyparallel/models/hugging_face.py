@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -188,3 +188,28 @@ def _stored_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
                 f"{checkpoint.path}: tensor {source} is not one of a {type(model).__name__}"
             )
     return found
+
+
+def saved_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """What transformers would call these tensors of a model in a checkpoint.
+
+    Raises:
+        ValueError: it would store them in another layout.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    held = list(names)
+    # Its own saving runs on numbers that stand for the tensors.
+    numbers = {tied.get(name, name): torch.tensor(number) for number, name in enumerate(held)}
+    reverted = {
+        int(number): name
+        for name, number in revert_weight_conversion(model, numbers).items()
+        if number.dim() == 0
+    }
+    if sorted(reverted) != list(range(len(held))):
+        raise ValueError(
+            f"{type(model).__name__}: transformers stores its tensors in another layout than the "
+            f"model's; save and export know no way there"
+        )
+    return {name: reverted[number] for number, name in enumerate(held)}

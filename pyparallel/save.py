@@ -1,0 +1,177 @@
+"""``save`` and ``restore``: a training run's model and optimizer, on any mesh.
+
+On torch.distributed.checkpoint. Every tensor is kept as the dense tensor it is a part of, under its
+Hugging Face name; a rank writes the boxes it holds, and reads the parts of boxes that it needs. So what
+one mesh saved loads on any other: another tp, pp, cp, dp or FSDP, with sequence parallelism or without.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from pyparallel.checkpoint import CheckpointError
+from pyparallel.checkpoint_names import named_tensors
+from pyparallel.checkpoint_optimizer import empty_optimizer, merge_optimizers, optimizer_pieces
+from pyparallel.checkpoint_planner import Held, PieceLoadPlanner, PieceSavePlanner
+from pyparallel.checkpoint_storage import PieceReader, PieceWriter, unfinished
+from pyparallel.mesh import Mesh
+from pyparallel.sharded_checkpoint import ShardedCheckpoint, is_sharded
+
+T = TypeVar("T")
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    mesh: Mesh,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    extra: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a sharded checkpoint; called by every rank of the mesh.
+
+    A rank writes what it holds; of what several hold one writes a copy. Where that is no plain memory on
+    the host a rank copies up to 1 GiB at a time. ``folder`` appears at the end, whole.
+
+    Args:
+        model: a :class:`Decoder`, a parallelized transformers model or any module with sharded layers in
+            it; may be wrapped by DDP, cut by ``fully_shard``, or compiled.
+        folder: on a file system that all ranks share.
+        optimizer: its state and options are kept too.
+        extra: anything else, as JSON can hold it (rank 0's is kept); :func:`restore` returns it.
+        overwrite: replace a folder that is there.
+
+    Raises:
+        CheckpointError: on every rank, if any rank fails.
+    """
+    folder = Path(folder).absolute()
+
+    def hold() -> Held:
+        named = named_tensors(model, mesh)
+        pieces = [piece for tensor in named for piece in tensor.pieces(mesh, owned=True)]
+        state: dict[str, Any] = {"extra": _json("extra", dict(extra or {})), "optimizer": None}
+        if optimizer is not None:
+            more, state["optimizer"] = optimizer_pieces(optimizer, named, mesh)
+            pieces += more
+        return Held(pieces, state)
+
+    def merge(states: list[dict[str, Any]]) -> dict[str, Any]:
+        merged = dict(states[0])
+        if optimizer is not None:
+            merged["optimizer"] = merge_optimizers(state["optimizer"] for state in states)
+        return merged
+
+    writer = PieceWriter(folder, dist.get_rank(), lambda _: None, overwrite=overwrite)
+    _one_line(
+        folder, lambda: dcp.save({}, storage_writer=writer, planner=PieceSavePlanner(hold, merge))
+    )
+
+
+def restore(
+    model: nn.Module,
+    folder: str | Path,
+    mesh: Mesh,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> dict[str, Any]:
+    """Read a sharded checkpoint into a model, whichever mesh wrote it; called by every rank.
+
+    A rank reads only the parts of its own pieces, straight into the model's memory, converted to its
+    dtype. Nothing is changed where the checkpoint does not fit the model.
+
+    Args:
+        model, folder: as :func:`save` takes them.
+        optimizer: gets the saved state and options (learning rates, ...). Its parameters have to be
+            grouped as they were.
+
+    Returns:
+        What was saved as ``extra``.
+
+    Raises:
+        CheckpointError: on every rank, if any rank fails: a tensor is missing, extra or mis-shaped, a
+            file is broken. The message names it.
+    """
+    folder = Path(folder).absolute()
+    checkpoint = together(lambda: _open(folder))
+    loaded: dict[str, Any] = {}
+
+    def hold() -> Held:
+        named = named_tensors(model, mesh)
+        pieces = [piece for tensor in named for piece in tensor.pieces(mesh, owned=False)]
+        if optimizer is not None:
+            loaded["optimizer"], more = empty_optimizer(
+                optimizer, named, checkpoint.index, mesh, str(folder)
+            )
+            pieces += more
+        return Held(pieces)
+
+    planner = PieceLoadPlanner(hold, str(folder), with_optimizer=optimizer is not None)
+    reader = PieceReader(checkpoint)
+    _one_line(folder, lambda: dcp.load({}, storage_reader=reader, planner=planner))
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+    return checkpoint.index.state.get("extra", {})
+
+
+def together(work: Callable[[], T]) -> T:
+    """The result of ``work``, or on every rank the error of the first rank that has one."""
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as caught:
+        error = caught
+    errors: list[Exception | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for rank, other in enumerate(errors):
+        if other is not None:
+            raise _describe(rank, other) from other
+    return result
+
+
+def _one_line(folder: Path, work: Callable[[], T]) -> T:
+    """Run one of torch's two; their error, a page of tracebacks, becomes the first rank's alone."""
+    try:
+        return work()
+    except CheckpointException as failure:
+        rank, (error, _) = min(failure.failures.items())
+        if not isinstance(error, Exception):
+            raise error from None
+        raise _describe(rank, error, folder) from error
+
+
+def _describe(rank: int, error: Exception, folder: Path | None = None) -> CheckpointError:
+    if isinstance(error, ValueError):
+        return CheckpointError(str(error))
+    where = "" if folder is None else f"{folder}: "
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return CheckpointError(f"{where}rank {rank}: {text}")
+
+
+def _open(folder: Path) -> ShardedCheckpoint:
+    if not folder.is_dir():
+        interrupted = unfinished(folder).exists()
+        raise CheckpointError(
+            f"{folder}: no such folder" + ("; saving it was interrupted" if interrupted else "")
+        )
+    if not is_sharded(folder):
+        raise CheckpointError(
+            f"{folder}: not written by pyparallel.save(); read other checkpoints with load()"
+        )
+    return ShardedCheckpoint(folder)
+
+
+def _json(name: str, value: T) -> T:
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: expected what JSON can hold ({error})") from None
