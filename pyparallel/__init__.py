@@ -24,9 +24,10 @@ from pyparallel.layers import (
     VocabParallelEmbedding,
 )
 from pyparallel.mesh import Mesh, init_mesh
-from pyparallel.models.load import load
+from pyparallel.models.load import load, load_stages
 from pyparallel.parallelize import parallelize
 from pyparallel.save import restore, save
+from pyparallel.pipeline import Pipeline
 
 __all__ = [
     "ColumnParallelLinear",
@@ -36,6 +37,7 @@ __all__ = [
     "ParallelLMHead",
     "ParallelMLP",
     "PeerError",
+    "Pipeline",
     "QKVParallelLinear",
     "RankError",
     "RowParallelLinear",
@@ -51,6 +53,7 @@ __all__ = [
     "init_mesh",
     "launch",
     "load",
+    "load_stages",
     "parallelize",
     "reduce_scatter",
     "restore",

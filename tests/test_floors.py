@@ -60,7 +60,15 @@ PYTHON_FLOORS = (
         "generate",
         "cpu_decoder",
     }
-    | {"data", "pipeline", "activation_memory"},
+    | {
+        "data",
+        "pipeline",
+        "pipeline_schedules",
+        "pipeline_stages",
+        "pipeline_errors",
+        "tied_gradients",
+        "activation_memory",
+    },
     {"planner"},
     {"", "cli", "commands", "testing", "__main__"},
 )

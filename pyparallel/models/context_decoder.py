@@ -78,15 +78,20 @@ class ContextDecoder(Decoder):
         ]
 
     def forward(
-        self, ids: Tensor, shards: ContextShards | None = None, *, length: int | None = None
+        self,
+        ids: Tensor,
+        shards: ContextShards | None = None,
+        *,
+        length: int | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """The logits [B, S_r, V] of this rank's tokens of ``ids [B, S]``.
 
         Args:
             shards: from :meth:`shards`; by default each sequence is one document.
-            length: S, where a stage is given hidden states and no ``shards``.
+            length, documents: S, and document ids [B, S], where a stage is given no ``shards``.
         """
-        shards = shards or self.shards(length or ids.shape[1])
+        shards = shards or self.shards(length or ids.shape[1], documents=documents)
         hidden = self._prefill(ids, shards, None)
         if self.head is None:
             return hidden

@@ -165,6 +165,15 @@ class Decoder(nn.Module):
             self.head.share_weight(self.embedding)
 
     @property
+    def tied_weight(self) -> nn.Parameter | None:
+        """The weight that this stage shares with another one, if there is such."""
+        if not self.config.tied or self.stage.count == 1:
+            return None
+        if self.stage.is_first:
+            return self.embedding.weight
+        return self.head.weight if self.stage.is_last else None
+
+    @property
     def vocab_size(self) -> int:
         """V, dense."""
         return self.config.vocab_size

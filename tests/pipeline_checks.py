@@ -1,0 +1,93 @@
+"""What the pipeline's tests share: dense losses and gradients, and the comparison with a stage's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyparallel.collectives import all_reduce_raw
+from pyparallel.mesh import Mesh
+from pyparallel.models.decoder import Decoder
+from pyparallel.models.stage import tied_copies
+from pyparallel.models.weights import sources
+from pyparallel.testing import assert_as_dense
+from tests.transformers_models import build
+
+LAYERS = 5
+BATCH, LENGTH = 6, 7
+
+Truth = dict[str, dict[str, Tensor]]
+
+
+def batch_of(rows: int = BATCH, *, length: int = LENGTH, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Ids and targets [rows, length]; some targets do not count, and unevenly many of each row."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, 60, (rows, length + 1), generator=generator)
+    targets = ids[:, 1:].clone()
+    for row in range(rows):
+        targets[row, length - row % 3 :] = -100
+    return ids[:, :-1].contiguous(), targets
+
+
+def dense_truth(family: str, folder: Path, **changes: object) -> Truth:
+    """Saves a dense model; its loss and gradients in fp32 and fp64, under transformers' names."""
+    found: Truth = {}
+    for dtype in (torch.float32, torch.float64):
+        model = build(family, num_hidden_layers=LAYERS, **changes).to(dtype)
+        if dtype is torch.float32:
+            model.save_pretrained(folder)
+        ids, targets = batch_of()
+        logits = model(ids).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        loss.backward()
+        found[str(dtype)] = {name: p.grad for name, p in model.named_parameters()}
+        found[str(dtype)]["loss"] = loss.detach()
+    return found
+
+
+def check_loss(loss: Tensor, truth: Truth, parts: int, what: str) -> None:
+    dense, exact = (truth[str(d)]["loss"] for d in (torch.float32, torch.float64))
+    assert_as_dense(loss, dense, exact, parts, f"{what}: loss")
+
+
+def check_gradients(
+    stages: list[Decoder], mesh: Mesh, truth: Truth, parts: int, what: str, *, summed: bool = True
+) -> set[str]:
+    """Every parameter's gradient is the dense one's part; the names that were checked.
+
+    Args:
+        parts: how many partial sums make a gradient: micro-batches times ranks.
+        summed: over dp and cp too; otherwise that is done here.
+    """
+    seen = set()
+    rank, ranks = mesh.tp.rank, mesh.tp.size
+    for stage in stages:
+        copies = tied_copies(stage)
+        wanted = sources(stage.config, ranks)
+        for name, parameter in stage.named_parameters():
+            owner = copies.get(name, name)
+            dense, exact = (
+                torch.cat([part(truth[str(d)], source, rank) for source in wanted[owner]])
+                for d in (torch.float32, torch.float64)
+            )
+            assert parameter.grad is not None, f"{what} {name}: no gradient"
+            gradient = parameter.grad
+            for group in () if summed else (mesh.cp, mesh.dp):
+                gradient = all_reduce_raw(gradient.clone(), group) if group.size > 1 else gradient
+            assert_as_dense(gradient, dense, exact, parts, f"{what} {name}")
+            seen.add(owner)
+    return seen
+
+
+def part(gradients: dict[str, Tensor], source: object, rank: int) -> Tensor:
+    """A rank's part of a dense gradient."""
+    cut = source.sharding.split(gradients[source.name], rank)
+    return cut.t() if source.transposed else cut
+
+
+def reset(stages: list[nn.Module]) -> None:
+    for stage in stages:
+        stage.zero_grad()
