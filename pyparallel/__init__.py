@@ -26,8 +26,8 @@ from pyparallel.layers import (
 from pyparallel.mesh import Mesh, init_mesh
 from pyparallel.models.load import load, load_stages
 from pyparallel.parallelize import parallelize
-from pyparallel.save import restore, save
 from pyparallel.pipeline import Pipeline
+from pyparallel.save import restore, save
 
 __all__ = [
     "ColumnParallelLinear",
