@@ -6,9 +6,11 @@ import torch  # noqa: F401  isort: skip
 from pyparallel.backend import use
 from pyparallel.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
 from pyparallel.communicator import PeerError
+from pyparallel.data import data_parallel
 from pyparallel.functional.next_token import Sampling
 from pyparallel.functional.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
 from pyparallel.generate import generate
+from pyparallel.grad_norm import clip_grad_norm_, grad_norm
 from pyparallel.group import Group
 from pyparallel.launch import RankError, launch
 from pyparallel.layers import (
@@ -23,6 +25,7 @@ from pyparallel.layers import (
     SequenceParallelRMSNorm,
     VocabParallelEmbedding,
 )
+from pyparallel.loss import count_targets, cross_entropy, mean_loss
 from pyparallel.mesh import Mesh, init_mesh
 from pyparallel.models.load import load, load_stages
 from pyparallel.parallelize import parallelize
@@ -49,11 +52,17 @@ __all__ = [
     "all_gather",
     "all_reduce",
     "all_to_all",
+    "clip_grad_norm_",
+    "count_targets",
+    "cross_entropy",
+    "data_parallel",
     "generate",
+    "grad_norm",
     "init_mesh",
     "launch",
     "load",
     "load_stages",
+    "mean_loss",
     "parallelize",
     "reduce_scatter",
     "restore",

@@ -10,6 +10,7 @@ import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,25 @@ class Mesh:
     def sizes(self) -> dict[str, int]:
         """Ranks along each axis."""
         return {axis: getattr(self, axis).size for axis in AXES}
+
+    @cached_property
+    def data_mesh(self) -> DeviceMesh:
+        """dp x cp as one axis, "dp_cp": the ranks that hold the same parameters and see other tokens.
+
+        The first use is a call of all ranks of the world.
+        """
+        flat = self.device_mesh["dp", "cp"]._flatten("dp_cp")
+        _set_pg_timeout(_timeout_of_world(), flat.get_group())
+        return flat
+
+    @cached_property
+    def data(self) -> Group:
+        """The group of :attr:`data_mesh`, which gradients are summed over.
+
+        It talks through an engine of its own, so that gradients travel beside what the ranks of dp and
+        cp say in backward. The first use is a call of all ranks of the world.
+        """
+        return _group(self.data_mesh.get_group(), "data", self.device_mesh.device_type)
 
     def __repr__(self) -> str:
         return "Mesh(" + " x ".join(f"{axis}={size}" for axis, size in self.sizes.items()) + ")"

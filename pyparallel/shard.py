@@ -107,6 +107,25 @@ class Sharding:
                 dense.narrow(self.dim, start, stop - start).copy_(piece)
         return dense
 
+    def first_held(self, rank: int) -> list[Range]:
+        """Which places of rank's shard no lower rank holds too: ranges along the local axis.
+
+        >>> Sharding(0, 4, (((0, 2),), ((0, 4),))).first_held(1)
+        [(2, 4)]
+        """
+        before = sorted(piece for held in self.ranges[:rank] for piece in held)
+        found, offset = [], 0
+        for start, stop in self.ranges[rank]:
+            place = start
+            for low, high in before:
+                if place < min(low, stop):
+                    found.append((offset + place - start, offset + min(low, stop) - start))
+                place = max(place, min(high, stop))
+            if place < stop:
+                found.append((offset + place - start, offset + stop - start))
+            offset += stop - start
+        return found
+
     def along(self, dim: int) -> Sharding:
         """The same ranges along another axis."""
         return Sharding(dim, self.length, self.ranges)

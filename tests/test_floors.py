@@ -62,6 +62,9 @@ PYTHON_FLOORS = (
     }
     | {
         "data",
+        "data_engines",
+        "loss",
+        "grad_norm",
         "pipeline",
         "pipeline_schedules",
         "pipeline_stages",
