@@ -7,6 +7,7 @@ from pyparallel.backend import use
 from pyparallel.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
 from pyparallel.communicator import PeerError
 from pyparallel.data import data_parallel
+from pyparallel.export import export
 from pyparallel.functional.next_token import Sampling
 from pyparallel.functional.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
 from pyparallel.generate import generate
@@ -56,6 +57,7 @@ __all__ = [
     "count_targets",
     "cross_entropy",
     "data_parallel",
+    "export",
     "generate",
     "grad_norm",
     "init_mesh",

@@ -7,9 +7,10 @@ Checkpoints keep the names, the shapes and the layout of Hugging Face's, so that
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -17,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pyparallel.checkpoint_pieces import Piece, pieces_of
 from pyparallel.mesh import Mesh
 from pyparallel.models.config import DecoderConfig
+from pyparallel.models.stage import tied_copies
 from pyparallel.models.weights import Source, sources
 from pyparallel.parallelize import named_shardings
 from pyparallel.shard import REPLICATED
@@ -43,30 +45,45 @@ class Named:
             yield from pieces_of(self.value, self.found, mesh.tp.rank, owned=owned)
 
 
-def named_tensors(model: nn.Module, mesh: Mesh) -> list[Named]:
+def named_tensors(models: Iterable[nn.Module], mesh: Mesh) -> list[Named]:
     """Every parameter and persistent buffer of this rank's part of a model, tied ones once.
 
+    Args:
+        models: one, or this rank's stages of one.
+
     Raises:
-        ValueError: a parameter has no storage, or is none that a checkpoint has a name for.
+        ValueError: a parameter has no storage, is rounded for inference, or is none that a checkpoint
+            has a name for.
     """
-    model = unwrap(model)
+    return [named for model in models for named in _named_tensors(unwrap(model)[-1], mesh)]
+
+
+def _named_tensors(model: nn.Module, mesh: Mesh) -> Iterator[Named]:
     for module in model.modules():
         # After a forward without a backward FSDP may still hold whole parameters.
         if isinstance(module, FSDPModule):
             module.reshard()
     known = _known_sources(model, mesh)
-    named = []
+    copies = {_plain(name): owner for name, owner in tied_copies(model).items()}
     for name, value in _tensors(model).items():
         if value.is_meta:
             raise ValueError(f"{name}: expected a tensor with storage, got one on the meta device")
-        if name not in known:
+        if value.dtype == torch.int8:
+            raise ValueError(
+                f"{name}: expected a floating dtype, got int8 weights, which are for inference; load "
+                f"the model without weights='int8'"
+            )
+        owner = copies.get(name, name)
+        if owner not in known:
             raise ValueError(f"{name}: not a tensor that checkpoints of this model have")
-        named.append(Named(value, known[name]))
-    return named
+        yield Named(value, known[owner], copied=name in copies)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DDP, torch.compile, and what drives a transformers model's generation."""
+def unwrap(model: nn.Module) -> list[nn.Module]:
+    """The model and what is inside DDP, torch.compile, and the driver of transformers' generation; the
+    last one is the model itself.
+    """
+    chain = [model]
     while True:
         if isinstance(model, DistributedDataParallel):
             model = model.module
@@ -75,7 +92,8 @@ def unwrap(model: nn.Module) -> nn.Module:
         elif _drives_transformers(model):
             model = model.model
         else:
-            return model
+            return chain
+        chain.append(model)
 
 
 def _drives_transformers(model: nn.Module) -> bool:

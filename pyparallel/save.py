@@ -8,7 +8,7 @@ one mesh saved loads on any other: another tp, pp, cp, dp or FSDP, with sequence
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,8 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from pyparallel.checkpoint import CheckpointError
-from pyparallel.checkpoint_names import named_tensors
+from pyparallel.checkpoint_files import source_of, write_files
+from pyparallel.checkpoint_names import named_tensors, unwrap
 from pyparallel.checkpoint_optimizer import empty_optimizer, merge_optimizers, optimizer_pieces
 from pyparallel.checkpoint_planner import Held, PieceLoadPlanner, PieceSavePlanner
 from pyparallel.checkpoint_storage import PieceReader, PieceWriter, unfinished
@@ -30,12 +31,13 @@ T = TypeVar("T")
 
 
 def save(
-    model: nn.Module,
+    model: nn.Module | Sequence[nn.Module],
     folder: str | Path,
     mesh: Mesh,
     *,
     optimizer: torch.optim.Optimizer | None = None,
     extra: Mapping[str, Any] | None = None,
+    source: str | Path | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a sharded checkpoint; called by every rank of the mesh.
@@ -45,19 +47,22 @@ def save(
 
     Args:
         model: a :class:`Decoder`, a parallelized transformers model or any module with sharded layers in
-            it; may be wrapped by DDP, cut by ``fully_shard``, or compiled.
+            it; may be wrapped by DDP, cut by ``fully_shard``, or compiled. Several stages as a list.
         folder: on a file system that all ranks share.
         optimizer: its state and options are kept too.
         extra: anything else, as JSON can hold it (rank 0's is kept); :func:`restore` returns it.
+        source: the folder or GGUF file whose config and tokenizer are kept too, so that
+            :func:`pyparallel.load` can open the checkpoint; by default the one the model is from.
         overwrite: replace a folder that is there.
 
     Raises:
         CheckpointError: on every rank, if any rank fails.
     """
     folder = Path(folder).absolute()
+    models = [model] if isinstance(model, nn.Module) else list(model)
 
     def hold() -> Held:
-        named = named_tensors(model, mesh)
+        named = named_tensors(models, mesh)
         pieces = [piece for tensor in named for piece in tensor.pieces(mesh, owned=True)]
         state: dict[str, Any] = {"extra": _json("extra", dict(extra or {})), "optimizer": None}
         if optimizer is not None:
@@ -71,14 +76,18 @@ def save(
             merged["optimizer"] = merge_optimizers(state["optimizer"] for state in states)
         return merged
 
-    writer = PieceWriter(folder, dist.get_rank(), lambda _: None, overwrite=overwrite)
+    def add_files(written: Path) -> None:
+        chain = unwrap(models[0])
+        write_files(written, chain[-1], source_of(source, chain))
+
+    writer = PieceWriter(folder, dist.get_rank(), add_files, overwrite=overwrite)
     _one_line(
         folder, lambda: dcp.save({}, storage_writer=writer, planner=PieceSavePlanner(hold, merge))
     )
 
 
 def restore(
-    model: nn.Module,
+    model: nn.Module | Sequence[nn.Module],
     folder: str | Path,
     mesh: Mesh,
     *,
@@ -102,11 +111,12 @@ def restore(
             file is broken. The message names it.
     """
     folder = Path(folder).absolute()
+    models = [model] if isinstance(model, nn.Module) else list(model)
     checkpoint = together(lambda: _open(folder))
     loaded: dict[str, Any] = {}
 
     def hold() -> Held:
-        named = named_tensors(model, mesh)
+        named = named_tensors(models, mesh)
         pieces = [piece for tensor in named for piece in tensor.pieces(mesh, owned=False)]
         if optimizer is not None:
             loaded["optimizer"], more = empty_optimizer(

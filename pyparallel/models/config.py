@@ -1,9 +1,9 @@
-"""What a decoder-only transformer is made of, read from a Hugging Face config or GGUF metadata."""
+"""What a decoder-only transformer is made of, read from a Hugging Face config."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from pyparallel.layers.rotary_embedding import RopeScaling
@@ -96,50 +96,6 @@ def from_hugging_face(config: Mapping[str, Any]) -> DecoderConfig:
         return readers[model_type](config)
     except KeyError as error:
         raise ValueError(f"config of a {model_type}: {error} is missing") from None
-
-
-def from_gguf(metadata: Mapping[str, Any]) -> DecoderConfig:
-    """Read a GGUF file's metadata.
-
-    Raises:
-        UnknownArchitectureError: the architecture is not one that is read from GGUF.
-    """
-    architecture = metadata.get("general.architecture")
-    if architecture not in ("llama", "qwen2", "qwen3"):
-        raise UnknownArchitectureError(
-            f"GGUF architecture: expected llama, qwen2 or qwen3, got {architecture!r}; "
-            f"other models are read from safetensors"
-        )
-
-    def get(key: str, *default: Any) -> Any:
-        value = metadata.get(f"{architecture}.{key}", *default)
-        if value is None and not default:
-            raise ValueError(f"GGUF metadata: {architecture}.{key} is missing")
-        return value
-
-    heads = get("attention.head_count")
-    hidden = get("embedding_length")
-    scaling = get("rope.scaling.type", None)
-    config = {
-        "model_type": architecture,
-        "vocab_size": metadata.get("vocab_size"),
-        "hidden_size": hidden,
-        "intermediate_size": get("feed_forward_length"),
-        "num_hidden_layers": get("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv", heads),
-        "head_dim": get("attention.key_length", hidden // heads),
-        "max_position_embeddings": get("context_length"),
-        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
-        "rope_theta": get("rope.freq_base", 10000.0),
-        "rope_scaling": None
-        if scaling in (None, "none")
-        else {"rope_type": scaling, "factor": get("rope.scaling.factor", 1.0)},
-        "tie_word_embeddings": metadata.get("tied", False),
-        "attention_bias": metadata.get("attention_bias", False),
-        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
-    }
-    return replace(from_hugging_face(config), rope_factors=metadata.get("rope_factors"))
 
 
 def _ids(value: int | list[int] | None) -> tuple[int, ...]:

@@ -15,9 +15,9 @@ from pyparallel.mesh import Mesh
 from pyparallel.models.config import (
     DecoderConfig,
     UnknownArchitectureError,
-    from_gguf,
     from_hugging_face,
 )
+from pyparallel.models.gguf_config import from_gguf
 from pyparallel.models.context_decoder import ContextDecoder
 from pyparallel.models.decoder import Decoder
 from pyparallel.models.stage import Stage, stages_of, stages_of_rank
@@ -52,6 +52,8 @@ def load(
 
     Over several ``mesh.pp`` ranks it is this rank's stage of the model, and only the stage's tensors are
     read; see :mod:`pyparallel.models.stage`.
+
+    The model's ``loaded_from`` is the path, where :func:`pyparallel.save` finds its config and tokenizer.
 
     Peak memory of a rank is its share and one tensor. Llama, Mistral, Qwen2, Qwen3, GPT-2 and GPT-NeoX
     become a :class:`Decoder`, or over several ``mesh.cp`` ranks a :class:`ContextDecoder`; any other
@@ -109,7 +111,7 @@ def load(
             ) from None
         from pyparallel.models.hugging_face import load_hugging_face
 
-        return load_hugging_face(
+        model = load_hugging_face(
             checkpoint,
             mesh,
             dtype=dtype,
@@ -117,6 +119,8 @@ def load(
             progress=progress,
             sequence_parallel=sequence_parallel,
         )
+        model.loaded_from = checkpoint.path
+        return model
     dtype = dtype or stored_dtype(checkpoint)
     options = {
         "group": mesh.tp,
@@ -129,6 +133,7 @@ def load(
     else:
         model = Decoder(config, "meta", dtype, **options)
     fill(model, checkpoint, device=device, progress=progress, int8=weights == "int8")
+    model.loaded_from = checkpoint.path
     return model.eval()
 
 
