@@ -129,6 +129,8 @@ class SymmetricMemory:
         # Next epoch, programs that left, 1 + missing rank, epoch of the failure.
         self.state = torch.tensor([first_epoch, 0, 0, 0], dtype=torch.int32, device=device)
 
+        # A GPU's state as it was after some earlier call, which the host can look at for nothing.
+        self._noted = self.state.cpu().pin_memory() if self.state.is_cuda else self.state
         self._starts: dict[tuple[int, ...], torch.Tensor] = {}
 
     def starts(self, counts: Sequence[int]) -> torch.Tensor:
@@ -140,7 +142,9 @@ class SymmetricMemory:
         return self._starts[key]
 
     def need(self, name: str, num_bytes: int, num_flags: int) -> None:
-        """ValueError unless a call of this size fits the region."""
+        """ValueError unless a call of this size fits the region; TimeoutError where a wait of an
+        earlier call is known to have run out."""
+        self._raise(name, self._noted)
         if num_bytes > self.capacity:
             raise ValueError(f"{name}: expected at most {self.capacity} bytes of symmetric memory, "
                              f"got {num_bytes}; make the regions larger or the call smaller")
@@ -149,15 +153,20 @@ class SymmetricMemory:
                              "make the call smaller")
 
     def check(self, name: str) -> None:
-        """Raise TimeoutError if a wait ran out. Waits for the device, so the interpreter calls
-        it after every launch and a GPU caller where it synchronizes anyway."""
-        state = self.state.tolist()
-        if state[2]:
-            raise TimeoutError(
-                f"{name}: rank {self.rank} of {self.size} waited {self.timeout_ns / 1e9:g} s in "
-                f"call {state[3]} for rank {state[2] - 1}, which did not come"
-            )
+        """Raise TimeoutError if a wait ran out; waits for the device."""
+        self._raise(name, self.state)
 
     def launched(self, name: str) -> None:
+        """After every launch: the interpreter's failures are raised here, a GPU's by a later call."""
         if INTERPRETING:
             self.check(name)
+        else:
+            self._noted.copy_(self.state, non_blocking=True)
+
+    def _raise(self, name: str, state: torch.Tensor) -> None:
+        _, _, missing, epoch = state.tolist()
+        if missing:
+            raise TimeoutError(
+                f"{name}: rank {self.rank} of {self.size} waited {self.timeout_ns / 1e9:g} s in "
+                f"call {epoch} for rank {missing - 1}, which did not come"
+            )

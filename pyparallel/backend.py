@@ -93,6 +93,18 @@ def select(op: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
     raise UnsupportedError(f"{op}: no backend can run this call ({'; '.join(reasons)})")
 
 
+def offered(op: str, *args: Any, **kwargs: Any) -> Callable[..., Any] | None:
+    """The implementation of a fused ``op`` that runs on these arguments, or None: for callers who know
+    the unfused way, whose own ops then run on the backend that :func:`select` finds."""
+    rows = _table.get(op, {})
+    explicit = chosen()
+    for backend in (explicit,) if explicit else ORDER:
+        row = rows.get(backend)
+        if row is not None and row.supports(*args, **kwargs) is None:
+            return row.run
+    return None
+
+
 def call(op: str, *args: Any, **kwargs: Any) -> Any:
     """Run ``op`` on the backend that :func:`select` finds."""
     return select(op, *args, **kwargs)(*args, **kwargs)

@@ -1,7 +1,8 @@
 """Collectives on tensors without autograd: along an axis, with uneven parts, counted.
 
 ``async_op=True`` returns a :class:`Pending` whose ``wait()`` gives the tensor. The pairs with autograd
-are in :mod:`pyparallel.collectives`.
+are in :mod:`pyparallel.collectives`. A group's engine moves the bytes, or, where a backend that has
+kernels for that is asked for by name, those.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from pyparallel import backend
 from pyparallel.communicator import REDUCTIONS, Work
 from pyparallel.group import Group
 
@@ -65,6 +67,11 @@ class _Gathered(Pending):
 
     def wait(self) -> Tensor:
         return _join(super().wait(), self._shapes, self._dim)
+
+
+def _done(result: Tensor, async_op: bool) -> Tensor | Pending:
+    """What a kernel gives, which runs on the caller's stream: there, or ordered before what follows."""
+    return Pending(result, None) if async_op else result
 
 
 def _join(flat: Tensor, shapes: list[list[int]], dim: int) -> Tensor:
@@ -126,6 +133,8 @@ def all_reduce_raw(
         return Pending(result, None) if async_op else result
     record_collective("all_reduce", x.numel() * x.itemsize)
     result = x.contiguous()
+    if (kernel := backend.offered("all_reduce", result, group, op)) is not None:
+        return _done(kernel(result, group, op), async_op)
     work = group.communicator.all_reduce(result, op=op, async_op=async_op)
     return Pending(result, work) if async_op else result
 
@@ -146,9 +155,11 @@ def all_gather_raw(
         return Pending(result, None) if async_op else result
     shapes = [[*x_shard.shape[:dim], size, *x_shard.shape[dim + 1 :]] for size in parts]
     counts = [_numel(shape) for shape in shapes]
-    flat = x_shard.new_empty(sum(counts))
-    record_collective("all_gather", flat.numel() * flat.itemsize)
+    record_collective("all_gather", sum(counts) * x_shard.itemsize)
     source = x_shard.contiguous().view(-1)
+    if (kernel := backend.offered("all_gather", source, group)) is not None:
+        return _done(_join(kernel(source, group, counts=counts), shapes, dim), async_op)
+    flat = x_shard.new_empty(sum(counts))
     work = group.communicator.all_gather(flat, source, counts=counts, async_op=async_op)
     pending = _Gathered(flat, work, shapes, dim)
     return pending if async_op else pending.wait()
@@ -172,9 +183,11 @@ def reduce_scatter_raw(
     pieces = [piece.reshape(-1) for piece in x.split(parts, dim)]
     flat = torch.cat(pieces) if dim else x.contiguous().view(-1)
     shape = [*x.shape[:dim], parts[group.rank], *x.shape[dim + 1 :]]
-    result = x.new_empty(shape)
     record_collective("reduce_scatter", x.numel() * x.itemsize)
     counts = [piece.numel() for piece in pieces]
+    if (kernel := backend.offered("reduce_scatter", flat, group, op)) is not None:
+        return _done(kernel(flat, group, op, counts=counts).view(shape), async_op)
+    result = x.new_empty(shape)
     work = group.communicator.reduce_scatter(
         result.view(-1), flat, counts=counts, op=op, async_op=async_op
     )

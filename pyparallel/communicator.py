@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 REDUCTIONS = ("sum", "max", "min")
@@ -41,6 +42,8 @@ class Communicator(ABC):
     rank: int
     size: int
     name: str
+    # torch's group of the same ranks, where there is one.
+    process_group: dist.ProcessGroup | None = None
 
     @abstractmethod
     def all_reduce(self, tensor: Tensor, *, op: str = "sum", async_op: bool = False) -> Work | None:

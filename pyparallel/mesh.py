@@ -126,6 +126,7 @@ def _group(process_group: dist.ProcessGroup, name: str, device_type: str) -> Gro
     communicator = (
         connect(process_group, name) if device_type == "cpu" else connect_gpus(process_group, name)
     )
+    communicator.process_group = process_group
     _open.append(communicator)
     return Group.over(communicator)
 

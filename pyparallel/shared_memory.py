@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch.distributed as dist
 from torch import Tensor
 
+from pyparallel import _C
 from pyparallel._C import SharedMemoryGroup, fast_collectives
 from pyparallel.call_order import CallOrder
 from pyparallel.communicator import Communicator, Work
@@ -49,6 +50,7 @@ class SharedMemoryCommunicator(Communicator):
     ) -> None:
         """Take over descriptors that :func:`pyparallel.rendezvous.meet` made."""
         self.rank, self.size, self.name = rank, size, name
+        self.timeout_s = timeout_s
         self.engine = SharedMemoryGroup(
             name, rank, size, memory_descriptor, list(process_descriptors), timeout_s
         )
@@ -208,6 +210,11 @@ class SharedMemoryCommunicator(Communicator):
             # Twice what is needed, so that growing lengths don't make a buffer each.
             self._buffer = SharedBuffer(self.engine, self.rank, self.size, 2 * num_bytes)
         return self._buffer
+
+    def region(self, num_bytes: int) -> _C.SharedBuffer:
+        """New memory of ``num_bytes`` and more on every rank, zeros; a call of all ranks."""
+        self._order.drain()
+        return _C.SharedBuffer(self.engine, -(-num_bytes // 2))
 
     def close(self) -> None:
         self._order.close()

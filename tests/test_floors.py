@@ -33,6 +33,7 @@ PYTHON_FLOORS = (
         "host_tensors",
     }
     | {"shard", "context", "attention_blocks", "reference", "backend", "cpu_ops", "quantize"}
+    | {"symmetric_regions"}
     | {
         "cuda_extension",
         "cuda_ops",

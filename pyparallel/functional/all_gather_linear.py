@@ -27,13 +27,12 @@ from torch.autograd.function import once_differentiable
 
 from pyparallel import backend
 from pyparallel.collectives import all_gather_raw, reduce_scatter_raw
-from pyparallel.functional.linear import bias_grad, linear_into, triton_reason
+from pyparallel.functional.linear import bias_grad, linear_into
 from pyparallel.functional.sequence_ops import call
 from pyparallel.group import Group
 
 
 @backend.register("all_gather_linear", "torch")
-@backend.register("all_gather_linear", "triton", supports=triton_reason)
 @backend.register("all_gather_linear", "reference")
 def gather_then_linear(
     x_shard_s: Tensor, weight: Tensor, bias: Tensor | None, group: Group, sizes: Sequence[int]
@@ -55,7 +54,6 @@ def gather_then_linear(
 
 
 @backend.register("all_gather_linear_backward", "torch")
-@backend.register("all_gather_linear_backward", "triton")
 @backend.register("all_gather_linear_backward", "cpu")
 @backend.register("all_gather_linear_backward", "reference")
 def plain_backward(

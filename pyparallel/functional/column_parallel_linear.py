@@ -23,6 +23,24 @@ from pyparallel.functional.linear import bias_grad
 from pyparallel.group import Group
 
 
+@backend.register("column_parallel_linear_backward", "torch")
+@backend.register("column_parallel_linear_backward", "cuda")
+@backend.register("column_parallel_linear_backward", "cpu")
+@backend.register("column_parallel_linear_backward", "reference")
+def plain_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, group: Group, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx and dw_shard_m, each where ``needs`` asks for it: the all-reduce runs under wgrad."""
+    grad_x = pending = grad_weight = None
+    if needs[0]:
+        grad_x = backend.call("linear_dgrad", grad, weight)
+        if group.size > 1:
+            pending = all_reduce_raw(grad_x, group, async_op=True)
+    if needs[1]:
+        grad_weight = backend.call("linear_wgrad", grad, x)
+    return grad_x if pending is None else pending.wait(), grad_weight
+
+
 class _ColumnParallelLinear(Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
@@ -35,15 +53,9 @@ class _ColumnParallelLinear(Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
-        pending = grad_weight = grad_bias = None
-        if need_x:
-            partial = backend.call("linear_dgrad", grad, weight)
-            pending = all_reduce_raw(partial, ctx.group, async_op=True)
-        if need_weight:
-            grad_weight = backend.call("linear_wgrad", grad, x)
-        if need_bias:
-            grad_bias = bias_grad(grad)
-        return pending.wait() if need_x else None, grad_weight, grad_bias, None
+        op, needs = "column_parallel_linear_backward", (need_x, need_weight)
+        grad_x, grad_weight = backend.call(op, grad, x, weight, ctx.group, needs)
+        return grad_x, grad_weight, bias_grad(grad) if need_bias else None, None
 
 
 def column_parallel_linear(

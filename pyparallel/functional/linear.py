@@ -18,13 +18,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def triton_reason(x: Tensor, *_: object) -> str | None:
-    """Why the plain path of a fused op is not offered for tensors that Triton does not multiply."""
-    if x.is_cuda or backend.chosen() == "triton":
-        return None
-    return f"the tensor is on {x.device.type}"
-
-
 def linear_into(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """``out = x w^T + b``, in place where torch multiplies and the rows of ``out`` are dense.
 

@@ -28,13 +28,12 @@ from torch.autograd.function import once_differentiable
 
 from pyparallel import backend
 from pyparallel.collectives import all_gather_raw, reduce_scatter_raw
-from pyparallel.functional.linear import bias_grad, linear_into, triton_reason
+from pyparallel.functional.linear import bias_grad, linear_into
 from pyparallel.functional.sequence_ops import call
 from pyparallel.group import Group
 
 
 @backend.register("linear_reduce_scatter", "torch")
-@backend.register("linear_reduce_scatter", "triton", supports=triton_reason)
 @backend.register("linear_reduce_scatter", "reference")
 def linear_then_reduce_scatter(
     x_shard_k: Tensor, weight: Tensor, bias: Tensor | None, group: Group, sizes: Sequence[int]
@@ -59,7 +58,6 @@ def linear_then_reduce_scatter(
 
 
 @backend.register("linear_reduce_scatter_backward", "torch")
-@backend.register("linear_reduce_scatter_backward", "triton")
 @backend.register("linear_reduce_scatter_backward", "cpu")
 @backend.register("linear_reduce_scatter_backward", "reference")
 def plain_backward(

@@ -24,7 +24,6 @@ from pyparallel.group import Group
 
 
 @backend.register("linear_all_reduce", "torch")
-@backend.register("linear_all_reduce", "triton")
 @backend.register("linear_all_reduce", "reference")
 def linear_all_reduce(x: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
     """The unfused path, on whichever backend multiplies: matmul, all-reduce, bias. No autograd."""

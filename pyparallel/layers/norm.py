@@ -28,10 +28,12 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(*args, **options)
         _check_one_axis(self.normalized_shape)
 
+    def epsilon(self, x: Tensor) -> float:
+        """What is added to the mean square; torch's own meaning of none is x's dtype's."""
+        return torch.finfo(x.dtype).eps if self.eps is None else self.eps
+
     def forward(self, x: Tensor) -> Tensor:
-        # torch's own meaning of no epsilon.
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        return backend.call("rms_norm", x, self.weight, eps)
+        return backend.call("rms_norm", x, self.weight, self.epsilon(x))
 
 
 def _check_one_axis(shape: tuple[int, ...]) -> None:

@@ -155,7 +155,8 @@ class ParallelAttention(nn.Module):
         cache: KVCache | ContextKVCache | None = None,
         mask: Tensor | None = None,
         length: int | None = None,
-    ) -> Tensor:
+        add_and_norm: tuple[Tensor, nn.Module] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend over ``x``, and over what ``cache`` holds.
 
         Args:
@@ -164,6 +165,7 @@ class ParallelAttention(nn.Module):
             mask: [B, 1 or N_r, S, T], true where a token sees another; joined with ``causal``.
             length: S, with ``sequence_parallel`` and without a span; by default all shards are as
                 long as this one.
+            add_and_norm: a residual r and a norm; the result is then ``(norm(r + y), r + y)``.
         """
         if span is None:
             tokens = x.shape[1]
@@ -181,6 +183,8 @@ class ParallelAttention(nn.Module):
             o = checkpoint(attend, q, k, v, use_reentrant=False)
         else:
             o = attend(q, k, v)
+        if add_and_norm is not None:
+            return self.out_proj.add_and_norm(o.flatten(-2), *add_and_norm)
         return self.out_proj(o.flatten(-2))
 
     def _attend(

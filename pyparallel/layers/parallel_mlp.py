@@ -115,7 +115,19 @@ class ParallelMLP(nn.Module):
         Args:
             length: S, with ``sequence_parallel``; by default all shards are as long as this one.
         """
+        if (fused := self._gated_in_one_pass(x)) is not None:
+            return self.down_proj(fused)
         up = self.up_proj(x, length=length)
         if self.activation in GATED:
             return self.down_proj(backend.call("gated_activation", up, GATED[self.activation]))
         return self.down_proj(backend.call("activation", up, self.activation))
+
+    def _gated_in_one_pass(self, x: Tensor) -> Tensor | None:
+        """``act(gate) * up`` where a backend has a kernel for both at once."""
+        up = self.up_proj
+        plain = up.bias is None and not up.sequence_parallel and not up.input_is_gathered
+        if not plain or self.activation not in GATED:
+            return None
+        arguments = x, up.weight, GATED[self.activation], up.group
+        run = backend.offered("gated_mlp", *arguments)
+        return None if run is None else run(*arguments)

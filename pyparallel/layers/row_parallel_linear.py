@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pyparallel import backend
 from pyparallel.collectives import all_reduce_raw, split
 from pyparallel.functional.int8_linear import int8_linear
 from pyparallel.functional.linear_reduce_scatter import linear_reduce_scatter
 from pyparallel.functional.row_parallel_linear import row_parallel_linear
 from pyparallel.group import Group
+from pyparallel.layers.norm import RMSNorm
 from pyparallel.layers.parameters import ShardedModule, init_linear
 from pyparallel.sequence import sequence_sizes
 from pyparallel.shard import REPLICATED, Sharding, features
@@ -92,6 +94,19 @@ class RowParallelLinear(ShardedModule):
             sizes = sequence_sizes(x.shape[-2], self.group)
             return linear_reduce_scatter(x, self.weight, self.bias, group=self.group, sizes=sizes)
         return row_parallel_linear(x, self.weight, self.bias, group=self.group)
+
+    def add_and_norm(self, x: Tensor, residual: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        """``(norm(h), h)`` with ``h = residual + self(x)``: reduction, addition and norm in one where a
+        backend has a kernel for that."""
+        plain = self.bias is None and self.input_is_parallel and not self.sequence_parallel
+        one_dtype = x.dtype == residual.dtype == self.weight.dtype
+        if plain and one_dtype and type(norm) is RMSNorm and norm.weight is not None:
+            rest = residual, norm.weight, norm.epsilon(x), self.group
+            run = backend.offered("all_reduce_residual_rms_norm", residual, *rest)
+            if run is not None:
+                return run(backend.call("linear", x, self.weight), *rest)
+        h = residual + self(x)
+        return norm(h), h
 
     def extra_repr(self) -> str:
         return (

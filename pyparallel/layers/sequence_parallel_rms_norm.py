@@ -61,6 +61,4 @@ class SequenceParallelRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         (weight,) = sum_gradients(self.weight, group=self.group)
-        # torch's own meaning of no epsilon.
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        return backend.call("rms_norm", x, weight, eps)
+        return backend.call("rms_norm", x, weight, self.epsilon(x))

@@ -80,12 +80,14 @@ class DecoderLayer(nn.Module):
         )
 
     def forward(self, x: Tensor, span: Span, cache: KVCache | None = None) -> Tensor:
-        attended = self.attention(self.attention_norm(x), span=span, cache=cache)
         length = span.positions.shape[1]
+        normed = self.attention_norm(x)
         if self.parallel_residual:
+            attended = self.attention(normed, span=span, cache=cache)
             return x + attended + self.mlp(self.mlp_norm(x), length=length)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x), length=length)
+        after = x, self.mlp_norm
+        normed, x = self.attention(normed, span=span, cache=cache, add_and_norm=after)
+        return x + self.mlp(normed, length=length)
 
 
 class Decoder(nn.Module):

@@ -49,10 +49,13 @@ def symmetric_memory(group, num_bytes: int):
 def communicate(rank: int, size: int, port: int) -> None:
     import torch.distributed as dist
 
+    from pyparallel.kernels.all_gather_matmul import all_gather_matmul
+    from pyparallel.kernels.all_reduce_residual_rms_norm import all_reduce_residual_rms_norm
     from pyparallel.kernels.collectives import all_gather, all_reduce, reduce_scatter
     from pyparallel.kernels.matmul import matmul
     from pyparallel.kernels.matmul_all_reduce import matmul_all_reduce
     from pyparallel.kernels.matmul_reduce_scatter import matmul_reduce_scatter
+    from pyparallel.kernels.norm import rms_norm
 
     torch.cuda.set_device(rank)
     dist.init_process_group(
@@ -78,18 +81,72 @@ def communicate(rank: int, size: int, port: int) -> None:
         assert torch.equal(matmul_all_reduce(a[rank], w[rank], memory), whole)
         part = matmul_reduce_scatter(a[rank], w[rank], memory)
         assert torch.equal(part, whole.chunk(size)[rank])
+        out, gathered = all_gather_matmul(a[rank], w[rank], memory)
+        assert torch.equal(gathered, torch.cat(a))
+        assert torch.equal(out, matmul(gathered, w[rank]))
+        weight = integers(256, seed=epoch)
+        for algorithm in ("one_shot", "two_shot"):
+            out, h = all_reduce_residual_rms_norm(
+                matmul(a[rank], w[rank]),
+                torch.ones_like(whole),
+                weight,
+                memory,
+                eps=1e-5,
+                algorithm=algorithm,
+            )
+            expected = rms_norm(whole, weight, eps=1e-5, residual=torch.ones_like(whole))
+            assert torch.equal(h, expected.h) and torch.equal(out, expected.out)
         torch.cuda.synchronize()
         memory.check("six epochs")
     del region
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs or more")
-def test_ranks_on_all_gpus():
+def through_the_table(rank: int, size: int, port: int, folder: str, expected: dict) -> None:
+    """What tests/kernels does over shared memory, over GPUs: every op, and a whole model."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = str(port)
+    sys.path.insert(0, str(ROOT / "tests" / "kernels"))
+    import test_parallel_ops
+    import test_whole_model
+
+    from pyparallel.mesh import init_mesh
+
+    torch.cuda.set_device(rank)
+    device = f"cuda:{rank}"
+    test_parallel_ops.everything(init_mesh(tp=size).tp, device)
+    for sequence_parallel, dense in expected.items():
+        model = f"{folder}/{sequence_parallel}"
+        test_whole_model.compare(model, sequence_parallel, dense, device)
+    torch.cuda.synchronize()
+
+
+def on_all_gpus(fn, *args: object) -> None:
     import socket
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     size = torch.cuda.device_count()
-    torch.multiprocessing.spawn(communicate, (size, port), nprocs=size)
+    torch.multiprocessing.spawn(fn, (size, port, *args), nprocs=size)
+
+
+several = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs or more")
+
+
+@several
+def test_ranks_on_all_gpus():
+    on_all_gpus(communicate)
+
+
+@several
+def test_ops_and_a_whole_model_on_all_gpus(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "kernels"))
+    import test_whole_model
+
+    expected = {
+        parallel: test_whole_model.dense(f"{tmp_path}/{parallel}", parallel)
+        for parallel in (False, True)
+    }
+    on_all_gpus(through_the_table, str(tmp_path), expected)

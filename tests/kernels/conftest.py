@@ -12,7 +12,14 @@ import pytest
 import torch
 
 # Forked ranks on host memory, and compilation without a GPU: the interpreter's business.
-HOST_ONLY = ("test_collectives", "test_fused_collectives", "test_whole_model", "test_compile")
+HOST_ONLY = (
+    "test_collectives",
+    "test_fused_collectives",
+    "test_whole_model",
+    "test_parallel_ops",
+    "test_hugging_face",
+    "test_compile",
+)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,11 +1,16 @@
 """A small Llama over two ranks, forward and backward, through the Triton kernels alone."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch.nn import functional as F
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
 
 from pyparallel import backend
 from pyparallel.checkpoint import open_checkpoint
+from pyparallel.kernels.launch import INTERPRETING
 from pyparallel.launch import launch
 from pyparallel.mesh import init_mesh
 from pyparallel.models.decoder import Decoder
@@ -15,29 +20,56 @@ from pyparallel.testing import poisoned_empty
 from tests.transformers_models import build
 
 IDS = [5, 9, 2, 40, 33, 7, 18]
-OPS = ("linear", "linear_dgrad", "linear_wgrad", "rms_norm", "rope", "attention")
+LAYERS = 2
+# Launches on each rank. Both: attention and rope (q and k, forward and backward) of each layer.
+BOTH = {
+    "attention_kernel": LAYERS,
+    "attention_delta_kernel": LAYERS,
+    "attention_backward_kv_kernel": LAYERS,
+    "attention_backward_q_kernel": LAYERS,
+    "rope_kernel": 4 * LAYERS,
+}
+PLAIN = BOTH | {
+    # Of attention, and of the MLP behind it: gate and up, then down.
+    "all_reduce_residual_rms_norm_kernel": LAYERS,
+    "gated_mlp_kernel": LAYERS,
+    # Down forward; dx of q, k, v and of gate and up; dx of the head.
+    "matmul_all_reduce_kernel": 3 * LAYERS + 1,
+}
+SEQUENCE_PARALLEL = BOTH | {
+    # Into q, k, v and gate and up, and the head; dx and the gradient itself of out and down.
+    "all_gather_matmul_kernel": 4 * LAYERS + 1,
+    # Out of attention and MLP; dx of what was gathered into.
+    "matmul_reduce_scatter_kernel": 4 * LAYERS + 1,
+}
 
 
-def compare(folder: str, sequence_parallel: bool, expected: dict) -> list[str]:
+def count_launches() -> Counter:
+    """Count this process's launches from here on, by the kernels' names."""
+    counter: Counter = Counter()
+    kind = InterpretedFunction if INTERPRETING else JITFunction
+    run = kind.run
+
+    def counted(self, *args, **options):
+        counter[self.fn.__name__] += 1
+        return run(self, *args, **options)
+
+    kind.run = counted
+    return counter
+
+
+def compare(folder: str, sequence_parallel: bool, expected: dict, device: str = "cpu") -> Counter:
     group = init_mesh(tp=torch.distributed.get_world_size()).tp
     checkpoint = open_checkpoint(folder)
-    ran = []
-    for op in OPS:
-        row = backend._table[op]["triton"]
-
-        def counted(*args, _run=row.run, _op=op, **kwargs):
-            ran.append(_op)
-            return _run(*args, **kwargs)
-
-        backend._table[op]["triton"] = backend.Implementation(op, "triton", counted, row.supports)
+    launches = count_launches()
     with poisoned_empty(), backend.use("triton"):
         config = decoder_config(checkpoint)
         model = Decoder(config, "meta", group=group, sequence_parallel=sequence_parallel)
-        fill(model, checkpoint, device="cpu")
-        ids = torch.tensor([IDS])
+        fill(model, checkpoint, device=device)
+        ids = torch.tensor([IDS], device=device)
         logits = model(ids)
         F.cross_entropy(logits[0, :-1], ids[0, 1:]).backward()
-    torch.testing.assert_close(logits, expected["logits"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits.cpu(), expected["logits"], rtol=1e-4, atol=1e-4)
     for name, wanted in sources(config, group.size).items():
         parts = []
         for source in wanted:
@@ -45,28 +77,36 @@ def compare(folder: str, sequence_parallel: bool, expected: dict) -> list[str]:
             parts.append(part.t() if source.transposed else part)
         scale = max(part.abs().max().item() for part in parts) + 1e-3
         torch.testing.assert_close(
-            model.get_parameter(name).grad,
+            model.get_parameter(name).grad.cpu(),
             torch.cat(parts),
             rtol=1e-4,
             atol=1e-4 * scale,
             msg=lambda text, name=name: f"{name}: {text}",
         )
-    return ran
+    return launches
+
+
+def dense(folder: str, sequence_parallel: bool) -> dict:
+    """Save a model; its logits, and the gradients of a loss."""
+    # A bias stands between the sum and the residual, so a layer without one is fused further.
+    model = build("llama", attention_bias=sequence_parallel)
+    model.save_pretrained(folder)
+    ids = torch.tensor([IDS])
+    logits = model(ids).logits
+    F.cross_entropy(logits[0, :-1], ids[0, 1:]).backward()
+    return {
+        "logits": logits.detach(),
+        "gradients": {name: p.grad for name, p in model.named_parameters()},
+    }
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_equals_dense(sequence_parallel, tmp_path):
-    model = build("llama")
-    model.save_pretrained(tmp_path)
-    ids = torch.tensor([IDS])
-    logits = model(ids).logits
-    F.cross_entropy(logits[0, :-1], ids[0, 1:]).backward()
-    expected = {
-        "logits": logits.detach(),
-        "gradients": {name: p.grad for name, p in model.named_parameters()},
-    }
+    expected = dense(str(tmp_path), sequence_parallel)
     ran = launch(compare, 2, str(tmp_path), sequence_parallel, expected, threads=1)
-    for ops in ran:
-        # Two layers, and nothing of them ran elsewhere: use("triton") has no other way.
-        assert ops.count("rms_norm") == 5 and ops.count("attention") == 2, ops
-        assert set(ops) == set(OPS)
+    wanted = SEQUENCE_PARALLEL if sequence_parallel else PLAIN
+    for launches in ran:
+        assert {name: launches[name] for name in wanted} == wanted, launches
+        # What is no linear layer: the embedding's sum, the logits, the gradients of norms.
+        plain = ("all_reduce_one_shot_kernel", "all_gather_kernel", "reduce_scatter_kernel")
+        assert all(launches[name] for name in plain[: 3 if sequence_parallel else 2]), launches
