@@ -4,6 +4,7 @@
 import torch  # noqa: F401  isort: skip
 
 from pyparallel.backend import use
+from pyparallel.batch import split_batch
 from pyparallel.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
 from pyparallel.communicator import PeerError
 from pyparallel.data import data_parallel
@@ -69,6 +70,7 @@ __all__ = [
     "reduce_scatter",
     "restore",
     "save",
+    "split_batch",
     "use",
     "vocab_parallel_cross_entropy",
 ]

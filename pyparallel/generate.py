@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 
 # Registers the session of CPU ranks.
 from pyparallel import backend, cpu_decoder  # noqa: F401
+from pyparallel.batch import join_rows, part_of
+from pyparallel.collectives import all_reduce_raw
 from pyparallel.functional.next_token import Sampling
 from pyparallel.group import Group
 
@@ -115,6 +117,7 @@ def generate(
     sampling: Sampling | None = None,
     stop_ids: Sequence[int] | None = None,
     on_token: Callable[[int, int], None] | None = None,
+    replicas: Group | None = None,
 ) -> Generation:
     """Continue every prompt by up to ``max_new_tokens`` tokens; all ranks return the same.
 
@@ -124,7 +127,11 @@ def generate(
         sampling: how tokens are chosen; by default the likeliest. The same seed gives the same
             tokens at every number of ranks.
         stop_ids: tokens that end a prompt's text; by default the model's.
-        on_token: called with (prompt, token) as each comes, on every rank.
+        on_token: called with (prompt, token) as each comes, on every rank; over ``replicas``, with
+            those of this rank's prompts.
+        replicas: ``mesh.dp``: each replica of the model answers its part of the prompts, and tells the
+            others. Parts may be uneven, or empty; a replica that has finished waits for the others as
+            long as any collective does.
 
     Raises:
         ValueError: no prompt, an empty one, an id outside the vocabulary, or a prompt that with
@@ -133,6 +140,25 @@ def generate(
     sampling = sampling or Sampling()
     stops = set(model.stop_ids if stop_ids is None else stop_ids)
     check_prompts(prompts, max_new_tokens, model.vocab_size, model.max_positions)
+    if replicas is not None and replicas.size > 1:
+        own = part_of(len(prompts), replicas)
+
+        def tell(row: int, token: int) -> None:
+            if on_token is not None:
+                on_token(own.start + row, token)
+
+        made = Generation([], 0.0, 0.0, 0)
+        if own:
+            made = generate(
+                model,
+                prompts[own.start : own.stop],
+                max_new_tokens=max_new_tokens,
+                sampling=replace(sampling, first_row=sampling.first_row + own.start),
+                stop_ids=stop_ids,
+                on_token=tell,
+            )
+        device = next(model.parameters()).device
+        return _joined(made, len(prompts), max_new_tokens, replicas, device)
     started = time.perf_counter()
     device = next(model.parameters()).device
     lengths = [len(prompt) for prompt in prompts]
@@ -162,6 +188,16 @@ def generate(
         chosen = session.step(chosen, starts, sampling, draws(steps))
         take(chosen)
     return Generation(tokens, prefilled - started, time.perf_counter() - prefilled, steps)
+
+
+def _joined(
+    made: Generation, rows: int, width: int, replicas: Group, device: torch.device
+) -> Generation:
+    """All replicas' tokens, in the order of the prompts, and the slowest one's times."""
+    tokens = join_rows(made.tokens, rows, width, replicas, device)
+    spent = torch.tensor([made.prefill_s, made.decode_s, made.steps], dtype=torch.float64)
+    prefill_s, decode_s, steps = all_reduce_raw(spent.to(device), replicas, op="max").tolist()
+    return Generation(tokens, prefill_s, decode_s, int(steps))
 
 
 def check_prompts(

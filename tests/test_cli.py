@@ -92,6 +92,19 @@ def test_the_context_is_cut_too(folder: Path) -> None:
     assert weights[:2] == weights[2:] and weights[0] < sum(weights[:2])
 
 
+def test_prompts_are_answered_by_replicas(folder: Path) -> None:
+    result = run(
+        *("generate", "--model", folder, "--dp", 2, "--tp", 2, "--check", "--json"),
+        *("--prompt", "w5 w9", "--prompt", "w3", "--prompt", "w7 w1 w2", "--max-new-tokens", 4),
+        *("--temperature", 1.0, "--seed", 5),
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["matches_dense"] is True
+    assert len(report["text"]) == 3
+    assert [row["rank"] for row in report["ranks"]] == [0, 1, 2, 3]
+
+
 def test_generate_prints_text(folder: Path) -> None:
     result = run(
         *("generate", "--model", folder, "--tp", 2, "--max-new-tokens", 3),
@@ -118,6 +131,7 @@ def test_streamed_text_is_the_whole_text(folder: Path) -> None:
         (["--tp", "0"], "--tp: expected at least 1, got 0"),
         (["--tp", "10"], "use at most tp=9"),
         (["--cp", "0"], "--cp: expected at least 1, got 0"),
+        (["--dp", "2"], "--dp: expected at most a replica for each of the 1 prompts, got 2"),
         (["--max-new-tokens", "100"], "more than the context of 64"),
         (["--max-new-tokens", "0"], "max_new_tokens: expected at least 1"),
         (["--temperature", "-1"], "temperature: expected 0 or more"),

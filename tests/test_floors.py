@@ -64,6 +64,7 @@ PYTHON_FLOORS = (
         "cpu_decoder",
     }
     | {
+        "batch",
         "data",
         "data_engines",
         "loss",

@@ -38,6 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="context-parallel ranks, each with its part of the prompt and the KV cache; tp x cp in all",
     )
+    add(
+        "--dp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="replicas of the model, each with its part of the prompts; dp x tp x cp ranks in all",
+    )
     add("--max-new-tokens", type=int, default=64, metavar="K")
     add("--dtype", choices=DTYPES, help="of weights and activations; default: the checkpoint's")
     add(
@@ -55,9 +62,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for axis in ("tp", "cp"):
+    for axis in ("dp", "tp", "cp"):
         if getattr(args, axis) < 1:
             raise ValueError(f"--{axis}: expected at least 1, got {getattr(args, axis)}")
+    if args.dp > len(args.prompt):
+        raise ValueError(
+            f"--dp: expected at most a replica for each of the {len(args.prompt)} prompts, "
+            f"got {args.dp}"
+        )
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"--threads: expected at least 1, got {args.threads}")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
@@ -75,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
     printer = _Printer(tokenizer, shown=not args.json and len(prompts) == 1)
     ranks = launch(
         _rank,
-        args.tp * args.cp,
+        args.dp * args.tp * args.cp,
+        args.dp,
         args.cp,
         checkpoint,
         prompts,
@@ -115,6 +128,7 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
 
 
 def _rank(
+    dp: int,
     cp: int,
     checkpoint: Checkpoint,
     prompts: list[list[int]],
@@ -126,13 +140,18 @@ def _rank(
     show_progress: bool,
 ) -> dict[str, Any]:
     """What each rank does: load its share, generate, tell."""
-    mesh = init_mesh(cp=cp, tp=torch.distributed.get_world_size() // cp)
+    mesh = init_mesh(dp=dp, cp=cp, tp=torch.distributed.get_world_size() // (dp * cp))
     first = mesh.world.rank == 0
     with _progress_bar(show_progress and first) as progress:
         model = load(checkpoint, mesh, dtype=dtype, progress=progress, weights=weights)
     on_token = (lambda row, token: report(token)) if first and len(prompts) == 1 else None
     made = generate(
-        model, prompts, max_new_tokens=max_new_tokens, sampling=sampling, on_token=on_token
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        on_token=on_token,
+        replicas=mesh.dp,
     )
     told = {
         "tokens": made.tokens,

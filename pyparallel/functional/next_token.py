@@ -33,12 +33,15 @@ class Sampling:
         top_k: keep the k likeliest ids (all that tie with the last); 0 keeps all.
         top_p: keep the smallest set of the likeliest ids with at least this probability; 1 keeps all.
         seed: draws with the same seed, row and position are the same at every number of ranks.
+        first_row: how many rows of a larger batch come before row 0; its rows draw what they would
+            there.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    first_row: int = 0
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
@@ -93,7 +96,8 @@ def sample(
     if sampling.top_p < 1:
         scores = scores.masked_fill(scores < _top_p_floor(scores, sampling, group), -torch.inf)
     ids = torch.arange(start, start + scores.shape[1], device=scores.device)
-    return greedy(scores + _gumbel(sampling.seed, draws, ids), start=start, group=group)
+    noise = _gumbel(sampling.seed, draws + (sampling.first_row << 32), ids)
+    return greedy(scores + noise, start=start, group=group)
 
 
 def _best(scores: Tensor, count: int, group: Group) -> tuple[Tensor, Tensor]:
