@@ -37,8 +37,8 @@ from torch.futures import Future
 from pyparallel.checkpoint_format import CheckpointError
 from pyparallel.sharded_checkpoint import INDEX, Chunk, Index, ShardedCheckpoint, Stored
 
-# Boxes that are no plain memory are copied before they are written: so much at a time.
-FILE_BYTES = 1 << 30
+# Boxes that are no plain memory of the host are copied before they are written: so much at a time.
+COPIED_BYTES = 256 << 20
 
 
 class PieceWriter(StorageWriter):
@@ -88,27 +88,21 @@ class PieceWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results: list[WriteResult] = []
         tensors: dict[str, torch.Tensor] = {}
-        held = number = 0
-
-        def flush() -> None:
-            nonlocal held, number
-            if tensors:
-                save_file(tensors, self._unfinished / file)
-                _to_disk(self._unfinished / file)
-            tensors.clear()
-            held, number = 0, number + 1
-
-        for item in plan.items:
+        copied = number = 0
+        for place, item in enumerate(plan.items, 1):
             file = f"rank_{self._rank:05}_{number:02}.safetensors"
             value = planner.resolve_data(item)
-            chunk = Chunk(file, tuple(item.index.offset), tuple(value.shape))
-            tensors[chunk.key(item.index.fqn)] = value.cpu().contiguous()
             size = value.numel() * value.itemsize
+            plain = value.cpu().contiguous()
+            copied += 0 if plain.data_ptr() == value.data_ptr() else size
+            chunk = Chunk(file, tuple(item.index.offset), tuple(value.shape))
+            tensors[chunk.key(item.index.fqn)] = plain
             results.append(WriteResult(item.index, size, file))
-            held += size
-            if held >= FILE_BYTES:
-                flush()
-        flush()
+            if copied >= COPIED_BYTES or place == len(plan.items):
+                save_file(tensors, self._unfinished / file)
+                _to_disk(self._unfinished / file)
+                tensors.clear()
+                copied, number = 0, number + 1
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done

@@ -43,7 +43,7 @@ def save(
     """Write a sharded checkpoint; called by every rank of the mesh.
 
     A rank writes what it holds; of what several hold one writes a copy. Where that is no plain memory on
-    the host a rank copies up to 1 GiB at a time. ``folder`` appears at the end, whole.
+    the host a rank copies up to 256 MiB at a time. ``folder`` appears at the end, whole.
 
     Args:
         model: a :class:`Decoder`, a parallelized transformers model or any module with sharded layers in

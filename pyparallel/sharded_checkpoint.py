@@ -27,7 +27,7 @@ FORMAT = 1
 # Names of an optimizer's tensors begin so; none of a model's has a slash.
 OPTIMIZER = "optimizer/"
 # A file that is being read is closed and opened again after so many bytes: its pages are given back.
-MAPPED_BYTES = 64 << 20
+MAPPED_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)

@@ -249,9 +249,7 @@ class Decoder(nn.Module):
         last = torch.tensor(lengths, device=ids.device) - 1
         return hidden[torch.arange(len(lengths), device=ids.device), last]
 
-    def _run(
-        self, x: Tensor, spans: dict[int | None, Span], cache: list[KVCache] | None
-    ) -> Tensor:
+    def _run(self, x: Tensor, spans: dict[int | None, Span], cache: list[KVCache] | None) -> Tensor:
         """The layers over the tokens of a call; ``spans`` by the layers' windows."""
         if self.embedding is not None:
             x = self.embedding(x)

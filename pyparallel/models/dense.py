@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from pyparallel.checkpoint import CheckpointError
-from pyparallel.quantize import dequantized, quantize_rows
 from pyparallel.functional.next_token import Sampling, sample
 from pyparallel.group import Group
+from pyparallel.quantize import dequantized, quantize_rows
 
 
 def _transformers() -> Any:

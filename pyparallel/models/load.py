@@ -17,9 +17,9 @@ from pyparallel.models.config import (
     UnknownArchitectureError,
     from_hugging_face,
 )
-from pyparallel.models.gguf_config import from_gguf
 from pyparallel.models.context_decoder import ContextDecoder
 from pyparallel.models.decoder import Decoder
+from pyparallel.models.gguf_config import from_gguf
 from pyparallel.models.stage import Stage, stages_of, stages_of_rank
 from pyparallel.models.weights import Source, Sources, sources
 
@@ -53,7 +53,7 @@ def load(
     Over several ``mesh.pp`` ranks it is this rank's stage of the model, and only the stage's tensors are
     read; see :mod:`pyparallel.models.stage`.
 
-    The model's ``loaded_from`` is the path, where :func:`pyparallel.save` finds its config and tokenizer.
+    Its ``loaded_from`` is the path, where :func:`pyparallel.save` finds its config and tokenizer.
 
     Peak memory of a rank is its share and one tensor. Llama, Mistral, Qwen2, Qwen3, GPT-2 and GPT-NeoX
     become a :class:`Decoder`, or over several ``mesh.cp`` ranks a :class:`ContextDecoder`; any other

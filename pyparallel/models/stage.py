@@ -9,6 +9,7 @@ Legend: L layers, P ranks, v stages a rank, P v stages in all.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -51,11 +52,12 @@ class Stage:
         return self.index == self.count - 1
 
     def __str__(self) -> str:
-        return f"stage {self.index} of {self.count} (layers {self.layers.start} to {self.layers.stop - 1})"
+        first, last = self.layers.start, self.layers.stop - 1
+        return f"stage {self.index} of {self.count} (layers {first} to {last})"
 
 
 class Layers(nn.ModuleList):
-    """A stage's layers, named by their numbers in the whole model; ``layers[0]`` is the stage's first."""
+    """A stage's layers, named by their numbers in the whole model; ``layers[0]`` is its first."""
 
     def __init__(self, layers: Iterator[nn.Module], numbers: range) -> None:
         super().__init__()
@@ -104,7 +106,7 @@ def partition(
         lambda *part: c**2 if (c := cost_of(*part)) <= limit * (1 + 1e-9) else math.inf,
         lambda a, b: a + b,
     )
-    return [range(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [range(a, b) for a, b in itertools.pairwise(cuts)]
 
 
 def _best_cut(length: int, parts: int, cost_of, join) -> tuple[float, list[int]]:
