@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyparallel.group import Group
+from pyparallel.overlap.links import CommunicatorLink
 from pyparallel.overlap.pipelines import (
     Plan,
     all_gather_linear_backward_pipeline,
@@ -14,7 +15,7 @@ from pyparallel.overlap.pipelines import (
     linear_reduce_scatter_backward_pipeline,
     linear_reduce_scatter_pipeline,
 )
-from pyparallel.overlap.simulate import CommunicatorLink, run_rank
+from pyparallel.overlap.simulate import run_rank
 from pyparallel.testing import run_ranks
 
 K, N = 12, 9
@@ -41,8 +42,10 @@ def one_rank(group: Group, pieces: tuple[int, ...]) -> list[list[Tensor]]:
     dy_shard_m, dy_full = randn(own, N), randn(total, N)
     link = CommunicatorLink(group.communicator)
     results = []
-    for count in pieces:
-        plan = Plan(group.rank, rows, count)
+    # Over the engine too every number of pieces goes both ways: messages, and copies in place.
+    plans = [Plan(group.rank, rows, count) for count in pieces]
+    plans += [Plan(group.rank, rows, count, "copy") for count in pieces if count]
+    for plan in plans:
         forward = {"plan": plan, "link": link, "linear": by_rows}
         backward = {"plan": plan, "link": link, "linear": by_rows_plain}
         pipelines = [
@@ -52,7 +55,7 @@ def one_rank(group: Group, pieces: tuple[int, ...]) -> list[list[Tensor]]:
             linear_reduce_scatter_backward_pipeline(dy_shard_m, x_full, weight, **backward),
         ]
         for pipeline in pipelines:
-            run_rank(pipeline, seed=count, max_delay=5e-4)
+            run_rank(pipeline, seed=plan.pieces, max_delay=5e-4)
         results.append([t for pipeline in pipelines for t in pipeline.results])
     return results
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pyparallel.overlap.links import Mailbox, RaceError
 from pyparallel.overlap.pipelines import (
     Pipeline,
     Plan,
@@ -18,7 +20,8 @@ from pyparallel.overlap.pipelines import (
     linear_reduce_scatter_backward_pipeline,
     linear_reduce_scatter_pipeline,
 )
-from pyparallel.overlap.simulate import Mailbox, RaceError, run_ranks
+from pyparallel.overlap.schedule import Step
+from pyparallel.overlap.simulate import run_ranks
 
 K, N = 6, 5
 DELAY = 4e-4
@@ -79,13 +82,15 @@ class Data:
             linear=row_by_row_plain,
         )
 
-    def run(self, name: str, pieces: int, *, seed: int = 0, **options) -> list[tuple[Tensor, ...]]:
+    def run(
+        self, name: str, pieces: int, *, seed: int = 0, calls: int = 1, **options
+    ) -> list[tuple[Tensor, ...]]:
         box = Mailbox(len(self.rows))
         pipelines = [
             self.pipeline(name, rank, Plan(rank, self.rows, pieces, **options), box)
             for rank in range(len(self.rows))
         ]
-        run_ranks(pipelines, box, seed=seed, max_delay=DELAY)
+        run_ranks(pipelines, box, seed=seed, max_delay=DELAY, calls=calls)
         return [p.results for p in pipelines]
 
     def dense(self, name: str) -> list[tuple[Tensor, ...]]:
@@ -134,6 +139,8 @@ def test_bits_of_the_plain_path(name: str, size: int) -> None:
             torch.testing.assert_close(tensor.double(), truth, rtol=0, atol=bound)
     for pieces in (1, 3):
         assert_same_bits(data.run(name, pieces, seed=size + pieces), plain)
+        copied = data.run(name, pieces, seed=size + pieces, transport="copy", calls=2)
+        assert_same_bits(copied, plain)
 
 
 @settings(max_examples=25, deadline=None)
@@ -141,18 +148,20 @@ def test_bits_of_the_plain_path(name: str, size: int) -> None:
     name=st.sampled_from(NAMES),
     rows=st.lists(st.integers(0, 5), min_size=2, max_size=5),
     pieces=st.integers(1, 6),
-    transport=st.sampled_from(["direct", "ring"]),
+    transport=st.sampled_from(["direct", "ring", "copy"]),
     seed=st.integers(0, 2**16),
 )
 def test_any_rows_and_pieces(
     name: str, rows: list[int], pieces: int, transport: str, seed: int
 ) -> None:
     data = Data(tuple(rows), torch.float32, seed)
-    options = {} if name == "linear_reduce_scatter" else {"transport": transport}
-    assert_same_bits(data.run(name, pieces, seed=seed, **options), data.run(name, 0))
+    got = data.run(name, pieces, seed=seed, transport=transport)
+    assert_same_bits(got, data.run(name, 0))
 
 
-@pytest.mark.parametrize(("transport", "slots"), [("direct", 1), ("direct", 3), ("ring", 3)])
+@pytest.mark.parametrize(
+    ("transport", "slots"), [("direct", 1), ("direct", 3), ("ring", 3), ("copy", 1), ("copy", 3)]
+)
 def test_reused_slots_give_the_same_bits(transport: str, slots: int) -> None:
     data = Data((4, 1, 5, 3), torch.float32, seed=1)
     plain = data.run("all_gather_linear", 0)
@@ -169,6 +178,17 @@ def _without_waits(pipeline: Pipeline, action: str) -> Pipeline:
     return replace(pipeline, schedule=replace(pipeline.schedule, steps=steps))
 
 
+def _with_slow_own_rows(pipeline: Pipeline) -> Pipeline:
+    """As on a GPU, where the own rows' matmul comes behind the others on the multiprocessors."""
+    run = pipeline.actions["partial"]
+
+    def partial(step: Step) -> None:
+        time.sleep(0.1 * (step.chunk[0] == pipeline.schedule.rank))
+        run(step)
+
+    return replace(pipeline, actions={**pipeline.actions, "partial": partial})
+
+
 @pytest.mark.parametrize(
     ("name", "action", "options"),
     [
@@ -182,23 +202,70 @@ def test_a_missing_wait_is_seen(name: str, action: str, options: dict) -> None:
     """Without its event a step reads too early or overwrites too early, and the run says so."""
     data = Data((4, 4, 4), torch.float32, seed=3)
     plain = data.run(name, 0)
-    seen = 0
-    for seed in range(6):
+    for seed in range(24):
         box = Mailbox(3)
         pipelines = [
             _without_waits(data.pipeline(name, r, Plan(r, data.rows, 2, **options), box), action)
             for r in range(3)
         ]
+        if action == "reduce":
+            pipelines = [_with_slow_own_rows(p) for p in pipelines]
         try:
             run_ranks(pipelines, box, seed=seed, max_delay=5e-3)
         except RaceError:
-            seen += 1
-            continue
-        same = all(
-            torch.equal(p.results[0], want[0]) for p, want in zip(pipelines, plain, strict=True)
+            return
+        if not all(torch.equal(p.results[0], w[0]) for p, w in zip(pipelines, plain, strict=True)):
+            return
+    raise AssertionError("24 runs without the event, and nothing was seen")
+
+
+def _without_meeting(pipeline: Pipeline, name: str) -> Pipeline:
+    """One meeting that waits for nobody."""
+    steps = tuple(
+        replace(s, action="fork") if s.name == name else s for s in pipeline.schedule.steps
+    )
+    return replace(pipeline, schedule=replace(pipeline.schedule, steps=steps))
+
+
+@pytest.mark.parametrize(
+    ("name", "meeting"),
+    [
+        ("all_gather_linear", "gather_ready"),
+        ("all_gather_linear", "gather_taken"),
+        ("linear_reduce_scatter", "scatter_ready[1,0]"),
+        ("linear_reduce_scatter", "scatter_taken"),
+    ],
+)
+def test_a_missing_meeting_is_seen(name: str, meeting: str) -> None:
+    """Without it a peer copies what is not there yet, or what the next call overwrites already."""
+    data = Data((4, 4, 4), torch.float32, seed=3)
+    plain = data.run(name, 0)
+    for seed in range(24):
+        box = Mailbox(3, pull_time=2e-2)
+        pipelines = [
+            _without_meeting(data.pipeline(name, r, Plan(r, data.rows, 1, "copy"), box), meeting)
+            for r in range(3)
+        ]
+        try:
+            run_ranks(pipelines, box, seed=seed, max_delay=1e-3, calls=3)
+        except RaceError:
+            return
+        if not all(torch.equal(p.results[0], w[0]) for p, w in zip(pipelines, plain, strict=True)):
+            return
+    raise AssertionError("24 runs without the meeting, and nothing was seen")
+
+
+def test_a_link_that_copies_nothing_is_refused() -> None:
+    class ExchangeOnly:
+        exchange = all_gather = all_to_all = None
+
+    with pytest.raises(ValueError, match="transport: expected 'direct' or 'ring' over ExchangeOnly"):
+        linear_reduce_scatter_pipeline(
+            torch.zeros(4, K),
+            torch.zeros(N, K),
+            plan=Plan(0, (2, 2), 1, "copy"),
+            link=ExchangeOnly(),
         )
-        seen += not same
-    assert seen >= 1
 
 
 def test_a_wrong_shape_is_refused() -> None:

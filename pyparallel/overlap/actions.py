@@ -36,6 +36,37 @@ class Link(Protocol):
         """Sends rows_out[q] rows to rank q; output [R, own rows, N] is what came, by source."""
 
 
+class Shared(Protocol):
+    """A matrix of every rank, each of which the others can copy rows out of."""
+
+    own: Tensor
+
+    def pull(self, peer: int, begin: int, out: Tensor) -> None:
+        """out [m, columns] = rows begin .. begin + m of the peer's matrix."""
+
+
+class CopyLink(Link, Protocol):
+    """A Link whose ranks can also address parts of one another's memory."""
+
+    def share(self, name: str, rows: int, columns: int, like: Tensor) -> Shared:
+        """[rows, columns] on every rank, in the same memory in every call of that name.
+
+        A call of all ranks, with the same arguments.
+        """
+
+    def meet(self) -> None:
+        """Ends on no rank before it has started on all."""
+
+
+def check_link(link: Link, transport: str) -> None:
+    """Raises ValueError for a transport that needs more than the link can do."""
+    if transport == "copy" and not hasattr(link, "share"):
+        raise ValueError(
+            f"transport: expected 'direct' or 'ring' over {type(link).__name__}, whose ranks do not "
+            f"address one another's memory, got 'copy'"
+        )
+
+
 def rank_ordered_sum(parts: Tensor, out: Tensor) -> None:
     """The portable Reduce: parts [R, m, n] summed from rank 0 upwards in fp32, rounded once."""
     total = parts[0].to(torch.float32, copy=True)
@@ -62,15 +93,23 @@ class GatherSide:
         link: Link,
         multiply: Multiply,
         names: tuple[str, str, str],
+        transport: str = "direct",
     ) -> None:
+        check_link(link, transport)
         self.own, self.gathered, self.output = own, gathered, output
         self.rank, self.layout, self.link, self.multiply = rank, layout, link, multiply
         self.own_name, self.gathered_name, self.output_name = names
+        self.published: Shared | None = None
+        if transport == "copy":
+            self.published = link.share("published", max(layout.rows), own.shape[1], own)
 
     def actions(self) -> dict[str, Action]:
         """Action name to function, for the steps `gather.py` and `steps.py` make."""
         return {
             "gather": self.exchange,
+            "publish": self.publish,
+            "meet": self.meet,
+            "pull": self.pull,
             "copy_own": self.copy_own,
             "matmul": self.matmul,
             "gather_all": self.gather_all,
@@ -79,11 +118,14 @@ class GatherSide:
 
     def views(self) -> dict[str, View]:
         """Buffer name to the memory its indices mean."""
-        return {
+        views: dict[str, View] = {
             self.own_name: lambda piece: self.own[self.layout.local(self.rank, piece)],
             self.gathered_name: self._gathered_view,
             self.output_name: lambda q, p: self.output[self.layout.rows_of(q, p)],
         }
+        if (published := self.published) is not None:
+            views["published"] = lambda piece: published.own[self.layout.local(self.rank, piece)]
+        return views
 
     def _gathered_view(self, *indices: int) -> Tensor:
         if len(indices) == 1:
@@ -100,6 +142,20 @@ class GatherSide:
         send = self._place(step.reads[0], step.send_chunk)
         receive = self._place(step.writes[0], step.receive_chunk)
         self.link.exchange(send, step.send_to, receive, step.receive_from)
+
+    def publish(self, step: Step) -> None:
+        """The own shard to where the peers copy it from."""
+        self.published.own[: self.own.shape[0]].copy_(self.own)
+
+    def meet(self, step: Step) -> None:
+        """Waits for all ranks."""
+        self.link.meet()
+
+    def pull(self, step: Step) -> None:
+        """One chunk out of its owner's memory into its place."""
+        place = self._place(step.writes[0], step.chunk)
+        begin = self.layout.local(*step.chunk).start
+        self.published.pull(step.pull_from, begin, place)
 
     def matmul(self, step: Step) -> None:
         """The rows of one chunk, or of the whole own shard (piece -1)."""
@@ -125,13 +181,14 @@ class GatherSide:
 class ScatterSide:
     """The actions of a matmul whose partial sums are reduce-scattered.
 
-    rows [M, K], multiply maps [m, K] to [m, N], partial [M, N], landed [R, M_r, N], output [M_r, N].
+    rows [M, K], multiply maps [m, K] to [m, N], partial [M, N] (shared where the peers copy out of it),
+    landed [R, M_r, N], output [M_r, N].
     """
 
     def __init__(
         self,
         rows: Tensor,
-        partial: Tensor,
+        partial: Tensor | Shared,
         landed: Tensor,
         output: Tensor,
         *,
@@ -142,7 +199,9 @@ class ScatterSide:
         reduce: Reduce,
         names: tuple[str, str],
     ) -> None:
-        self.rows, self.partial, self.landed, self.output = rows, partial, landed, output
+        self.shared = None if isinstance(partial, Tensor) else partial
+        self.partial = partial if isinstance(partial, Tensor) else partial.own
+        self.rows, self.landed, self.output = rows, landed, output
         self.rank, self.layout, self.link = rank, layout, link
         self.multiply, self.reduce_rows = multiply, reduce
         self.rows_name, self.output_name = names
@@ -152,6 +211,8 @@ class ScatterSide:
         return {
             "partial": self.matmul,
             "scatter": self.exchange,
+            "meet": self.meet,
+            "pull_partial": self.pull,
             "reduce": self.reduce,
             "matmul_all": self.matmul_all,
             "reduce_scatter_all": self.reduce_scatter_all,
@@ -170,8 +231,8 @@ class ScatterSide:
         """A remote chunk's partial sum, to be sent; or the own rows', straight to their slot."""
         target, piece = step.chunk
         rows = self.rows[self.layout.rows_of(target, piece)]
-        if piece < 0:
-            self.multiply(rows, self.landed[self.rank])
+        if target == self.rank:
+            self.multiply(rows, self.landed[target][self.layout.local(target, piece)])
         else:
             self.multiply(rows, self.partial[self.layout.rows_of(target, piece)])
 
@@ -181,6 +242,17 @@ class ScatterSide:
         source, piece = step.receive_chunk
         receive = self.landed[source][self.layout.local(self.rank, piece)]
         self.link.exchange(send, step.send_to, receive, step.receive_from)
+
+    def meet(self, step: Step) -> None:
+        """Waits for all ranks."""
+        self.link.meet()
+
+    def pull(self, step: Step) -> None:
+        """One piece of a peer's partial sums of the own rows, out of the peer's memory."""
+        source, piece = step.chunk
+        rows = self.layout.local(self.rank, piece)
+        begin = self.layout.rows_of(self.rank, piece).start
+        self.shared.pull(source, begin, self.landed[source][rows])
 
     def reduce(self, step: Step) -> None:
         """The rank-ordered sum of one piece of the own rows."""

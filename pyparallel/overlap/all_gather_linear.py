@@ -73,8 +73,22 @@ def all_gather_linear_backward(
         add_reduce_scatter_all(builder, output="dx")
         return builder.finish(inputs=(("x", 0), *rows), outputs=(("dw",), ("dx", 0)))
     copied = add_own_copy(builder, own="x", landing="gathered")
-    place = add_exchanges(builder, name="gather", own="x", landing="gathered", transport=transport)
-    reduces = add_reduce_scatter(builder, rows="dy", partial="partial", output="dx")
+    place = add_exchanges(
+        builder,
+        name="gather",
+        own="x",
+        landing="gathered",
+        transport=transport,
+        meet_after=False,
+    )
+    # What is summed at its owner is never forwarded.
+    reduces = add_reduce_scatter(
+        builder,
+        rows="dy",
+        partial="partial",
+        output="dx",
+        transport="copy" if transport == "copy" else "direct",
+    )
     landed = tuple(f"gather[{q},{p}]" for q, p in list(place)[-1:])
     add_weight_gradient(
         builder,

@@ -5,30 +5,54 @@ The steps of all ranks form one graph with two nodes a step, its start and its e
     start(a) -> end(a)                     a step takes time
     end(a) -> start(b)                     b follows a on its stream, or waits for a
     start(send at q) -> end(receive at r)  data cannot arrive before the sender started
+    start(meet at q) -> end(meet at r)     nobody leaves a meeting before all have come
 
-Two steps of one rank that touch the same region, one of them writing, must be ordered by this graph; a
-region that is read must have been written before. Nothing else is assumed: no clock, no luck.
-Deadlocks are looked for in the graph with the stricter rule of a rendezvous (a send also ends only
-after the receiver started), as NCCL's grouped point-to-point kernels may behave.
+Two steps that touch the same region of a rank, one of them writing, must be ordered by this graph,
+also when one of them belongs to another rank and reads from afar; a region that is read must have been
+written before. Nothing else is assumed: no clock, no luck. Deadlocks are looked for in the graph with
+the stricter rule of a rendezvous (a send also ends only after the receiver started), as NCCL's grouped
+point-to-point kernels may behave.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 from pyparallel.overlap.schedule import Region, Schedule, Step
 
+# A step and the rank that runs it.
+Placed = tuple[int, Step]
 
-def check(schedules: Sequence[Schedule]) -> None:
+
+def check(schedules: Sequence[Schedule], *, calls: int = 1) -> None:
     """Raises ValueError naming the steps and the region of the first fault found.
 
     schedules: those of rank 0..R-1 of one operation, in rank order.
+    calls: how many times in a row, on the same buffers; 2 shows that a call may follow another.
     """
+    schedules = [_repeated(schedule, calls) for schedule in schedules]
     graph = _Graph(schedules)
     graph.check_exchanges_match()
+    graph.check_meetings_match()
     graph.check_no_deadlock()
-    for schedule in schedules:
-        _check_accesses(schedule, graph)
+    _check_accesses(schedules, graph)
+
+
+def _repeated(schedule: Schedule, calls: int) -> Schedule:
+    """The same steps several times on the same streams; those of later calls are named a#1, a#2, ..."""
+    steps = list(schedule.steps)
+    for call in range(1, calls):
+        steps += [
+            replace(
+                step,
+                name=f"{step.name}#{call}",
+                waits=tuple(f"{name}#{call}" for name in step.waits),
+                call=call,
+            )
+            for step in schedule.steps
+        ]
+    return replace(schedule, steps=tuple(steps))
 
 
 class _Graph:
@@ -48,6 +72,7 @@ class _Graph:
         for schedule in schedules:
             self._add_local_edges(schedule)
         self._add_exchange_edges(self.successors, rendezvous=False)
+        self._add_meeting_edges()
 
     def _add_local_edges(self, schedule: Schedule) -> None:
         last: dict[str, int] = {}
@@ -94,6 +119,22 @@ class _Graph:
                 if rendezvous:
                     successors[receiver].append(sender + 1)
 
+    def _meetings(self) -> list[list[Step]]:
+        return [[step for step in s.steps if step.is_meeting] for s in self.schedules]
+
+    def _add_meeting_edges(self) -> None:
+        for together in zip(*self._meetings(), strict=False):
+            nodes = [self.node[r, step.name] for r, step in enumerate(together)]
+            for start in nodes:
+                self.successors[start] += [node + 1 for node in nodes]
+
+    def check_meetings_match(self) -> None:
+        """All ranks meet equally often, and mean the same meetings."""
+        names = [[step.name for step in steps] for steps in self._meetings()]
+        for rank, mine in enumerate(names):
+            if mine != names[0]:
+                raise ValueError(f"rank 0 meets for {names[0]}, rank {rank} for {mine}")
+
     def check_exchanges_match(self) -> None:
         """The n-th send from q to r carries what the n-th receive of r from q expects."""
         sends, receives = self._exchanges(), self._receives()
@@ -115,12 +156,16 @@ class _Graph:
             who = ", ".join(sorted({names[v & ~1] for v in stuck})[:6])
             raise ValueError(f"deadlock: these steps wait for one another: {who}")
 
-    def before(self, rank: int, first: Step, second: Step) -> bool:
+    def before(self, first: Placed, second: Placed) -> bool:
         """Whether `first` has always ended when `second` starts."""
         if self.reached is None:
             self.reached = _reachable(self.successors)
-        end = self.node[rank, first.name] + 1
-        return bool(self.reached[end] >> self.node[rank, second.name] & 1)
+        end = self.node[first[0], first[1].name] + 1
+        return bool(self.reached[end] >> self.node[second[0], second[1].name] & 1)
+
+    def ordered(self, a: Placed, b: Placed) -> bool:
+        """Whether one of the two has always ended when the other starts."""
+        return self.before(a, b) or self.before(b, a)
 
 
 def _sent_chunk(step: Step) -> tuple[str, int, int]:
@@ -161,49 +206,69 @@ def _reachable(successors: list[list[int]]) -> list[int]:
     return reached
 
 
-def _check_accesses(schedule: Schedule, graph: _Graph) -> None:
-    readers: dict[Region, list[Step]] = {}
-    writers: dict[Region, list[Step]] = {}
-    for step in schedule.steps:
-        for region in step.reads:
-            readers.setdefault(region, []).append(step)
-        for region in step.writes:
-            writers.setdefault(region, []).append(step)
-    rank = schedule.rank
-    for region, steps in readers.items():
+def _check_accesses(schedules: Sequence[Schedule], graph: _Graph) -> None:
+    readers: dict[tuple[int, Region], list[Placed]] = {}
+    writers: dict[tuple[int, Region], list[Placed]] = {}
+    for schedule in schedules:
+        for step in schedule.steps:
+            placed = (schedule.rank, step)
+            for region in step.reads:
+                readers.setdefault((schedule.rank, region), []).append(placed)
+            for region in step.remote_reads:
+                readers.setdefault((step.pull_from, region), []).append(placed)
+            for region in step.writes:
+                writers.setdefault((schedule.rank, region), []).append(placed)
+    for (rank, region), steps in readers.items():
         for reader in steps:
-            _check_ordered(rank, region, reader, writers.get(region, []), graph)
-            _check_source(rank, region, reader, writers.get(region, []), graph)
-    for region, steps in writers.items():
+            written = writers.get((rank, region), [])
+            _check_ordered(rank, region, reader, written, graph)
+            _check_source(rank, region, reader, written, graph)
+    for (rank, region), steps in writers.items():
         for position, writer in enumerate(steps):
             _check_ordered(rank, region, writer, steps[position + 1 :], graph)
 
 
 def _check_ordered(
-    rank: int, region: Region, step: Step, others: Iterable[Step], graph: _Graph
+    rank: int, region: Region, step: Placed, others: Sequence[Placed], graph: _Graph
 ) -> None:
     for other in others:
-        if other.name == step.name:
+        if other == step or graph.ordered(step, other):
             continue
-        if not (graph.before(rank, step, other) or graph.before(rank, other, step)):
-            raise ValueError(
-                f"rank {rank}: {step.name!r} and {other.name!r} touch {region} at the same time"
-            )
+        raise ValueError(
+            f"rank {rank}: {_name(step, rank)} and {_name(other, rank)} touch {region} at the same "
+            f"time"
+        )
 
 
 def _check_source(
-    rank: int, region: Region, reader: Step, writers: Sequence[Step], graph: _Graph
+    rank: int, region: Region, reader: Placed, writers: Sequence[Placed], graph: _Graph
 ) -> None:
-    """The region was written before it is read, and holds the chunk the reader means."""
-    earlier = [w for w in writers if graph.before(rank, w, reader)]
+    """The region was written before it is read, and holds the chunk and the call the reader means."""
+    earlier = [w for w in writers if graph.before(w, reader)]
     if not earlier:
-        raise ValueError(f"rank {rank}: {reader.name!r} reads {region}, which nothing has written")
+        raise ValueError(
+            f"rank {rank}: {_name(reader, rank)} reads {region}, which nothing has written"
+        )
     # Writers of one region are ordered (checked above), so one of the earlier ones is the last.
-    last = next(w for w in earlier if all(w is o or graph.before(rank, o, w) for o in earlier))
-    if len(writers) > 1:
-        wanted = reader.send_chunk if reader.is_exchange else reader.chunk
-        if last.receive_chunk != wanted:
+    last = next(w for w in earlier if all(w is o or graph.before(o, w) for o in earlier))[1]
+    step = reader[1]
+    if last.call != step.call:
+        raise ValueError(
+            f"rank {rank}: {_name(reader, rank)} of call {step.call} reads {region}, which "
+            f"{last.name!r} of call {last.call} wrote"
+        )
+    if sum(w.call == step.call for _, w in writers) > 1:
+        wanted = step.send_chunk if step.is_exchange else step.chunk
+        if _written_chunk(last) != wanted:
             raise ValueError(
-                f"rank {rank}: {reader.name!r} expects chunk {wanted} in {region}, which holds "
-                f"{last.receive_chunk}"
+                f"rank {rank}: {_name(reader, rank)} expects chunk {wanted} in {region}, which "
+                f"holds {_written_chunk(last)}"
             )
+
+
+def _written_chunk(step: Step) -> tuple[int, int]:
+    return step.receive_chunk if step.is_exchange else step.chunk
+
+
+def _name(placed: Placed, rank: int) -> str:
+    return repr(placed[1].name) + ("" if placed[0] == rank else f" of rank {placed[0]}")

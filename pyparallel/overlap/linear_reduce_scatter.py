@@ -12,7 +12,7 @@ time to travel.
 
 from __future__ import annotations
 
-from pyparallel.overlap.gather import add_exchanges, check_transport
+from pyparallel.overlap.gather import SCATTER_TRANSPORTS, add_exchanges, check_transport
 from pyparallel.overlap.scatter import add_reduce_scatter
 from pyparallel.overlap.schedule import COMPUTE, Builder, Schedule
 from pyparallel.overlap.steps import (
@@ -27,15 +27,24 @@ from pyparallel.overlap.steps import (
 )
 
 
-def linear_reduce_scatter(*, rank: int, size: int, pieces: int) -> Schedule:
-    """Forward schedule. pieces: C, pieces per destination; 0 runs one matmul, then one reduction."""
+def linear_reduce_scatter(
+    *, rank: int, size: int, pieces: int, transport: str = "direct"
+) -> Schedule:
+    """Forward schedule. pieces: C, pieces per destination; 0 runs one matmul, then one reduction.
+
+    transport: `direct` or `copy`; partial sums are added where they belong, so no ring carries them.
+    """
     builder = Builder(operation="linear_reduce_scatter", rank=rank, size=size, pieces=pieces)
+    check_transport(transport, SCATTER_TRANSPORTS)
     rows = chunk_regions(builder, "x")
     if pieces == 0:
         add_matmul_all(builder, rows="x", output="partial")
         add_reduce_scatter_all(builder, output="y")
         return builder.finish(inputs=rows, outputs=(("y", 0),))
-    for step in add_reduce_scatter(builder, rows="x", partial="partial", output="y"):
+    reduces = add_reduce_scatter(
+        builder, rows="x", partial="partial", output="y", transport=transport
+    )
+    for step in reduces:
         builder.add(step)
     return builder.finish(inputs=rows, outputs=tuple(("y", p) for p in range(pieces)))
 

@@ -20,7 +20,9 @@ from pyparallel.overlap.actions import (
     Multiply,
     Reduce,
     ScatterSide,
+    Shared,
     View,
+    check_link,
     rank_ordered_sum,
 )
 from pyparallel.overlap.all_gather_linear import all_gather_linear, all_gather_linear_backward
@@ -36,8 +38,8 @@ from pyparallel.overlap.schedule import Schedule, Step
 class Plan:
     """How one group overlaps: its place in it, the rows of every rank, and the schedule's choices.
 
-    rows: M_r of every rank. pieces: C of the schedules, 0 to not overlap. slots: see
-    `all_gather_linear`.
+    rows: M_r of every rank. pieces: C of the schedules, 0 to not overlap. transport: see `gather.py`.
+    slots: see `all_gather_linear`.
     """
 
     rank: int
@@ -50,6 +52,16 @@ class Plan:
     def size(self) -> int:
         """R."""
         return len(self.rows)
+
+    @property
+    def used_transport(self) -> str:
+        """The path that is not overlapped is the library's collective."""
+        return self.transport if self.pieces else "direct"
+
+    @property
+    def scatter_transport(self) -> str:
+        """Partial sums are added at their owner, so no ring carries them."""
+        return "copy" if self.used_transport == "copy" else "direct"
 
     def layout(self) -> Layout:
         """Where each chunk lies."""
@@ -97,6 +109,14 @@ def _multiply(linear: Linear, weight: Tensor) -> Multiply:
     return multiply
 
 
+def _partial(like: Tensor, columns: int, plan: Plan, link: Link) -> Tensor | Shared:
+    """[M, columns] for partial sums, where the peers can address it if they copy out of it."""
+    check_link(link, plan.scatter_transport)
+    if plan.scatter_transport == "copy":
+        return link.share("partial", sum(plan.rows), columns, like)
+    return like.new_empty(sum(plan.rows), columns)
+
+
 def _check(name: str, tensor: Tensor, rows: int, columns: int) -> None:
     if tensor.dim() != 2 or tensor.shape != (rows, columns) or not tensor.is_contiguous():
         raise ValueError(
@@ -133,6 +153,7 @@ def all_gather_linear_pipeline(
         link=link,
         multiply=_multiply(linear, weight),
         names=("x", "landing" if plan.pieces else "gathered", "y"),
+        transport=plan.used_transport,
     )
     return Pipeline(schedule, {**_ORDERING, **side.actions()}, side.views(), (y,))
 
@@ -149,12 +170,14 @@ def linear_reduce_scatter_pipeline(
     """results: y [M_r, N] = reduce_scatter(x @ weight^T); x [M, K_r], weight [N, K_r]."""
     layout = plan.layout()
     _check("x", x, layout.total, weight.shape[1])
-    schedule = linear_reduce_scatter(rank=plan.rank, size=plan.size, pieces=plan.pieces)
+    schedule = linear_reduce_scatter(
+        rank=plan.rank, size=plan.size, pieces=plan.pieces, transport=plan.scatter_transport
+    )
     own, columns = plan.rows[plan.rank], weight.shape[0]
     y = x.new_empty(own, columns)
     side = ScatterSide(
         x,
-        x.new_empty(layout.total, columns),
+        _partial(x, columns, plan, link),
         x.new_empty(plan.size, own, columns),
         y,
         rank=plan.rank,
@@ -196,10 +219,11 @@ def all_gather_linear_backward_pipeline(
         link=link,
         multiply=_multiply(linear, weight),
         names=("x", "gathered", "gathered"),
+        transport=plan.used_transport,
     )
     scatter = ScatterSide(
         dy,
-        x.new_empty(layout.total, columns),
+        _partial(x, columns, plan, link),
         x.new_empty(plan.size, own, columns),
         dx,
         rank=plan.rank,
@@ -246,6 +270,7 @@ def linear_reduce_scatter_backward_pipeline(
         link=link,
         multiply=_multiply(linear, weight),
         names=("dy", "gathered", "dx"),
+        transport=plan.used_transport,
     )
     actions = {**_ORDERING, **side.actions()}
     actions["weight_gradient"] = _weight_gradient(gathered, x, dw)

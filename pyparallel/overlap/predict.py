@@ -35,6 +35,7 @@ class Prediction:
 
     operation: str
     pieces: int
+    transport: str
     total: float
     matmul: float
     communication: float
@@ -60,33 +61,61 @@ def workload(operation: str, *, m: int, k: int, n: int, size: int) -> Workload:
 
 
 def timeline(
-    operation: str, *, m: int, k: int, n: int, size: int, pieces: int, machine: Machine = H100
+    operation: str,
+    *,
+    m: int,
+    k: int,
+    n: int,
+    size: int,
+    pieces: int,
+    transport: str = "direct",
+    machine: Machine = H100,
 ) -> Timeline:
     """The simulated run of all ranks."""
     build = OPERATIONS[operation]
-    schedules = [build(rank=rank, size=size, pieces=pieces) for rank in range(size)]
+    schedules = [
+        build(rank=rank, size=size, pieces=pieces, transport=transport) for rank in range(size)
+    ]
     return simulate(schedules, workload(operation, m=m, k=k, n=n, size=size), machine)
 
 
 def _one_rank(
-    operation: str, *, m: int, k: int, n: int, size: int, pieces: int, machine: Machine
+    operation: str,
+    *,
+    m: int,
+    k: int,
+    n: int,
+    size: int,
+    pieces: int,
+    transport: str,
+    machine: Machine,
 ) -> float:
     """Rank 0 stands for all: it has the most rows."""
-    schedule = OPERATIONS[operation](rank=0, size=size, pieces=pieces)
+    schedule = OPERATIONS[operation](rank=0, size=size, pieces=pieces, transport=transport)
     work = workload(operation, m=m, k=k, n=n, size=size)
     return simulate([schedule], work, machine).total
 
 
 @lru_cache(maxsize=4096)
 def predict(
-    operation: str, *, m: int, k: int, n: int, size: int, pieces: int, machine: Machine = H100
+    operation: str,
+    *,
+    m: int,
+    k: int,
+    n: int,
+    size: int,
+    pieces: int,
+    transport: str = "direct",
+    machine: Machine = H100,
 ) -> Prediction:
-    """Prices one choice of pieces beside the path that does not overlap."""
+    """Prices one choice of pieces and transport beside the path that does not overlap."""
     shape = {"m": m, "k": k, "n": n, "size": size, "machine": machine}
-    plain = _one_rank(operation, **shape, pieces=0)
-    total = plain if pieces == 0 else _one_rank(operation, **shape, pieces=pieces)
+    plain = _one_rank(operation, **shape, pieces=0, transport="direct")
+    total = plain
+    if pieces > 0:
+        total = _one_rank(operation, **shape, pieces=pieces, transport=transport)
     matmul = matmul_seconds(machine, m, k, n)
-    return Prediction(operation, pieces, total, matmul, plain - matmul, plain)
+    return Prediction(operation, pieces, transport, total, matmul, plain - matmul, plain)
 
 
 @lru_cache(maxsize=4096)

@@ -30,7 +30,9 @@ class Step:
     chunk: which part it works on, as (rank, piece); piece -1 means all pieces of that rank.
     send_to / receive_from: the peers of an exchange, else -1.
     send_chunk / receive_chunk: what goes out and what comes in, as (rank, piece).
+    pull_from: the peer out of whose memory the step copies `remote_reads`, else -1.
     reads, writes: every region the step touches on its own rank.
+    call: which of several calls in a row the step belongs to (`check.py` looks at two).
     """
 
     name: str
@@ -42,13 +44,21 @@ class Step:
     receive_from: int = -1
     send_chunk: tuple[int, int] = (-1, -1)
     receive_chunk: tuple[int, int] = (-1, -1)
+    pull_from: int = -1
     reads: tuple[Region, ...] = ()
     writes: tuple[Region, ...] = ()
+    remote_reads: tuple[Region, ...] = ()
+    call: int = 0
 
     @property
     def is_exchange(self) -> bool:
         """Whether the step sends to one peer and receives from another."""
         return self.send_to >= 0
+
+    @property
+    def is_meeting(self) -> bool:
+        """Whether the step ends on no rank before it has started on all."""
+        return self.action == "meet"
 
 
 @dataclass(frozen=True)

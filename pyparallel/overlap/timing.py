@@ -7,9 +7,11 @@ Model, all of it declared in `Machine`:
   multiprocessors first come, first served, so a short last wave of one chunk is filled by the next
   chunk. All matmuls of a schedule use one tile shape, that with which the whole ends first, as a tuned
   kernel would.
-- An exchange takes latency + bytes / link; it starts when both sides have reached it. While the link is
-  driven by a kernel, it holds `communication_sms` multiprocessors for good.
-- A reduction is bound by memory: bytes / memory bandwidth.
+- An exchange takes latency + bytes / link; it starts when both sides have reached it. A schedule that
+  exchanges holds `communication_sms` multiprocessors for good: a kernel drives the link.
+- A copy out of a peer's memory takes copy_latency + bytes / link and holds nothing: a copy engine drives
+  it. A meeting takes `meeting` once all ranks have reached it, and holds one warp, which is nothing.
+- A reduction is bound by memory, bytes / memory bandwidth, and holds `reduction_sms` meanwhile.
 - Every launch costs `launch` on its stream.
 """
 
@@ -32,8 +34,8 @@ class Machine:
 
     peak: flop/s of the matmul's dtype; efficiency: the share of it a large matmul reaches.
     link: bytes/s one GPU sends (and receives) at once. Times in seconds, bandwidths in bytes/s.
-    communication_sms: multiprocessors that a communication kernel takes from the matmul while the
-    schedule overlaps; 0 for copy engines.
+    communication_sms: multiprocessors that communication kernels take from the matmul while the
+    schedule overlaps. reduction_sms: those of a kernel that saturates the memory.
     """
 
     name: str
@@ -45,6 +47,9 @@ class Machine:
     latency: float = 6e-6
     launch: float = 2e-6
     communication_sms: int = 8
+    copy_latency: float = 4e-6
+    meeting: float = 5e-6
+    reduction_sms: int = 66
     # Smaller tiles reuse less of what they load.
     tiles: tuple[Tile, ...] = (
         (128, 256, 1.0),
@@ -127,11 +132,12 @@ class _Simulation:
     ) -> None:
         self.schedules, self.work, self.machine, self.tile = schedules, work, machine, tile
         self.layout = Layout(work.rows, pieces=schedules[0].pieces)
-        overlapped = schedules[0].pieces > 0
-        sms = machine.multiprocessors - (machine.communication_sms if overlapped else 0)
+        exchanging = any(step.is_exchange for step in schedules[0].steps)
+        sms = machine.multiprocessors - (machine.communication_sms if exchanging else 0)
         # When each multiprocessor of each rank is free again, earliest first.
         self.free = [[0.0] * sms for _ in schedules]
         self.ended: dict[tuple[int, str], float] = {}
+        self.exchanges = {s.rank: [x for x in s.steps if x.is_exchange] for s in schedules}
         self.stream_free = {
             (s.rank, stream): 0.0 for s in schedules for stream in {x.stream for x in s.steps}
         }
@@ -163,14 +169,16 @@ class _Simulation:
         queues: dict[tuple[int, str], list[Step]],
     ) -> float | None:
         start = self._local_ready(key, step)
-        if start is None or not step.is_exchange:
+        if start is None or len(self.schedules) == 1:
             return start
-        if len(self.schedules) == 1:
+        if step.is_meeting:
+            return self._all_ready_at(step, queues)
+        if not step.is_exchange:
             return start
         # The sender's side of what this step receives must have been reached too.
         sender = (step.receive_from, COMMUNICATION)
         position = self._position(key, step)
-        matching = self._exchanges(step.receive_from)[position]
+        matching = self.exchanges[step.receive_from][position]
         done = self.ended.get((step.receive_from, matching.name))
         if done is not None:
             return max(start, done - self._duration(step))
@@ -188,16 +196,33 @@ class _Simulation:
             start = max(start, self.ended[key[0], name])
         return start
 
-    def _exchanges(self, rank: int) -> list[Step]:
-        return [step for step in self.schedules[rank].steps if step.is_exchange]
+    def _all_ready_at(
+        self, step: Step, queues: dict[tuple[int, str], list[Step]]
+    ) -> float | None:
+        """When the last rank reaches a meeting; None while one has not."""
+        latest = 0.0
+        for rank in range(len(self.schedules)):
+            if (rank, step.name) in self.ended:
+                ready = self.ended[rank, step.name] - self.machine.meeting
+            else:
+                queue = queues[rank, COMMUNICATION]
+                if not queue or queue[0].name != step.name:
+                    return None
+                ready = self._local_ready((rank, COMMUNICATION), queue[0])
+            if ready is None:
+                return None
+            latest = max(latest, ready)
+        return latest
 
     def _position(self, key: tuple[int, str], step: Step) -> int:
-        return next(i for i, s in enumerate(self._exchanges(key[0])) if s.name == step.name)
+        return next(i for i, s in enumerate(self.exchanges[key[0]]) if s.name == step.name)
 
     def _execute(self, key: tuple[int, str], step: Step, start: float) -> None:
         rank = key[0]
         if step.action in ("matmul", "matmul_all", "partial", "weight_gradient"):
             begin, end = self._matmul(rank, step, start)
+        elif step.action == "reduce":
+            begin, end = self._reduce(rank, step, start)
         else:
             begin, end = start, start + self._duration(step)
         self.ended[rank, step.name] = end
@@ -220,6 +245,17 @@ class _Simulation:
             heapq.heappush(free, at + tile)
         return min(begin, end), end
 
+    def _reduce(self, rank: int, step: Step, start: float) -> tuple[float, float]:
+        free = self.free[rank if len(self.schedules) > 1 else 0]
+        count = min(self.machine.reduction_sms, len(free))
+        taken = [heapq.heappop(free) for _ in range(count)]
+        # The grid is done when its last block is, and blocks start as multiprocessors come free.
+        begin = max(start + self.machine.launch, taken[0])
+        end = max(begin, taken[-1]) + self._duration(step)
+        for _ in taken:
+            heapq.heappush(free, end)
+        return begin, end
+
     def _rows(self, step: Step) -> int:
         if step.action in ("matmul_all", "weight_gradient"):
             return self.layout.total
@@ -234,6 +270,13 @@ class _Simulation:
             if step.action == "scatter":
                 rows = self.layout.local(step.send_chunk[0], step.send_chunk[1])
             return machine.latency + (rows.stop - rows.start) * row_bytes / machine.link
+        if step.is_meeting:
+            return machine.meeting
+        if step.pull_from >= 0:
+            # The chunk names whose rows they are: the source's, or for partial sums the own ones.
+            owner = step.chunk[0] if step.action == "pull" else step.remote_reads[0][1]
+            rows = self.layout.local(int(owner), step.chunk[1])
+            return machine.copy_latency + (rows.stop - rows.start) * row_bytes / machine.link
         if step.action in ("gather_all", "reduce_scatter_all"):
             moved = (self.layout.total - min(self.layout.rows)) * row_bytes / machine.link
             summed = (len(self.work.rows) + 1) * own * row_bytes / machine.memory
@@ -242,7 +285,7 @@ class _Simulation:
         if step.action == "reduce":
             rows = self.layout.local(*step.chunk)
             count = (rows.stop - rows.start) * (len(self.work.rows) + 1)
-            return machine.launch + count * row_bytes / machine.memory
-        if step.action == "copy_own":
+            return count * row_bytes / machine.memory
+        if step.action in ("copy_own", "publish"):
             return machine.launch + 2 * own * row_bytes / machine.memory
         return 0.0
