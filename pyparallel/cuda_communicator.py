@@ -26,7 +26,9 @@ from pyparallel.communicator import (
     split_counts,
 )
 from pyparallel.cuda_extension import BYTES, NCCL_REDUCTIONS, NCCL_TYPES, type_of
+from pyparallel.cuda_extension import stream as _stream
 from pyparallel.cuda_peers import PeerMemory
+from pyparallel.cuda_windows import Windows
 from pyparallel.peer_watch import PeerWatch, meet_neighbours, roll_call
 
 DEFAULT_TIMEOUT_S = 300.0
@@ -54,6 +56,7 @@ class NcclCommunicator(Communicator):
         self.rank, self.size = engine.rank, engine.size
         self.timeout_s, self.deterministic = timeout_s, deterministic
         self.stream = torch.cuda.ExternalStream(engine.stream)
+        self.windows = Windows(engine)
         self._failure: PeerError | None = None
         processes = meet_neighbours(store, self.rank, self.size)
         self.peers: PeerMemory | None = None
@@ -83,7 +86,7 @@ class NcclCommunicator(Communicator):
 
     def split(self, color: int, key: int, name: str) -> NcclCommunicator | None:
         """The sub-group of all ranks with the same color >= 0; None with a color below 0."""
-        if (engine := self._run(self.engine.split, color, key, name)) is None:
+        if (engine := self.call(self.engine.split, color, key, name)) is None:
             return None
         return NcclCommunicator(
             name,
@@ -99,7 +102,7 @@ class NcclCommunicator(Communicator):
         # Peer kernels are ordered by the caller's stream; those of another stream would not be.
         if self.peers is not None and not async_op and self.peers.takes(tensor):
             return self._enqueue(
-                False, self._run, self.peers.all_reduce, tensor, op, uses=(tensor,)
+                False, self.call, self.peers.all_reduce, tensor, op, uses=(tensor,)
             )
         flat = tensor.view(-1)
         base, extra = divmod(flat.numel(), self.size)
@@ -157,7 +160,7 @@ class NcclCommunicator(Communicator):
     def broadcast(self, tensor: Tensor, src: int, *, async_op: bool = False) -> Work | None:
         def run() -> None:
             count = tensor.numel() * tensor.element_size()
-            self._run(self.engine.broadcast, tensor.data_ptr(), count, BYTES, src, _stream())
+            self.call(self.engine.broadcast, tensor.data_ptr(), count, BYTES, src, _stream())
 
         return self._enqueue(async_op, run, uses=(tensor,))
 
@@ -178,12 +181,16 @@ class NcclCommunicator(Communicator):
 
     def synchronize(self) -> None:
         """Waits on the host for the current stream; bounded, raises PeerError like every call."""
-        self._run(self.engine.synchronize, _stream())
+        self.call(self.engine.synchronize, _stream())
         if self.peers is not None:
-            self._run(self.peers.check)
+            self.call(self.peers.check)
 
     def close(self) -> None:
         self._watch.close()
+        if self.peers is not None:
+            self.peers.close(wait=self._failure is None)
+        if self._failure is None:
+            self.windows.close()
         self.engine.close()
 
     def _all_gather(self, output: Tensor, input: Tensor, counts: Sequence[int]) -> None:
@@ -191,7 +198,7 @@ class NcclCommunicator(Communicator):
         if len(set(counts)) == 1:
             count = input.numel() * element
             arguments = (output.data_ptr(), input.data_ptr(), count, kind, _stream())
-            self._run(self.engine.all_gather, *arguments)
+            self.call(self.engine.all_gather, *arguments)
             return
         parts = output.view(-1).split(list(counts))
         sends = [(input, peer) for peer in range(self.size)]
@@ -210,7 +217,7 @@ class NcclCommunicator(Communicator):
         if not self.deterministic and len(set(counts)) == 1 and input.dtype in NCCL_TYPES:
             addresses = (output.data_ptr(), input.data_ptr(), output.numel())
             kinds = (NCCL_TYPES[input.dtype], NCCL_REDUCTIONS[op])
-            self._run(self.engine.reduce_scatter, *addresses, *kinds, _stream())
+            self.call(self.engine.reduce_scatter, *addresses, *kinds, _stream())
             return
         parts = input.new_empty(self.size, output.numel())
         self._all_to_all(parts, input, [output.numel()] * self.size, counts)
@@ -224,10 +231,8 @@ class NcclCommunicator(Communicator):
     def _nccl_all_reduce(self, tensor: Tensor, op: str) -> None:
         if tensor.dtype not in NCCL_TYPES:
             raise ValueError(f"all_reduce: NCCL sums no {tensor.dtype}; use deterministic=True")
-        address, kind = tensor.data_ptr(), NCCL_TYPES[tensor.dtype]
-        reduction = NCCL_REDUCTIONS[op]
-        arguments = (address, address, tensor.numel(), kind, reduction, _stream())
-        self._run(self.engine.all_reduce, *arguments)
+        address, kinds = tensor.data_ptr(), (NCCL_TYPES[tensor.dtype], NCCL_REDUCTIONS[op])
+        self.call(self.engine.all_reduce, address, address, tensor.numel(), *kinds, _stream())
 
     def _exchange(
         self,
@@ -239,7 +244,7 @@ class NcclCommunicator(Communicator):
             return [(t.data_ptr(), t.numel() * t.element_size(), peer) for t, peer in pairs]
 
         arguments = (messages(sends), messages(receives), BYTES, _stream(), operation)
-        self._run(self.engine.exchange, *arguments)
+        self.call(self.engine.exchange, *arguments)
 
     def _enqueue(
         self, async_op: bool, run: Callable[..., None], *args: Any, uses: Sequence[Tensor]
@@ -261,7 +266,8 @@ class NcclCommunicator(Communicator):
             tensor.record_stream(self.stream)
         return Work(lambda: torch.cuda.current_stream().wait_event(done))
 
-    def _run(self, call: Callable[..., Any], *args: Any) -> Any:
+    def call(self, call: Callable[..., Any], *args: Any) -> Any:
+        """call(*args); a PeerError names the missing ranks, and is that of every later call."""
         if self._failure is not None:
             raise self._failure
         try:
@@ -271,9 +277,7 @@ class NcclCommunicator(Communicator):
 
     def _with_missing(self, error: PeerError) -> PeerError:
         """Names the missing ranks: those that do not answer a roll call over the store."""
-        missing = tuple(getattr(error, "missing", ()))
-        if not missing:
-            missing = roll_call(self.store, self.rank, self.size)
+        missing = tuple(error.missing) or roll_call(self.store, self.rank, self.size)
         text = f"{error}; missing: {', '.join(map(str, missing)) or 'none'}"
         named = PeerError(text)
         for field in ("operation", "sequence", "group"):
@@ -294,7 +298,3 @@ class NcclCommunicator(Communicator):
             # The thread that uses the group hears of it at its next call.
             return False
         return True
-
-
-def _stream() -> int:
-    return torch.cuda.current_stream().cuda_stream

@@ -112,6 +112,28 @@ def describe() -> dict[str, object]:
     return facts
 
 
+class _Memory:
+    """Memory of the extension, as `torch.as_tensor` takes it."""
+
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+
+def tensor_at(address: int, num_bytes: int) -> Tensor:
+    """uint8 [num_bytes] on the current device over memory whose owner outlives the tensor."""
+    return torch.as_tensor(_Memory(address, num_bytes), device="cuda")
+
+
+def stream() -> int:
+    """The current stream, as the extension takes it."""
+    return torch.cuda.current_stream().cuda_stream
+
+
 def type_of(tensor: Tensor) -> tuple[int, int]:
     """NCCL's type and how many of it an element is: bytes where NCCL lacks the type."""
     if tensor.dtype in NCCL_TYPES:

@@ -1,95 +1,46 @@
-"""The overlapped linear layers on GPUs: schedules of `pyparallel.overlap` on CUDA streams over NCCL.
+"""The overlapped linear layers on GPUs: schedules of `pyparallel.overlap` on CUDA streams.
 
 Entered into the backend table as `all_gather_linear` and `linear_reduce_scatter` on `cuda`; the plain
-functions of `pyparallel.functional` are what they fall to at small M, and what they equal bit for bit.
+functions of `pyparallel.functional` are what they fall to at small M, and what they equal bit for bit
+(those of the backend `triton` where our Triton kernel multiplies).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from weakref import WeakKeyDictionary
+from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from pyparallel import backend, cuda_extension
 from pyparallel.cuda_communicator import NcclCommunicator
+from pyparallel.cuda_links import link_of, streams_of
+from pyparallel.cuda_tuning import tuning
 from pyparallel.functional import all_gather_linear as plain_gather
 from pyparallel.functional import linear_reduce_scatter as plain_scatter
 from pyparallel.functional.linear import bias_grad
 from pyparallel.group import Group
+from pyparallel.overlap.choice import Choice, ChoiceTable, choices
+from pyparallel.overlap.machine import H100
+from pyparallel.overlap.multiply import backward_linear, forward_linear, reason_against_triton
 from pyparallel.overlap.pipelines import (
-    Linear,
-    Pipeline,
     Plan,
     all_gather_linear_backward_pipeline,
     all_gather_linear_pipeline,
     linear_reduce_scatter_backward_pipeline,
     linear_reduce_scatter_pipeline,
 )
-from pyparallel.overlap.predict import LIBRARY_CANDIDATES, PiecesTable
-from pyparallel.overlap.schedule import CALLER, COMMUNICATION, COMPUTE
-
-# Which number of pieces; read(path) adds measurements of this machine.
-PIECES = PiecesTable(candidates=LIBRARY_CANDIDATES)
 
 
-class CudaStreams:
-    """The streams of one communicator's pipelines: two to compute on, and the communicator's own."""
-
-    def __init__(self, communicator: NcclCommunicator) -> None:
-        self.streams = {name: torch.cuda.Stream() for name in COMPUTE}
-        self.streams[COMMUNICATION] = communicator.stream
-
-    def run(self, pipeline: Pipeline) -> None:
-        """Issues every step in order; the caller's current stream waits for the end of all.
-
-        Nothing blocks the host, and all forks are joined, so the whole may be captured into a graph.
-        Temporaries belong to the caller's stream and may be freed as soon as this returns.
-        """
-        current = torch.cuda.current_stream()
-        awaited = pipeline.schedule.awaited()
-        ended: dict[str, torch.cuda.Event] = {}
-        for step in pipeline.schedule.steps:
-            stream = current if step.stream == CALLER else self.streams[step.stream]
-            for name in step.waits:
-                stream.wait_event(ended[name])
-            with torch.cuda.stream(stream):
-                pipeline.actions[step.action](step)
-            if step.name in awaited:
-                ended[step.name] = stream.record_event()
-
-
-class NcclLink:
-    """`overlap.actions.Link` over NCCL, on whatever stream is current."""
-
-    def __init__(self, communicator: NcclCommunicator) -> None:
-        self.communicator = communicator
-
-    def exchange(self, send: Tensor, send_to: int, receive: Tensor, receive_from: int) -> None:
-        self.communicator.exchange(send, send_to, receive, receive_from)
-
-    def all_gather(self, output: Tensor, own: Tensor, rows: Sequence[int]) -> None:
-        counts = [count * own.shape[1] for count in rows]
-        self.communicator.all_gather(output, own, counts=counts)
-
-    def all_to_all(self, output: Tensor, rows_out: Sequence[int], send: Tensor) -> None:
-        self.communicator.all_to_all(
-            output,
-            send,
-            output_counts=[output[0].numel()] * self.communicator.size,
-            input_counts=[count * send.shape[1] for count in rows_out],
-        )
-
-
-_streams: WeakKeyDictionary[NcclCommunicator, CudaStreams] = WeakKeyDictionary()
-
-
-def streams_of(communicator: NcclCommunicator) -> CudaStreams:
-    """The streams of a communicator, made at its first pipeline."""
-    if communicator not in _streams:
-        _streams[communicator] = CudaStreams(communicator)
-    return _streams[communicator]
+@lru_cache(maxsize=1)
+def table() -> ChoiceTable:
+    """Which way at which shape: what was measured here (`cuda_tuning`), else the model."""
+    found = tuning()
+    made = ChoiceTable(machine=replace(H100, **found.machine))
+    made.add(found.overlap, source=found.source)
+    return made
 
 
 def reduce_on_gpu(parts: Tensor, out: Tensor) -> None:
@@ -98,18 +49,6 @@ def reduce_on_gpu(parts: Tensor, out: Tensor) -> None:
 
     if out.numel() > 0:
         rank_sum(parts, out)
-
-
-def with_bias(bias: Tensor | None) -> Linear:
-    """out = rows @ weight^T (+ bias), by cuBLASLt, which adds the bias in its epilogue."""
-
-    def linear(rows: Tensor, weight: Tensor, out: Tensor) -> None:
-        if bias is None:
-            torch.mm(rows, weight.t(), out=out)
-        else:
-            torch.addmm(bias, rows, weight.t(), out=out)
-
-    return linear
 
 
 def _reason_against(
@@ -135,10 +74,14 @@ def all_gather_linear(
         x_shard_s: [..., S_r, K]. weight: [N, K]. bias: [N]. sizes: every rank's S_r.
     """
     lead, width = x_shard_s.shape[:-2], weight.shape[0]
-    plan = _plan("all_gather_linear", weight, group, [lead.numel() * size for size in sizes])
-    x = x_shard_s.reshape(-1, x_shard_s.shape[-1])
+    rows = [lead.numel() * size for size in sizes]
+    plan, multiplier = _plan("all_gather_linear", weight, group, rows)
     pipeline = all_gather_linear_pipeline(
-        x, weight, plan=plan, link=NcclLink(group.communicator), linear=with_bias(bias)
+        x_shard_s.reshape(-1, x_shard_s.shape[-1]),
+        weight,
+        plan=plan,
+        link=link_of(group.communicator),
+        linear=forward_linear(multiplier, bias),
     )
     streams_of(group.communicator).run(pipeline)
     return _join_tokens(pipeline.results[0], lead, sizes, width)
@@ -154,12 +97,14 @@ def linear_reduce_scatter(
         x_shard_k: [..., S, K_r]. weight: [N, K_r]. bias: [N], added once. sizes: every rank's S_r.
     """
     lead, width = x_shard_k.shape[:-2], weight.shape[0]
-    plan = _plan("linear_reduce_scatter", weight, group, [lead.numel() * size for size in sizes])
+    rows = [lead.numel() * size for size in sizes]
+    plan, multiplier = _plan("linear_reduce_scatter", weight, group, rows)
     pipeline = linear_reduce_scatter_pipeline(
         _rank_by_rank(x_shard_k, sizes),
         weight,
         plan=plan,
-        link=NcclLink(group.communicator),
+        link=link_of(group.communicator),
+        linear=forward_linear(multiplier),
         reduce=reduce_on_gpu,
     )
     streams_of(group.communicator).run(pipeline)
@@ -190,13 +135,15 @@ def all_gather_linear_backward(
     """dx [..., S_r, K] and dw [N, K]: the input is gathered under dgrad, dx travels under wgrad."""
     if not all(needs):
         return plain_gather.plain_backward(grad, x_shard_s, weight, group, sizes, needs)
-    count = x_shard_s.shape[:-2].numel()
+    rows = [x_shard_s.shape[:-2].numel() * size for size in sizes]
+    plan, multiplier = _plan("all_gather_linear", weight, group, rows)
     pipeline = all_gather_linear_backward_pipeline(
         _rank_by_rank(grad, sizes),
         x_shard_s.reshape(-1, x_shard_s.shape[-1]),
         weight,
-        plan=_plan("all_gather_linear", weight, group, [count * size for size in sizes]),
-        link=NcclLink(group.communicator),
+        plan=plan,
+        link=link_of(group.communicator),
+        linear=backward_linear(multiplier),
         reduce=reduce_on_gpu,
     )
     streams_of(group.communicator).run(pipeline)
@@ -217,25 +164,50 @@ def linear_reduce_scatter_backward(
     if not all(needs[:2]):
         return plain_scatter.plain_backward(grad, x_shard_k, weight, group, sizes, needs)
     lead, columns = grad.shape[:-2], grad.shape[-1]
-    gathered = grad.new_empty(lead.numel() * sum(sizes), columns)
+    plan, multiplier = _plan(
+        "linear_reduce_scatter", weight, group, [lead.numel() * size for size in sizes]
+    )
     pipeline = linear_reduce_scatter_backward_pipeline(
         grad.reshape(-1, columns),
         _rank_by_rank(x_shard_k, sizes),
         weight,
-        plan=_plan("linear_reduce_scatter", weight, group, [lead.numel() * size for size in sizes]),
-        link=NcclLink(group.communicator),
-        gathered=gathered,
+        plan=plan,
+        link=link_of(group.communicator),
+        linear=backward_linear(multiplier),
     )
     streams_of(group.communicator).run(pipeline)
     dx, dw = pipeline.results
-    db = bias_grad(gathered) if needs[2] else None
+    db = bias_grad(pipeline.views["gathered"]()) if needs[2] else None
     return _join_tokens(dx, lead, sizes, x_shard_k.shape[-1]), dw, db
 
 
-def _plan(operation: str, weight: Tensor, group: Group, rows: Sequence[int]) -> Plan:
+def available(
+    weight: Tensor, rows: Sequence[int], *, addressable: bool, most_bytes: int
+) -> tuple[Choice, ...]:
+    """What a call may choose between; the same on all ranks.
+
+    addressable: whether the ranks address one another's memory. most_bytes: what they may share of it.
+    """
+    transports, multipliers = ["direct"], ["library"]
+    # Either a shard of the input travels, or the partial sums of all rows, forward or backward.
+    if addressable and sum(rows) * max(weight.shape) * weight.itemsize <= most_bytes:
+        transports.append("copy")
+    if reason_against_triton(weight, tuple(rows)) is None:
+        multipliers.append("triton")
+    return choices(transports=transports, multipliers=multipliers)
+
+
+def _plan(operation: str, weight: Tensor, group: Group, rows: Sequence[int]) -> tuple[Plan, str]:
     n, k = weight.shape
-    pieces = PIECES.pieces(operation, m=sum(rows), k=k, n=n, size=group.size)
-    return Plan(rank=group.rank, rows=tuple(rows), pieces=pieces)
+    among = available(
+        weight,
+        rows,
+        addressable=group.communicator.peers is not None,
+        most_bytes=tuning()["copy_bytes"],
+    )
+    choice = table().choose(operation, m=sum(rows), k=k, n=n, size=group.size, among=among)
+    plan = Plan(group.rank, tuple(rows), choice.pieces, choice.transport)
+    return plan, choice.multiplier
 
 
 def _rank_by_rank(x: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -28,14 +28,25 @@ def meet_neighbours(store: dist.Store, rank: int, size: int) -> dict[int, int]:
     return processes
 
 
-def roll_call(store: dist.Store, rank: int, size: int) -> tuple[int, ...]:
-    """Ranks that do not answer; called by every rank whose group has failed."""
-    store.set(f"alive/{rank}", "here")
-    deadline = time.monotonic() + ROLL_CALL_S
+def roll_call(
+    store: dist.Store,
+    rank: int,
+    size: int,
+    *,
+    what: str = "alive",
+    seconds: float = ROLL_CALL_S,
+) -> tuple[int, ...]:
+    """Ranks that do not answer; called by every rank whose group has failed, or that is `what`."""
     silent = [r for r in range(size) if r != rank]
-    while silent and time.monotonic() < deadline:
-        silent = [r for r in silent if not store.check([f"alive/{r}"])]
-        time.sleep(0.02)
+    deadline = time.monotonic() + seconds
+    try:
+        store.set(f"{what}/{rank}", "here")
+        while silent and time.monotonic() < deadline:
+            silent = [r for r in silent if not store.check([f"{what}/{r}"])]
+            time.sleep(0.02 * bool(silent))
+    except RuntimeError:
+        # Who holds the store is gone; then nobody's answer can be heard.
+        pass
     return tuple(silent)
 
 

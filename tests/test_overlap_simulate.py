@@ -259,7 +259,9 @@ def test_a_link_that_copies_nothing_is_refused() -> None:
     class ExchangeOnly:
         exchange = all_gather = all_to_all = None
 
-    with pytest.raises(ValueError, match="transport: expected 'direct' or 'ring' over ExchangeOnly"):
+    with pytest.raises(
+        ValueError, match="transport: expected 'direct' or 'ring' over ExchangeOnly"
+    ):
         linear_reduce_scatter_pipeline(
             torch.zeros(4, K),
             torch.zeros(N, K),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -11,18 +10,10 @@ from xml.etree import ElementTree
 import pytest
 
 from pyparallel.overlap import SCHEDULES, report
-from pyparallel.overlap.predict import (
-    CANDIDATES,
-    LIBRARY_CANDIDATES,
-    OPERATIONS,
-    PiecesTable,
-    choose_pieces,
-    predict,
-    timeline,
-    workload,
-)
+from pyparallel.overlap.machine import H100, Machine
+from pyparallel.overlap.predict import OPERATIONS, predict, predict_fused, timeline, workload
 from pyparallel.overlap.schedule import COMMUNICATION, COMPUTE
-from pyparallel.overlap.timing import H100, Machine, Workload, matmul_seconds, simulate
+from pyparallel.overlap.timing import Workload, matmul_seconds, simulate
 
 # One multiprocessor, 1 flop/s, one row or column a tile, 1 byte/s: every figure is a small integer.
 TOY = Machine(
@@ -35,6 +26,8 @@ TOY = Machine(
     latency=0.0,
     launch=0.0,
     communication_sms=0,
+    copy_latency=0.0,
+    meeting=0.0,
     tiles=((1, 1, 1.0),),
 )
 
@@ -80,11 +73,48 @@ def test_two_streams_fill_the_last_wave() -> None:
     assert matmul_seconds(machine, 3, 1, 1) == 4
 
 
+def test_copies_by_hand() -> None:
+    """2 ranks, 4 rows each: publish and meet cost 1 s here, the copy 4 s, and no multiprocessor."""
+    machine = replace(TOY, meeting=1.0)
+    build = {"size": 2, "pieces": 1, "transport": "copy"}
+    schedules = [SCHEDULES["all_gather_linear"](rank=r, **build) for r in range(2)]
+    # Own rows 0..8, foreign rows land at 5 and are multiplied 8..16.
+    assert simulate(schedules, toy_work((4, 4)), machine).total == 16
+    # At 4 s a row they land at 17.
+    assert simulate(schedules, toy_work((4, 4), moved=4), machine).total == 17 + 8
+    scatter = [SCHEDULES["linear_reduce_scatter"](rank=r, **build) for r in range(2)]
+    # Remote rows are ready at 8, met for at 9, here at 21, read by all at 22.
+    assert simulate(scatter, toy_work((4, 4), moved=3), machine).total == 22
+
+
+def test_only_exchanges_hold_multiprocessors() -> None:
+    """With 1 of 2 multiprocessors held by kernels that move, the matmul takes twice as long."""
+    machine = replace(TOY, multiprocessors=2, peak=2.0, communication_sms=1, link=1e30)
+    totals = {}
+    for transport in ("direct", "copy"):
+        step = {"rank": 0, "size": 2, "pieces": 1, "transport": transport}
+        schedule = SCHEDULES["all_gather_linear"](**step)
+        totals[transport] = simulate([schedule], toy_work((4, 4)), machine).total
+    assert totals == {"direct": 16, "copy": 8}
+
+
+def test_a_meeting_waits_for_the_slowest() -> None:
+    """Rank 1 has 8 rows to multiply before its partial sums are there, rank 0 two."""
+    build = {"size": 2, "pieces": 1, "transport": "copy"}
+    schedules = [SCHEDULES["linear_reduce_scatter"](rank=r, **build) for r in range(2)]
+    result = simulate(schedules, toy_work((8, 2)), TOY)
+    ready = {s.rank: s.end for s in result.spans if s.name == "scatter_ready[1,0]"}
+    # Rank 0 multiplies rank 1's 2 rows (4 s), rank 1 rank 0's 8 rows (16 s).
+    assert ready == {0: 16, 1: 16}
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("pieces", [0, 1, 3])
-def test_streams_run_one_step_at_a_time(name: str, pieces: int) -> None:
+@pytest.mark.parametrize(("pieces", "transport"), [(0, "direct"), (1, "copy"), (3, "direct")])
+def test_streams_run_one_step_at_a_time(name: str, pieces: int, transport: str) -> None:
     size = 4
-    schedules = [SCHEDULES[name](rank=r, size=size, pieces=pieces) for r in range(size)]
+    schedules = [
+        SCHEDULES[name](rank=r, size=size, pieces=pieces, transport=transport) for r in range(size)
+    ]
     result = simulate(schedules, Workload((300, 200, 100, 7), 64, 96, 64), H100)
     for rank in range(size):
         for stream in (*COMPUTE, COMMUNICATION):
@@ -96,28 +126,12 @@ def test_streams_run_one_step_at_a_time(name: str, pieces: int) -> None:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_one_rank_stands_for_equal_ranks(operation: str) -> None:
-    shape = {"m": 2048, "k": 1024, "n": 896, "size": 4, "pieces": 2}
+@pytest.mark.parametrize("transport", ["direct", "copy"])
+def test_one_rank_stands_for_equal_ranks(operation: str, transport: str) -> None:
+    shape = {"m": 2048, "k": 1024, "n": 896, "size": 4, "pieces": 2, "transport": transport}
     every = timeline(operation, **shape).total
     alone = predict(operation, **shape).total
     assert alone == pytest.approx(every, rel=1e-9)
-
-
-@pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("m", [8, 64, 512, 1024, 4096, 16384])
-def test_the_choice_never_loses_to_the_plain_path(operation: str, m: int) -> None:
-    k, n = (8192, 3584) if operation == "all_gather_linear" else (3584, 8192)
-    for candidates in (CANDIDATES, LIBRARY_CANDIDATES):
-        pieces = choose_pieces(operation, m=m, k=k, n=n, size=8, candidates=candidates)
-        assert pieces in candidates
-        chosen = predict(operation, m=m, k=k, n=n, size=8, pieces=pieces)
-        assert chosen.total <= chosen.plain
-        # Bounds no schedule beats: the matmul alone, and the link alone.
-        work = workload(operation, m=m, k=k, n=n, size=8)
-        moved = (m - max(work.rows)) * work.moved_columns * work.element / H100.link
-        assert chosen.total >= moved
-    if m <= 64:
-        assert pieces == 0
 
 
 def test_large_m_overlaps() -> None:
@@ -125,34 +139,29 @@ def test_large_m_overlaps() -> None:
     assert 0.6 < p.hidden <= 1.0 and p.total < p.plain
 
 
-def test_measured_table_comes_first(tmp_path: Path) -> None:
-    entry = {"operation": "all_gather_linear", "size": 8, "m": 4096, "k": 8192, "n": 3584}
-    path = tmp_path / "pieces.json"
-    path.write_text(json.dumps([{**entry, "seconds": {"0": 3e-4, "1": 4e-4, "4": 2e-4}}]))
-    shape = {"m": 4096, "k": 8192, "n": 3584, "size": 8}
-    assert PiecesTable().pieces("all_gather_linear", **shape) == 1
-    assert PiecesTable(path).pieces("all_gather_linear", **shape) == 4
-    # Measured with more pieces than a library's matmul may have: the plain path was faster than 1.
-    library = PiecesTable(path, candidates=LIBRARY_CANDIDATES)
-    assert library.pieces("all_gather_linear", **shape) == 0
+def test_copy_engines_leave_the_multiprocessors_to_the_matmul() -> None:
+    for operation, k, n in (
+        ("all_gather_linear", 8192, 3584),
+        ("linear_reduce_scatter", 3584, 8192),
+    ):
+        for m in (4096, 8192, 16384):
+            shape = {"m": m, "k": k, "n": n, "size": 8, "pieces": 1}
+            kernels = predict(operation, **shape)
+            copies = predict(operation, **shape, transport="copy")
+            assert copies.total < kernels.total and copies.hidden > 0.8
+            assert copies.total >= copies.matmul - 1e-9
 
 
-@pytest.mark.parametrize(
-    "entry", [{"operation": "all_gather_linear"}, [], {"seconds": 3}], ids=["short", "list", "odd"]
-)
-def test_bad_measurements_are_named(tmp_path: Path, entry: object) -> None:
-    path = tmp_path / "pieces.json"
-    path.write_text(json.dumps([entry]))
-    with pytest.raises(ValueError, match="entry 0: expected operation, size"):
-        PiecesTable(path)
-
-
-def test_measurements_without_the_plain_path_are_refused(tmp_path: Path) -> None:
-    entry = {"operation": "all_gather_linear", "size": 8, "m": 8, "k": 8, "n": 8}
-    path = tmp_path / "pieces.json"
-    path.write_text(json.dumps([{**entry, "seconds": {"1": 1e-4}}]))
-    with pytest.raises(ValueError, match="0 pieces"):
-        PiecesTable(path)
+def test_the_fused_kernel_by_hand() -> None:
+    """2 ranks of 2 rows, tiles of one row and column: copies and tiles share nothing here."""
+    tile = ((128, 128, 1.0),)
+    machine = replace(TOY, tiles=tile, multiprocessors=2, peak=2.0 * 2 * 128 * 128)
+    # A tile takes 1 s; 2 blocks of rows a rank, 1 column of tiles; a row of K = 1 moves in 2 s.
+    fused = predict_fused(m=512, k=1, n=128, size=2, copying_sms=1, machine=machine)
+    # Own tiles 0..2; foreign blocks land at 256 and 512.
+    assert fused.total == 513 and fused.matmul == 2
+    fast = replace(machine, link=1e30)
+    assert predict_fused(m=512, k=1, n=128, size=2, copying_sms=1, machine=fast).total == 4
 
 
 def test_unknown_operation() -> None:
@@ -167,6 +176,7 @@ def test_report_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture) 
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "312 TFLOP/s x 70%, 300 GB/s a GPU each way, tp 4"
     assert sum(line.startswith("| `all_gather_linear`") for line in lines) == 4
+    assert sum(line.startswith(("| 256 |", "| 4096 |")) for line in lines) == 2
     for name in ("all_gather_linear", "linear_reduce_scatter", "hidden"):
         root = ElementTree.parse(tmp_path / f"overlap_{name}.svg").getroot()
         assert len(root) > 10

@@ -38,7 +38,6 @@ void peer_all_reduce_norm(const PeerCall& call, const AllReduceNorm<T>& a, Algor
                                 " bytes; create the group with larger slots");
   }
   bool one_shot = algorithm == Algorithm::one_shot;
-  if (algorithm == Algorithm::by_size) one_shot = prefers_one_shot(a.rows * row_bytes, size);
   // Two-shot shows R + 2 regions of at least a row, each rounded down to whole lines.
   if ((call.peers.slot_bytes / (size + 2)) / kLine * kLine < row_bytes) one_shot = true;
   const bool wide = is_vectorizable(a.x, a.hidden) && is_vectorizable(a.residual, a.hidden) &&

@@ -124,6 +124,9 @@ void NcclCommunicator::free_resources() {
   for (cudaEvent_t event : free_events_) (void)cudaEventDestroy(event);
   pending_.clear();
   free_events_.clear();
+  // Left by an abort: kernels that used the memory have ended with the communicator.
+  for (const auto& [number, window] : windows_) (void)ncclMemFree(window.memory);
+  windows_.clear();
   if (stream_ != nullptr) (void)cudaStreamDestroy(std::exchange(stream_, nullptr));
 }
 
@@ -164,6 +167,17 @@ void NcclCommunicator::complete(ncclResult_t result, Lock& lock) {
              {}, operation_, sequence_);
 }
 
+// Whether NCCL did what it may also refuse; a call that never ends is a lost peer as everywhere.
+bool NcclCommunicator::accepted(ncclResult_t result, Lock& lock) {
+  if (result != ncclInProgress) return result == ncclSuccess;
+  try {
+    complete(result, lock);
+    return true;
+  } catch (const std::invalid_argument&) {
+    return false;
+  }
+}
+
 // The end of a call that has enqueued work: notes when it must be done.
 void NcclCommunicator::finish(ncclResult_t result, cudaStream_t stream, Lock& lock) {
   complete(result, lock);
@@ -193,7 +207,6 @@ cudaEvent_t NcclCommunicator::take_event() {
 void NcclCommunicator::abort_with(const std::string& reason, const std::vector<int>& missing,
                                   const std::string& operation, uint64_t sequence) {
   if (communicator_ != nullptr) (void)ncclCommAbort(std::exchange(communicator_, nullptr));
-  windows_.clear();
   failure_ = std::make_unique<PeerError>(
       operation + " #" + std::to_string(sequence) + " of group '" + name_ + "' (rank " +
           std::to_string(rank_) + " of " + std::to_string(size_) + "): " + reason,
@@ -260,6 +273,11 @@ void NcclCommunicator::synchronize(cudaStream_t stream) {
 void NcclCommunicator::close() {
   Lock lock(mutex_);
   if (communicator_ == nullptr) return;
+  while (!windows_.empty()) {
+    const Window window = windows_.begin()->second;
+    windows_.erase(windows_.begin());
+    deregister(window, lock);
+  }
   if (!failure_) {
     // Destroying flushes what was enqueued; a rank whose peers are gone must not wait for them.
     complete(ncclCommFinalize(communicator_), lock);

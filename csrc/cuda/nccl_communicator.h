@@ -17,6 +17,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "peer_error.h"
@@ -65,10 +66,11 @@ class NcclCommunicator {
   void exchange(const std::vector<Message>& sends, const std::vector<Message>& receives, int dtype,
                 cudaStream_t stream, const char* operation);
 
-  // Memory that all ranks register together becomes a symmetric window (NCCL 2.27), which NCCL's
-  // collectives then use without copying. Returns a number for unregister_window, 0 if not supported.
-  uint64_t register_window(uintptr_t address, int64_t bytes);
-  void unregister_window(uint64_t window);
+  // Memory that all ranks allocate and register together (NCCL 2.27): a symmetric window, which NCCL's
+  // collectives use without copying, and a user buffer for messages. Returns a number for free_window
+  // and the address; 0 if the library or the machine does not support it.
+  std::pair<uint64_t, uintptr_t> allocate_window(int64_t bytes);
+  void free_window(uint64_t window);
   // The address of the same bytes on every rank, and their multicast address (0 where there is none), for
   // peer kernels. All ranks call it. Throws std::runtime_error where NCCL has no device API.
   std::vector<uintptr_t> window_addresses(uint64_t window, uintptr_t& multicast);
@@ -89,12 +91,19 @@ class NcclCommunicator {
     std::chrono::steady_clock::time_point deadline;
   };
   using Lock = std::unique_lock<std::mutex>;
+  struct Window {
+    void* memory;
+    void* buffer;  // as a user buffer; null if refused
+    ncclWindow_t window;
+  };
 
   NcclCommunicator(std::string name, double timeout_seconds);
   void open_stream();
   void begin(const char* operation);
   void finish(ncclResult_t result, cudaStream_t stream, Lock& lock);
   void complete(ncclResult_t result, Lock& lock);
+  bool accepted(ncclResult_t result, Lock& lock);
+  void deregister(const Window& window, Lock& lock);
   void look(Lock& lock);
   [[noreturn]] void abort_with(const std::string& reason, const std::vector<int>& missing,
                                const std::string& operation, uint64_t sequence);
@@ -111,7 +120,7 @@ class NcclCommunicator {
   uint64_t sequence_ = 0;
   std::deque<Pending> pending_;
   std::vector<cudaEvent_t> free_events_;
-  std::map<uint64_t, ncclWindow_t> windows_;
+  std::map<uint64_t, Window> windows_;
   uint64_t next_window_ = 1;
   std::unique_ptr<PeerError> failure_;
   std::mutex mutex_;

@@ -4,7 +4,6 @@
 namespace pyparallel::cuda {
 namespace {
 
-constexpr int64_t kOneShotReads = int64_t(1400) << 10;
 // One pass of a block over 16-byte packs.
 constexpr int64_t kBlockBytes = kPeerThreads * kPackBytes;
 
@@ -39,15 +38,10 @@ int peer_blocks(int64_t bytes) {
   return int(max_of(1, min_of(kPeerBlocks, ceil_div(bytes, kBlockBytes))));
 }
 
-bool prefers_one_shot(int64_t bytes, int size) { return bytes * (size - 1) <= kOneShotReads; }
-
 template <class T>
 void peer_all_reduce(const PeerCall& call, T* data, int64_t n, Reduction reduction,
                      Algorithm algorithm, cudaStream_t stream) {
-  const bool one_shot =
-      algorithm == Algorithm::one_shot ||
-      (algorithm == Algorithm::by_size &&
-       prefers_one_shot(n * int64_t(sizeof(T)), call.peers.size));
+  const bool one_shot = algorithm == Algorithm::one_shot;
   switch (reduction) {
     case Reduction::max: return launch<Max>(call, data, n, one_shot, stream);
     case Reduction::min: return launch<Min>(call, data, n, one_shot, stream);

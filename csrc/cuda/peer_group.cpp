@@ -54,8 +54,13 @@ IpcSegments::IpcSegments(int64_t bytes) {
 }
 
 IpcSegments::~IpcSegments() {
-  for (void* address : opened_) (void)cudaIpcCloseMemHandle(address);
+  close();
   (void)cudaFree(own_);
+}
+
+void IpcSegments::close() {
+  for (void* address : opened_) (void)cudaIpcCloseMemHandle(address);
+  opened_.clear();
 }
 
 std::string IpcSegments::handle() const {
@@ -133,6 +138,14 @@ PeerCall PeerGroup::begin(PeerOperation operation, uint32_t dtype, Reduction red
   recent_[sequence_ % kRemembered] = operation;
   return {peers_,
           {uint32_t(operation), dtype, uint32_t(reduction), root, count, split, sequence_, 0}};
+}
+
+void PeerGroup::copy(uintptr_t to, uintptr_t from, int64_t bytes, cudaStream_t stream) {
+  check();
+  if (bytes <= 0) return;
+  check_status(cudaMemcpyAsync(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from),
+                               size_t(bytes), cudaMemcpyDefault, stream),
+               "cudaMemcpyAsync between peers");
 }
 
 void PeerGroup::fail(const std::vector<int>& missing) {

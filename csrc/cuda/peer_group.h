@@ -24,6 +24,8 @@ class IpcSegments {
   std::string handle() const;
   // Addresses of all ranks' segments in rank order; handles[rank] is this rank's own and not opened.
   std::vector<uintptr_t> open(int rank, const std::vector<std::string>& handles);
+  // Closes the peers' segments; this rank's own lives as long as the object, since peers may use it.
+  void close();
 
  private:
   void* own_ = nullptr;
@@ -51,6 +53,9 @@ class PeerGroup {
   // Throws PeerError if a kernel that has run by now found a peer missing or in another call. The
   // group refuses further work from then on, with the same reason.
   void check();
+  // Bytes between this rank's memory and a peer's, by a copy engine: no multiprocessor is held. Whoever
+  // orders it against the peer is the caller, by a barrier on the same stream.
+  void copy(uintptr_t to, uintptr_t from, int64_t bytes, cudaStream_t stream);
   // Tells kernels that wait, from another thread, that these ranks will not come: they give up at once.
   void fail(const std::vector<int>& missing);
 

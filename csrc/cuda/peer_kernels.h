@@ -22,7 +22,9 @@ enum class PeerOperation : uint32_t {
   multimem_all_reduce,
 };
 enum class Reduction : uint32_t { none = 0, sum, max, min };
-enum class Algorithm { by_size = 0, one_shot, two_shot };
+// one_shot: one step, reads n. two_shot: two steps, reads 2 n (R-1)/R. The caller knows where the one
+// gives way to the other (pyparallel/cuda_tuning.py), and all ranks must agree.
+enum class Algorithm { one_shot = 1, two_shot };
 
 // What one launch needs to know beside its data.
 struct PeerCall {
@@ -32,11 +34,6 @@ struct PeerCall {
 
 // Thread blocks a call of `bytes` uses; a function of the bytes alone, so that all ranks agree.
 int peer_blocks(int64_t bytes);
-
-// Whether one_shot is taken when the caller leaves it open. Declared, not measured here: one_shot reads
-// n in one step, two_shot 2 n (R-1)/R in two; at a step of some 3 us and 450 GB/s a GPU they
-// meet near 1.4 MB of reads.
-bool prefers_one_shot(int64_t bytes, int size);
 
 template <class T>
 void peer_all_reduce(const PeerCall& call, T* data, int64_t n, Reduction reduction,

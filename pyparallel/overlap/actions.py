@@ -26,6 +26,13 @@ View = Callable[..., Tensor]
 class Link(Protocol):
     """Point-to-point and whole-group transport of one group, issued in the same order on all ranks."""
 
+    def buffer(self, name: str, shape: Sequence[int], like: Tensor, *, elements: int) -> Tensor:
+        """Memory for what travels: a link that registers memory hands out some that it knows.
+
+        elements: what the rank with the largest shape needs; the same on all ranks. What a call of
+        the same name returned before is overwritten.
+        """
+
     def exchange(self, send: Tensor, send_to: int, receive: Tensor, receive_from: int) -> None:
         """Sends one tensor and receives another, as one group, so that no order can deadlock."""
 
@@ -128,6 +135,8 @@ class GatherSide:
         return views
 
     def _gathered_view(self, *indices: int) -> Tensor:
+        if not indices:
+            return self.gathered
         if len(indices) == 1:
             return self.gathered[indices[0]]
         return self.gathered[self.layout.rows_of(*indices)]

@@ -54,6 +54,9 @@ class MailboxLink:
     def __init__(self, mailbox: Mailbox, rank: int) -> None:
         self.mailbox, self.rank = mailbox, rank
 
+    def buffer(self, name: str, shape: Sequence[int], like: Tensor, *, elements: int) -> Tensor:
+        return like.new_empty(shape)
+
     def exchange(self, send: Tensor, send_to: int, receive: Tensor, receive_from: int) -> None:
         taken = threading.Event()
         self.mailbox.letters[self.rank, send_to].put((send, taken))
@@ -137,6 +140,9 @@ class CommunicatorLink:
     def __init__(self, communicator: Communicator) -> None:
         self.communicator = communicator
         self.buffers: dict[str, SharedBuffer] = {}
+
+    def buffer(self, name: str, shape: Sequence[int], like: Tensor, *, elements: int) -> Tensor:
+        return like.new_empty(shape)
 
     def exchange(self, send: Tensor, send_to: int, receive: Tensor, receive_from: int) -> None:
         out, into = [0] * self.communicator.size, [0] * self.communicator.size

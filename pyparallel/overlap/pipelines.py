@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -26,46 +27,12 @@ from pyparallel.overlap.actions import (
     rank_ordered_sum,
 )
 from pyparallel.overlap.all_gather_linear import all_gather_linear, all_gather_linear_backward
-from pyparallel.overlap.layout import Layout
 from pyparallel.overlap.linear_reduce_scatter import (
     linear_reduce_scatter,
     linear_reduce_scatter_backward,
 )
+from pyparallel.overlap.plan import Plan
 from pyparallel.overlap.schedule import Schedule, Step
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How one group overlaps: its place in it, the rows of every rank, and the schedule's choices.
-
-    rows: M_r of every rank. pieces: C of the schedules, 0 to not overlap. transport: see `gather.py`.
-    slots: see `all_gather_linear`.
-    """
-
-    rank: int
-    rows: tuple[int, ...]
-    pieces: int
-    transport: str = "direct"
-    slots: int | None = None
-
-    @property
-    def size(self) -> int:
-        """R."""
-        return len(self.rows)
-
-    @property
-    def used_transport(self) -> str:
-        """The path that is not overlapped is the library's collective."""
-        return self.transport if self.pieces else "direct"
-
-    @property
-    def scatter_transport(self) -> str:
-        """Partial sums are added at their owner, so no ring carries them."""
-        return "copy" if self.used_transport == "copy" else "direct"
-
-    def layout(self) -> Layout:
-        """Where each chunk lies."""
-        return Layout(self.rows, pieces=self.pieces)
 
 
 @dataclass(frozen=True)
@@ -114,7 +81,19 @@ def _partial(like: Tensor, columns: int, plan: Plan, link: Link) -> Tensor | Sha
     check_link(link, plan.scatter_transport)
     if plan.scatter_transport == "copy":
         return link.share("partial", sum(plan.rows), columns, like)
-    return like.new_empty(sum(plan.rows), columns)
+    return _buffer(link, "partial", (sum(plan.rows), columns), like)
+
+
+def _landed(like: Tensor, columns: int, plan: Plan, link: Link) -> Tensor:
+    """[R, M_r, columns]: the partial sums of the own rows, by source."""
+    shape = (plan.size, plan.rows[plan.rank], columns)
+    elements = plan.size * max(plan.rows) * columns
+    return link.buffer("landed", shape, like, elements=elements)
+
+
+def _buffer(link: Link, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """One whose shape is the same on all ranks."""
+    return link.buffer(name, shape, like, elements=prod(shape))
 
 
 def _check(name: str, tensor: Tensor, rows: int, columns: int) -> None:
@@ -141,9 +120,9 @@ def all_gather_linear_pipeline(
     )
     y = x.new_empty(layout.total, weight.shape[0])
     if plan.pieces and plan.slots is not None:
-        landing = x.new_empty(plan.slots, layout.largest_piece, x.shape[1])
+        landing = _buffer(link, "gathered", (plan.slots, layout.largest_piece, x.shape[1]), x)
     else:
-        landing = x.new_empty(layout.total, x.shape[1])
+        landing = _buffer(link, "gathered", (layout.total, x.shape[1]), x)
     side = GatherSide(
         x,
         landing,
@@ -178,7 +157,7 @@ def linear_reduce_scatter_pipeline(
     side = ScatterSide(
         x,
         _partial(x, columns, plan, link),
-        x.new_empty(plan.size, own, columns),
+        _landed(x, columns, plan, link),
         y,
         rank=plan.rank,
         layout=layout,
@@ -208,7 +187,7 @@ def all_gather_linear_backward_pipeline(
     schedule = all_gather_linear_backward(
         rank=plan.rank, size=plan.size, pieces=plan.pieces, transport=plan.transport
     )
-    gathered = x.new_empty(layout.total, columns)
+    gathered = _buffer(link, "gathered", (layout.total, columns), x)
     dx, dw = torch.empty_like(x), torch.empty_like(weight)
     gather = GatherSide(
         x,
@@ -224,7 +203,7 @@ def all_gather_linear_backward_pipeline(
     scatter = ScatterSide(
         dy,
         _partial(x, columns, plan, link),
-        x.new_empty(plan.size, own, columns),
+        _landed(x, columns, plan, link),
         dx,
         rank=plan.rank,
         layout=layout,
@@ -247,11 +226,10 @@ def linear_reduce_scatter_backward_pipeline(
     plan: Plan,
     link: Link,
     linear: Linear = matmul_plain,
-    gathered: Tensor | None = None,
 ) -> Pipeline:
     """results: dx [M, K_r], dw [N, K_r]; dy [M_r, N], x [M, K_r], weight [N, K_r].
 
-    gathered: [M, N], where all ranks' dy will be, for callers that want its sum as well.
+    views["gathered"]() is the dy [M, N] of all ranks, until the link's next call.
     """
     layout = plan.layout()
     _check("dy", dy, plan.rows[plan.rank], weight.shape[0])
@@ -259,7 +237,7 @@ def linear_reduce_scatter_backward_pipeline(
     schedule = linear_reduce_scatter_backward(
         rank=plan.rank, size=plan.size, pieces=plan.pieces, transport=plan.transport
     )
-    gathered = dy.new_empty(layout.total, dy.shape[1]) if gathered is None else gathered
+    gathered = _buffer(link, "gathered", (layout.total, dy.shape[1]), dy)
     dx, dw = torch.empty_like(x), torch.empty_like(weight)
     side = GatherSide(
         dy,
@@ -287,9 +265,3 @@ def _weight_gradient(left: Tensor, right: Tensor, dw: Tensor) -> Action:
         torch.mm(left.t(), right, out=dw)
 
     return weight_gradient
-
-
-def even_rows(total: int, size: int) -> tuple[int, ...]:
-    """M rows over R ranks, the first M % R ranks one more."""
-    base, extra = divmod(total, size)
-    return tuple(base + (rank < extra) for rank in range(size))

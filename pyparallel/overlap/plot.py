@@ -14,6 +14,10 @@ COLORS = {
     "matmul_all": "#3b6ea8",
     "weight_gradient": "#6a4c93",
     "gather": "#d98c3f",
+    "pull": "#d98c3f",
+    "pull_partial": "#d98c3f",
+    "publish": "#c9b458",
+    "meet": "#b04a5a",
     "scatter": "#d98c3f",
     "gather_all": "#d98c3f",
     "reduce_scatter_all": "#d98c3f",
@@ -58,9 +62,9 @@ def curves_svg(
     series: Sequence[tuple[str, str, Sequence[tuple[float, float]]]], *, title: str, x_label: str
 ) -> str:
     """Lines of (x, share): x on a doubling scale, the share from 0 to 1; a name and a color each."""
-    width, height, left, top = 620, 320, 60, 36
+    width, height, left, top, right = 720, 320, 60, 36, 260
     xs = sorted({x for _, _, points in series for x, _ in points})
-    place = {x: left + i * (width - left - 160) / max(len(xs) - 1, 1) for i, x in enumerate(xs)}
+    place = {x: left + i * (width - left - right) / max(len(xs) - 1, 1) for i, x in enumerate(xs)}
 
     def level(share: float) -> float:
         return top + (height - top - 50) * (1 - min(max(share, 0.0), 1.0))
@@ -69,7 +73,7 @@ def curves_svg(
     for tick in range(0, 101, 20):
         y = level(tick / 100)
         parts.append(
-            f'<line x1="{left}" x2="{width - 150}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
+            f'<line x1="{left}" x2="{width - right + 10}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
         )
         parts.append(_text(left - 42, y + 4, f"{tick} %"))
     for x in xs:
@@ -84,9 +88,9 @@ def curves_svg(
         )
         y = top + 14 + 20 * position
         parts.append(
-            f'<rect x="{width - 142}" y="{y - 10}" width="12" height="12" fill="{color}"/>'
+            f'<rect x="{width - right + 28}" y="{y - 10}" width="12" height="12" fill="{color}"/>'
         )
-        parts.append(_text(width - 124, y, name, size=10))
+        parts.append(_text(width - right + 46, y, name, size=10))
     return _svg(width, height, parts)
 
 

@@ -1,28 +1,22 @@
-"""How much communication stays exposed, and which number of pieces is best: the model, or measurements.
+"""How much communication stays exposed, by the model.
 
 Exposed time is what a path takes beyond its matmul alone; hidden = 1 - exposed / communication.
 """
 
 from __future__ import annotations
 
-import json
+import heapq
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 
 from pyparallel.overlap.all_gather_linear import all_gather_linear
 from pyparallel.overlap.linear_reduce_scatter import linear_reduce_scatter
-from pyparallel.overlap.pipelines import even_rows
+from pyparallel.overlap.machine import H100, Machine
+from pyparallel.overlap.plan import even_rows
 from pyparallel.overlap.schedule import Schedule
-from pyparallel.overlap.timing import H100, Machine, Timeline, Workload, matmul_seconds, simulate
+from pyparallel.overlap.timing import Timeline, Workload, matmul_seconds, simulate
 
-# Pieces a shard may be cut into; 0 is the path that does not overlap.
-CANDIDATES = (0, 1, 2, 4, 8)
-# A library multiplies 512 rows in another order than 1024: with whole shards as chunks the overlapped
-# path has the matmuls of the plain one, and so its bits. More pieces need a matmul whose rows do not
-# depend on how many there are, such as a Triton kernel of fixed tiles.
-LIBRARY_CANDIDATES = (0, 1)
 OPERATIONS: dict[str, Callable[..., Schedule]] = {
     "all_gather_linear": all_gather_linear,
     "linear_reduce_scatter": linear_reduce_scatter,
@@ -118,68 +112,35 @@ def predict(
     return Prediction(operation, pieces, transport, total, matmul, plain - matmul, plain)
 
 
-@lru_cache(maxsize=4096)
-def choose_pieces(
-    operation: str,
-    *,
-    m: int,
-    k: int,
-    n: int,
-    size: int,
-    machine: Machine = H100,
-    candidates: tuple[int, ...] = CANDIDATES,
-) -> int:
-    """The fastest candidate by the model; 0 wins ties, so overlapping is never a loss by it."""
-    if size == 1:
-        return 0
-    shape = {"m": m, "k": k, "n": n, "size": size, "machine": machine}
-    least_rows = min(rows for rows, _, _ in machine.tiles)
-    usable = [c for c in candidates if c == 0 or m // size // c >= least_rows]
-    return min(usable, key=lambda c: (predict(operation, **shape, pieces=c).total, c))
+@lru_cache(maxsize=256)
+def predict_fused(
+    *, m: int, k: int, n: int, size: int, copying_sms: int = 16, machine: Machine = H100
+) -> Prediction:
+    """Prices `kernels/all_gather_matmul.py`: one kernel, whose tiles start as their rows land.
 
-
-class PiecesTable:
-    """Measured choices, by operation and shape; the model where nothing was measured.
-
-    The file is JSON: a list of {"operation", "size", "m", "k", "n", "seconds": {pieces: seconds}}.
+    Some multiprocessors copy, block of rows after block of rows, the others multiply, with the tile
+    that fits beside the flags' registers. `exposed` and `hidden` are against the matmul alone with
+    that tile, on all multiprocessors.
     """
-
-    def __init__(
-        self,
-        path: Path | None = None,
-        *,
-        machine: Machine = H100,
-        candidates: tuple[int, ...] = CANDIDATES,
-    ) -> None:
-        self.machine, self.candidates = machine, candidates
-        self.measured: dict[tuple[str, int, int, int, int], dict[int, float]] = {}
-        if path is not None:
-            self.read(path)
-
-    def read(self, path: Path) -> None:
-        """Adds the measurements of a file. Raises ValueError if an entry is not as documented."""
-        for position, entry in enumerate(json.loads(path.read_text())):
-            try:
-                key = (entry["operation"], *(int(entry[name]) for name in ("size", "m", "k", "n")))
-                seconds = {int(c): float(t) for c, t in entry["seconds"].items()}
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise ValueError(
-                    f"{path}: entry {position}: expected operation, size, m, k, n and seconds by "
-                    f"pieces, got {entry!r}"
-                ) from error
-            if 0 not in seconds:
-                raise ValueError(
-                    f"{path}: entry {position}: expected a measurement for 0 pieces (the plain path), "
-                    f"got {sorted(seconds)}"
-                )
-            self.measured[key] = seconds
-
-    def pieces(self, operation: str, *, m: int, k: int, n: int, size: int) -> int:
-        """What to cut a shard into. Never a choice that was measured, or is predicted, to lose."""
-        seconds = self.measured.get((operation, size, m, k, n))
-        if seconds is not None:
-            usable = [c for c in seconds if c in self.candidates or c == 0]
-            return min(usable, key=lambda c: (seconds[c], c))
-        return choose_pieces(
-            operation, m=m, k=k, n=n, size=size, machine=self.machine, candidates=self.candidates
-        )
+    tile = next(tile for tile in machine.tiles if tile[:2] == (128, 128))
+    seconds = 2.0 * tile[0] * tile[1] * k
+    seconds /= machine.peak * machine.efficiency / machine.multiprocessors * tile[2]
+    shard = -(-m // size)
+    free = [0.0] * (machine.multiprocessors - copying_sms)
+    landed = end = machine.launch + machine.meeting
+    for rank in range(size):
+        for begin in range(0, shard, tile[0]):
+            rows = min(tile[0], shard - begin)
+            if rank > 0:
+                landed += rows * k * Workload.element / machine.link
+            for _ in range(-(-n // tile[1])):
+                # Own rows wait for nothing, the others for the copy of their block.
+                start = max(heapq.heappop(free), landed if rank > 0 else machine.launch)
+                heapq.heappush(free, start + seconds)
+                end = max(end, start + seconds)
+    matmul = matmul_seconds(replace(machine, tiles=(tile,)), m, k, n)
+    plain = predict("all_gather_linear", m=m, k=k, n=n, size=size, pieces=0, machine=machine)
+    added = plain.communication
+    return Prediction(
+        "all_gather_matmul", -(-shard // tile[0]), "fused", end, matmul, added, matmul + added
+    )

@@ -62,9 +62,7 @@ def _partial(builder: Builder, rows: str, chunk: tuple[int, int], output: str) -
     )
 
 
-def _pull(
-    builder: Builder, partial: str, sent: tuple[int, int], landing: tuple[int, int]
-) -> Step:
+def _pull(builder: Builder, partial: str, sent: tuple[int, int], landing: tuple[int, int]) -> Step:
     return Step(
         name=f"scatter[{landing[0]},{landing[1]}]",
         action="pull_partial",
@@ -76,9 +74,7 @@ def _pull(
     )
 
 
-def _exchange(
-    partial: str, sent: tuple[int, int], landing: tuple[int, int], computed: str
-) -> Step:
+def _exchange(partial: str, sent: tuple[int, int], landing: tuple[int, int], computed: str) -> Step:
     return Step(
         name=f"scatter[{landing[0]},{landing[1]}]",
         action="scatter",

@@ -1,6 +1,6 @@
 """What a schedule costs: an event simulation of all ranks with given matmul and link speeds.
 
-Model, all of it declared in `Machine`:
+Model, all of it declared in `machine.py`:
 
 - A matmul of m rows is ceil(m / TILE_M) * ceil(N / TILE_N) tiles, each 2 TILE_M TILE_N K flops on one
   multiprocessor at peak * efficiency * tile efficiency / SMs. Tiles of both compute streams share the
@@ -22,47 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pyparallel.overlap.layout import Layout
+from pyparallel.overlap.machine import Machine, Tile
 from pyparallel.overlap.schedule import CALLER, COMMUNICATION, Schedule, Step
-
-# Rows, columns, and the share of the largest tile's speed it reaches.
-Tile = tuple[int, int, float]
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A GPU and its link.
-
-    peak: flop/s of the matmul's dtype; efficiency: the share of it a large matmul reaches.
-    link: bytes/s one GPU sends (and receives) at once. Times in seconds, bandwidths in bytes/s.
-    communication_sms: multiprocessors that communication kernels take from the matmul while the
-    schedule overlaps. reduction_sms: those of a kernel that saturates the memory.
-    """
-
-    name: str
-    peak: float
-    efficiency: float
-    multiprocessors: int
-    link: float
-    memory: float
-    latency: float = 6e-6
-    launch: float = 2e-6
-    communication_sms: int = 8
-    copy_latency: float = 4e-6
-    meeting: float = 5e-6
-    reduction_sms: int = 66
-    # Smaller tiles reuse less of what they load.
-    tiles: tuple[Tile, ...] = (
-        (128, 256, 1.0),
-        (128, 128, 0.85),
-        (64, 128, 0.70),
-    )
-
-
-# 989 TFLOP/s dense bf16, 450 GB/s each way over NVLink, 3.35 TB/s: the data sheet's; 70% is what large
-# bf16 matmuls reach under the power limit.
-H100 = Machine(
-    name="H100 SXM", peak=989e12, efficiency=0.70, multiprocessors=132, link=450e9, memory=3.35e12
-)
 
 
 @dataclass(frozen=True)
@@ -196,9 +157,7 @@ class _Simulation:
             start = max(start, self.ended[key[0], name])
         return start
 
-    def _all_ready_at(
-        self, step: Step, queues: dict[tuple[int, str], list[Step]]
-    ) -> float | None:
+    def _all_ready_at(self, step: Step, queues: dict[tuple[int, str], list[Step]]) -> float | None:
         """When the last rank reaches a meeting; None while one has not."""
         latest = 0.0
         for rank in range(len(self.schedules)):

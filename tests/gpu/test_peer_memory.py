@@ -106,7 +106,7 @@ def replayed(c: NcclCommunicator) -> None:
     x = torch.zeros(4096, device="cuda")
 
     def call() -> None:
-        how = (peers.reductions.sum, peers.algorithms.by_size)
+        how = (peers.reductions.sum, peers.algorithms.two_shot)
         peers.group.all_reduce(x.data_ptr(), x.numel(), code, *how, stream())
 
     graph = torch.cuda.CUDAGraph()
@@ -155,10 +155,9 @@ def test_different_calls_are_named() -> None:
 
 def multicast(c: NcclCommunicator) -> bool:
     n = 1 << 16
-    pool = torch.cuda.MemPool(torch.cuda.memory._get_nccl_allocator())  # NCCL's own memory
-    with torch.cuda.use_mem_pool(pool):
-        x = torch.full((n,), float(c.rank + 1), device="cuda")
-    window = c.engine.register_window(x.data_ptr(), n * 4)
+    window, address = c.engine.allocate_window(n * 4)
+    assert window != 0, "NCCL registered no symmetric window"
+    x = cuda_extension.tensor_at(address, n * 4).view(torch.float32).fill_(float(c.rank + 1))
     addresses, multi = c.engine.window_addresses(window)
     assert len(addresses) == c.size and addresses[c.rank] != 0
     if multi == 0:
@@ -166,7 +165,8 @@ def multicast(c: NcclCommunicator) -> bool:
     peers = Peers(c)
     peers.group.multimem_all_reduce(multi, n, NCCL_TYPES[x.dtype], stream())
     assert torch.equal(x.cpu(), torch.full((n,), c.size * (c.size + 1) / 2))
-    c.engine.unregister_window(window)
+    c.synchronize()
+    c.engine.free_window(window)
     return True
 
 

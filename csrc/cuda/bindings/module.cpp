@@ -115,8 +115,8 @@ void bind_nccl(py::module_& m) {
           },
           Unlocked(), py::arg("sends"), py::arg("receives"), py::arg("dtype"), py::arg("stream"),
           py::arg("operation") = "exchange")
-      .def("register_window", &NcclCommunicator::register_window, Unlocked())
-      .def("unregister_window", &NcclCommunicator::unregister_window, Unlocked())
+      .def("allocate_window", &NcclCommunicator::allocate_window, Unlocked(), py::arg("bytes"))
+      .def("free_window", &NcclCommunicator::free_window, Unlocked(), py::arg("window"))
       .def("window_addresses",
            [](NcclCommunicator& c, uint64_t window) {
              uintptr_t multicast = 0;
@@ -138,7 +138,6 @@ void bind_nccl(py::module_& m) {
 
 void bind_peer_group(py::module_& m) {
   py::enum_<Algorithm>(m, "Algorithm")
-      .value("by_size", Algorithm::by_size)
       .value("one_shot", Algorithm::one_shot)
       .value("two_shot", Algorithm::two_shot);
   py::enum_<Reduction>(m, "Reduction")
@@ -149,7 +148,8 @@ void bind_peer_group(py::module_& m) {
   py::class_<IpcSegments>(m, "IpcSegments")
       .def(py::init<int64_t>(), py::arg("bytes"))
       .def("handle", [](const IpcSegments& s) { return py::bytes(s.handle()); })
-      .def("open", &IpcSegments::open, py::arg("rank"), py::arg("handles"));
+      .def("open", &IpcSegments::open, py::arg("rank"), py::arg("handles"))
+      .def("close", &IpcSegments::close);
 
   py::class_<PeerGroup>(m, "PeerGroup")
       .def(py::init<std::string, int, int64_t, double, const std::vector<uintptr_t>&>(),
@@ -160,6 +160,10 @@ void bind_peer_group(py::module_& m) {
       .def_property_readonly("rank", &PeerGroup::rank)
       .def_property_readonly("size", &PeerGroup::size)
       .def("check", &PeerGroup::check)
+      .def("copy",
+           [](PeerGroup& g, uintptr_t to, uintptr_t from, int64_t bytes, uintptr_t stream) {
+             g.copy(to, from, bytes, stream_of(stream));
+           })
       .def("fail", &PeerGroup::fail, py::arg("missing"))
       .def("all_reduce",
            [](PeerGroup& g, uintptr_t data, int64_t n, int dtype, Reduction reduction,

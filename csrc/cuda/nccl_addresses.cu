@@ -1,5 +1,5 @@
-// Symmetric windows of an NCCL communicator, and where they lie in everybody's memory: NCCL's device API
-// knows the addresses, and one small kernel asks it for them.
+// Where the windows of an NCCL communicator lie in everybody's memory: NCCL's device API knows the
+// addresses, and one small kernel asks it for them.
 #include <cuda_runtime.h>
 #include <nccl.h>
 
@@ -38,43 +38,13 @@ __global__ void window_addresses_kernel(const __grid_constant__ ncclDevComm devi
 }  // namespace
 #endif
 
-uint64_t NcclCommunicator::register_window(uintptr_t address, int64_t bytes) {
-#if NCCL_VERSION_CODE >= NCCL_VERSION(2, 27, 0)
-  Lock lock(mutex_);
-  begin("register_window");
-  ncclWindow_t window = nullptr;
-  complete(ncclCommWindowRegister(communicator_, reinterpret_cast<void*>(address), size_t(bytes),
-                                  &window, NCCL_WIN_COLL_SYMMETRIC),
-           lock);
-  if (window == nullptr) return 0;
-  windows_[next_window_] = window;
-  return next_window_++;
-#else
-  (void)address, (void)bytes;
-  return 0;
-#endif
-}
-
-void NcclCommunicator::unregister_window(uint64_t window) {
-#if NCCL_VERSION_CODE >= NCCL_VERSION(2, 27, 0)
-  Lock lock(mutex_);
-  const auto found = windows_.find(window);
-  if (found == windows_.end()) return;
-  begin("unregister_window");
-  complete(ncclCommWindowDeregister(communicator_, found->second), lock);
-  windows_.erase(found);
-#else
-  (void)window;
-#endif
-}
-
 std::vector<uintptr_t> NcclCommunicator::window_addresses(uint64_t window, uintptr_t& multicast) {
 #if defined(PP_NCCL_DEVICE_API)
   Lock lock(mutex_);
   begin("window_addresses");
   const auto found = windows_.find(window);
   if (found == windows_.end()) {
-    throw std::invalid_argument("window: expected a number register_window returned, got " +
+    throw std::invalid_argument("window: expected a number allocate_window returned, got " +
                                 std::to_string(window));
   }
   ncclCommProperties_t properties = NCCL_COMM_PROPERTIES_INITIALIZER;
@@ -92,7 +62,7 @@ std::vector<uintptr_t> NcclCommunicator::window_addresses(uint64_t window, uintp
   void* buffer = nullptr;
   const size_t bytes = addresses.size() * sizeof(uintptr_t);
   check_cuda(cudaMallocAsync(&buffer, bytes, stream_), "cudaMallocAsync");
-  window_addresses_kernel<<<1, 32, 0, stream_>>>(device, found->second, size_,
+  window_addresses_kernel<<<1, 32, 0, stream_>>>(device, found->second.window, size_,
                                                  properties.multimemSupport,
                                                  static_cast<void**>(buffer));
   check_cuda(cudaGetLastError(), "window_addresses");
