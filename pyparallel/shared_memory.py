@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyparallel import _C
-from pyparallel._C import SharedMemoryGroup, fast_collectives
+from pyparallel._C import SharedMemoryGroup, fast_collectives, slot_bytes
 from pyparallel.call_order import CallOrder
 from pyparallel.communicator import Communicator, Work
 from pyparallel.host_tensors import (
@@ -60,6 +60,8 @@ class SharedMemoryCommunicator(Communicator):
         self._fast_all_gather: Callable[..., bool] = fast["all_gather"]
         self._fast_reduce_scatter: Callable[..., bool] = fast["reduce_scatter"]
         self._order = CallOrder(name)
+        # What a rank can show the others at once.
+        self.slot_bytes: int = slot_bytes(self.engine)
         self._buffer: SharedBuffer | None = None
 
     @classmethod
@@ -215,6 +217,11 @@ class SharedMemoryCommunicator(Communicator):
         """New memory of ``num_bytes`` and more on every rank, zeros; a call of all ranks."""
         self._order.drain()
         return _C.SharedBuffer(self.engine, -(-num_bytes // 2))
+
+    def free_engine(self) -> SharedMemoryGroup:
+        """The engine, when no call is under way, for a fused operation's own calls."""
+        self._order.drain()
+        return self.engine
 
     def close(self) -> None:
         self._order.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 from pyparallel import backend
 from pyparallel.launch import launch
@@ -15,10 +16,12 @@ NEW_TOKENS = 20
 PROMPTS = torch.tensor([[5, 9, 2, 40, 33, 7], [11, 12, 13, 14, 15, 16]])
 
 
-def continued(model: torch.nn.Module, cache: str) -> list:
+def continued(model: torch.nn.Module, cache: str, padding: int = 0) -> list:
+    mask = torch.ones_like(PROMPTS)
+    mask[1, :padding] = 0
     return model.generate(
         PROMPTS,
-        attention_mask=torch.ones_like(PROMPTS),
+        attention_mask=mask,
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
         eos_token_id=None,
@@ -26,10 +29,11 @@ def continued(model: torch.nn.Module, cache: str) -> list:
     ).tolist()
 
 
-def generate_on_kernels(family: str, cache: str) -> tuple[list, dict[str, int]]:
+def generate_on_kernels(family: str, cache: str) -> tuple[list, dict, list, dict]:
+    """Tokens and calls of kernels without padding, and with."""
     model = parallelize(build(family), init_mesh(tp=torch.distributed.get_world_size()))
     calls: dict[str, int] = {}
-    for op in ("linear", "attention"):
+    for op in ("linear", "attention", "linear_all_reduce"):
         row = backend._table[op]["cpu"]
 
         def counted(*args: object, run=row.run, op: str = op, **options: object) -> object:
@@ -37,20 +41,29 @@ def generate_on_kernels(family: str, cache: str) -> tuple[list, dict[str, int]]:
             return run(*args, **options)
 
         object.__setattr__(row, "run", counted)
-    return continued(model.eval(), cache), calls
+    tokens, counted = continued(model.eval(), cache), dict(calls)
+    calls.clear()
+    return tokens, counted, continued(model, cache, padding=2), calls
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
-    ("family", "cache"), [("llama", "dynamic"), ("llama", "static"), ("qwen3", "dynamic")]
+    ("family", "cache"),
+    [("llama", "dynamic"), ("llama", "static"), ("qwen3", "dynamic"), ("qwen3", "static")],
 )
 def test_generate_of_transformers(family: str, cache: str, ranks: int) -> None:
-    dense = continued(build(family).eval(), cache)
-    for tokens, calls in launch(generate_on_kernels, ranks, family, cache, threads=1):
-        assert tokens == dense
-        # A static cache has slots to hide in every step, which is SDPA's part.
-        assert cache == "static" or calls["attention"] >= NEW_TOKENS
-        assert calls["linear"] > NEW_TOKENS
+    dense = build(family).eval()
+    expected, padded = continued(dense, cache), continued(dense, cache, padding=2)
+    layers, row_layers = 2, ("linear_all_reduce" if ranks > 1 else "linear")
+    results = launch(generate_on_kernels, ranks, family, cache, threads=1)
+    for tokens, calls, padded_tokens, padded_calls in results:
+        assert tokens == expected
+        # The prompt and every step but the last token's own.
+        assert calls["attention"] == layers * NEW_TOKENS
+        assert calls["linear"] > NEW_TOKENS and calls[row_layers] >= 2 * layers * NEW_TOKENS
+        # Padding is hidden by a mask, which is SDPA's part.
+        assert padded_tokens == padded
+        assert "attention" not in padded_calls
 
 
 def beside_sdpa(_: int) -> list[float]:
@@ -69,6 +82,32 @@ def beside_sdpa(_: int) -> list[float]:
 
 def test_logits_with_and_without_padding() -> None:
     for difference in launch(beside_sdpa, 1, 0)[0]:
+        assert difference < 1e-4
+
+
+def static_cache(_: int) -> list[float]:
+    """Largest differences of logits by a static cache filled in pieces of one and of several tokens."""
+    dense = build("llama").eval()
+    ids = torch.randint(3, 60, (2, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        truth = dense(ids).logits
+        model = parallelize(build("llama").eval(), init_mesh(tp=1))
+        cache = transformers.StaticCache(config=model.config, max_cache_len=40)
+        differences, begin = [], 0
+        for count in (9, 1, 12, 1, 7):
+            got = model(ids[:, begin : begin + count], past_key_values=cache).logits
+            want = truth[:, begin : begin + count]
+            differences.append((got - want).abs().max().item())
+            begin += count
+        # What the empty slots hold must not be read.
+        for layer in cache.layers:
+            layer.keys[:, :, 30:] = layer.values[:, :, 30:] = torch.nan
+        got = model(ids[:, :1], past_key_values=cache).logits
+    return [*differences, 0.0 if got.isfinite().all() else 1.0]
+
+
+def test_a_static_cache_is_read_as_far_as_it_is_filled() -> None:
+    for difference in launch(static_cache, 1, 0)[0]:
         assert difference < 1e-4
 
 

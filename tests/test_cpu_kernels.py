@@ -46,7 +46,16 @@ def sum_bound(x: Tensor, weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("thin", [True, False])
 @pytest.mark.parametrize(
     ("M", "N", "K"),
-    [(1, 1, 1), (1, 33, 205), (2, 101, 64), (5, 7, 31), (13, 64, 576), (16, 65, 100), (41, 97, 77)],
+    [
+        (1, 1, 1),
+        (1, 33, 205),
+        (2, 101, 64),
+        (5, 7, 31),
+        (13, 64, 576),
+        (16, 65, 100),
+        (41, 97, 77),
+        (19, 9, 0),
+    ],
 )
 def test_linear(M: int, N: int, K: int, thin: bool, dtype: torch.dtype) -> None:
     if thin and M > cpu_ops.MAX_THIN_ROWS:

@@ -23,4 +23,7 @@ void bind_dropout(pybind11::module_& m);
 // Memory that all ranks of a group read in place.
 void bind_shared_buffer(pybind11::module_& m);
 
+// Sums over ranks fused with what follows them.
+void bind_rank_sum(pybind11::module_& m);
+
 }  // namespace pyparallel

@@ -8,4 +8,5 @@ PYBIND11_MODULE(_C, m) {
   pyparallel::bind_decode(m);
   pyparallel::bind_dropout(m);
   pyparallel::bind_shared_buffer(m);
+  pyparallel::bind_rank_sum(m);
 }

@@ -37,7 +37,7 @@ inline void block_linear_with(const LinearCall& call) {
   const int64_t width = gated ? W : 2 * W;
   const int64_t units = ceil_div(call.K, Dot::kPerUnit);
   const int64_t panel = units * 2 * W;
-  const int64_t panels = max_of(1, kPackedWeightBytes / (panel * 4));
+  const int64_t panels = max_of(1, kPackedWeightBytes / max_of(1, panel * 4));
   float* rows = static_cast<float*>(call.workspace);
   float* weights = rows + packed_rows_bytes(call.M, call.K) / 4;
   for (int64_t m = 0; m < call.M; m += kTileRows) {

@@ -17,6 +17,7 @@ from pyparallel.functional import (  # noqa: F401
     replicated_parameter,
     rope,
     row_parallel_linear,
+    shared_memory_all_reduce,
     shared_memory_linear,
     triton_collectives,
     triton_ops,

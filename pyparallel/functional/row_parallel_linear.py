@@ -9,10 +9,16 @@ Legend: K input features, K_r this rank's, M output features. ``y`` and ``dy`` a
 
 Communication: one all-reduce forward, none backward.
 Source: Shoeybi et al. 2019, "Megatron-LM", section 3 (the operator g).
+
+Eager code asks the table directly; a compiled graph calls the registered operator, which asks it when it
+runs. A group is named by ``Group.handle``.
+
+    linear_all_reduce(Tensor x, Tensor weight, Tensor? bias, int group) -> Tensor
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -35,6 +41,8 @@ class _RowParallelLinear(Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
         ctx.save_for_backward(x, weight)
+        if torch.compiler.is_compiling():
+            return torch.ops.pyparallel.linear_all_reduce(x, weight, bias, group.handle)
         return backend.call("linear_all_reduce", x, weight, bias, group)
 
     @staticmethod
@@ -61,3 +69,17 @@ def row_parallel_linear(
     if group.size == 1:
         return backend.call("linear", x, weight, bias)
     return _RowParallelLinear.apply(x, weight, bias, group)
+
+
+def _real(x: Tensor, weight: Tensor, bias: Tensor | None, group: int) -> Tensor:
+    return backend.call("linear_all_reduce", x, weight, bias, Group.of_handle(group))
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, group: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+_library = torch.library.Library("pyparallel", "FRAGMENT")
+_library.define("linear_all_reduce(Tensor x, Tensor weight, Tensor? bias, int group) -> Tensor")
+_library.impl("linear_all_reduce", _real, "CompositeExplicitAutograd")
+torch.library.register_fake("pyparallel::linear_all_reduce", _fake, lib=_library)

@@ -164,7 +164,7 @@ def linear_reduce_scatter_backward(
     return grad_x, grad_weight, bias_grad(dy) if needs[2] else None
 
 
-@backend.register("linear_all_reduce", "triton")
+@backend.register("linear_all_reduce", "triton", supports=reason_against)
 def linear_all_reduce(x: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
     """``y[..., M]``, the whole sum, of ``x[..., K_r]``. No autograd."""
     if not _fused(x, group):

@@ -99,10 +99,12 @@ class RowParallelLinear(ShardedModule):
         """``(norm(h), h)`` with ``h = residual + self(x)``: reduction, addition and norm in one where a
         backend has a kernel for that."""
         plain = self.bias is None and self.input_is_parallel and not self.sequence_parallel
-        one_dtype = x.dtype == residual.dtype == self.weight.dtype
+        one_dtype = x.dtype == residual.dtype == self.dtype
         if plain and one_dtype and type(norm) is RMSNorm and norm.weight is not None:
             rest = residual, norm.weight, norm.epsilon(x), self.group
             run = backend.offered("all_reduce_residual_rms_norm", residual, *rest)
+            if run is not None and self.weight_scale is not None:
+                return run(int8_linear(x, self.weight, self.weight_scale), *rest)
             if run is not None:
                 return run(backend.call("linear", x, self.weight), *rest)
         h = residual + self(x)

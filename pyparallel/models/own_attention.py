@@ -4,18 +4,26 @@ Where nothing is dropped, ``model.generate`` and its own caches thus run on the 
 finds: where no mask is needed beside the causal one, as in decoding and in reading one prompt, and with
 a mask where a backend has a kernel for it. Every other call is transformers' SDPA attention, as it was
 before.
+
+A static cache hands out all its slots, and a mask that hides those still empty. :func:`own_mask` notes on
+such a mask how many slots it shows; attention then reads these alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pyparallel import backend, cpu_ops  # noqa: F401
 from pyparallel.functional.attention import attention as torch_attention
 
 NAME = "pyparallel"
+
+# The attribute of a mask that says how many slots it shows.
+FILLED = "pyparallel_filled_slots"
 
 # Arguments that change what attention computes.
 OTHER = ("softcap", "position_bias", "cache", "s_aux", "output_attentions")
@@ -36,9 +44,13 @@ def own_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    length = query.shape[2]
+    filled = _filled_slots(query.shape[2], key.shape[2], attention_mask, causal)
     plain = not dropout and not any(kwargs.get(k) for k in OTHER)
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    if plain and filled is not None:
+        k, v = k[:, :filled], v[:, :filled]
+        o = backend.call("attention", q, k, v, causal=query.shape[2] > 1, scale=scaling)
+        return o.contiguous(), None
     if plain and attention_mask is not None:
         # transformers' masks are complete: they have the causal one and the window in them.
         masked = {"scale": scaling, "mask": attention_mask[..., : key.shape[2]]}
@@ -46,22 +58,65 @@ def own_attention(
         # torch's kernel is SDPA, which transformers calls with the heads packed best.
         if run is not torch_attention:
             return run(q, k, v, **masked).contiguous(), None
-    elif plain and (length == 1 or (causal and length == key.shape[2])):
-        o = backend.call("attention", q, k, v, causal=length > 1, scale=scaling)
-        return o.contiguous(), None
     options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options, **kwargs)
+
+
+def _filled_slots(length: int, slots: int, mask: Tensor | None, causal: bool) -> int | None:
+    """How many slots ``length`` queries see, the last query all of them; None where a mask says more."""
+    if mask is not None:
+        return getattr(mask, FILLED, None)
+    if length == 1:
+        return slots
+    # SDPA's causal mask lets the first query stand at the first slot.
+    return min(length, slots) if causal else None
+
+
+def own_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable | None = None,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    **options: Any,
+) -> Tensor | None:
+    """transformers' mask for SDPA, with a note where it is causal and hides nothing but empty slots."""
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    mask = sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function or causal_mask_function,
+        attention_mask=attention_mask,
+        use_vmap=use_vmap,
+        **options,
+    )
+    # Reading a position would break a graph, or make a device wait.
+    if mask is None or not mask.is_cpu or torch.compiler.is_compiling():
+        return mask
+    plain = mask_function in (None, causal_mask_function) and not use_vmap and kv_offset == 0
+    filled = int(q_offset) + q_length
+    if plain and (attention_mask is None or bool(attention_mask[:, :filled].all())):
+        # generate() makes masks contiguous, which would be another tensor.
+        mask = mask.contiguous()
+        setattr(mask, FILLED, filled)
+    return mask
 
 
 def use_own_attention(model: nn.Module) -> None:
     """Let a transformers model that uses SDPA attention use :func:`own_attention`."""
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     if getattr(model.config, "_attn_implementation", None) != "sdpa":
         return
     if not getattr(model, "_supports_attention_backend", False):
         return
     AttentionInterface.register(NAME, own_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, own_mask)
     model.set_attn_implementation(NAME)
