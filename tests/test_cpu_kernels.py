@@ -176,6 +176,7 @@ def attention_case(
     [
         (1, 1, 1, 1, 1, 64),
         (2, 1, 300, 3, 3, 64),
+        (1, 1, 1100, 2, 3, 64),
         (1, 1, 129, 2, 5, 20),
         (1, 1, 77, 1, 8, 128),
         (1, 2, 2, 1, 1, 8),
@@ -192,6 +193,14 @@ def test_attention(
     q, k, v = attention_case(B, S, T, G, repeats, D, dtype)
     o = cpu_ops.attention(q, k, v, causal=True, window=window)
     truth, _ = reference.attention(q.double(), k.double(), v.double(), causal=True, window=window)
+    torch.testing.assert_close(o.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_over_several_splits_of_the_keys() -> None:
+    torch.manual_seed(0)
+    q, k, v = attention_case(2, 1, 1100, 2, 3, 64, torch.float32)
+    o = cpu_ops.attention(q, k, v, window=600, threads=2)
+    truth, _ = reference.attention(q.double(), k.double(), v.double(), window=600)
     torch.testing.assert_close(o.double(), truth, rtol=1e-5, atol=1e-5)
 
 

@@ -24,6 +24,8 @@ using namespace cpu;
 
 constexpr int64_t kOutputGrain = 32;
 constexpr int64_t kQueryRows = 96;
+// Keys that a task of a single query reads, for any number of threads: the sums' order is fixed by it.
+constexpr int64_t kSplitKeys = 256;
 
 // Below this many multiplications a call is over before a second thread has begun.
 constexpr int64_t kWorthSharing = 1 << 17;
@@ -141,25 +143,39 @@ void attention(uintptr_t q, int64_t B, int64_t S, int64_t N, int64_t D, uintptr_
     call.out_head_stride = D;
     return call;
   };
-  const int64_t blocks = ceil_div(S, kQueryRows);
-  const int64_t tasks = B * Nk * blocks;
-  const int64_t bytes = max_of(k.prefill_attention_bytes(G, D), 2 * G * 4);
-  pool().run(threads_for(B * S * N * D * (start + S), threads), bytes,
-             [&](int thread, int count, void* scratch) {
-               for (int64_t task = tasks - 1 - thread; task >= 0; task -= count) {
-                 const int64_t row = task / (B * Nk) * kQueryRows, b = task / Nk % B, kv = task % Nk;
-                 AttentionCall call = call_for(b, row, kv);
-                 call.workspace = scratch;
-                 if (S > 1) {
-                   k.prefill_attention(call, min_of(kQueryRows, S - row), start + row, window);
-                   continue;
-                 }
-                 auto* state = static_cast<float*>(scratch);
-                 const SoftmaxState states{state, state + G};
-                 k.decode_attention(call, window > 0 ? max_of(0, start + 1 - window) : 0, start + 1, states);
-                 k.merge_attention(call.out, G * D, states, 1, G, D, call.out, D);
-               }
-             });
+  const int sharing = threads_for(B * S * N * D * (start + S), threads);
+  if (S == 1) {
+    const int64_t first = window > 0 ? max_of(0, start + 1 - window) : 0, end = start + 1;
+    const int64_t splits = max_of(1, ceil_div(end - first, kSplitKeys)), heads = B * Nk;
+    std::vector<float> partial(size_t(heads * splits * G * D)), state(size_t(heads * splits * G * 2));
+    const auto states_of = [&](int64_t head, int64_t split) {
+      float* maximum = state.data() + (head * splits + split) * G;
+      return SoftmaxState{maximum, maximum + heads * splits * G};
+    };
+    const int64_t tasks = heads * splits;
+    pool().run(sharing, 0, [&](int thread, int count, void*) {
+      for (int64_t task = thread; task < tasks; task += count) {
+        const int64_t head = task / splits, split = task % splits, begin = first + split * kSplitKeys;
+        AttentionCall call = call_for(head / Nk, 0, head % Nk);
+        call.out = partial.data() + task * G * D;
+        k.decode_attention(call, begin, min_of(begin + kSplitKeys, end), states_of(head, split));
+      }
+    });
+    for (int64_t head = 0; head < heads; ++head) {
+      k.merge_attention(partial.data() + head * splits * G * D, G * D, states_of(head, 0), splits, G, D,
+                        call_for(head / Nk, 0, head % Nk).out, D);
+    }
+    return;
+  }
+  const int64_t tasks = B * Nk * ceil_div(S, kQueryRows);
+  pool().run(sharing, k.prefill_attention_bytes(G, D), [&](int thread, int count, void* scratch) {
+    for (int64_t task = tasks - 1 - thread; task >= 0; task -= count) {
+      const int64_t row = task / (B * Nk) * kQueryRows;
+      AttentionCall call = call_for(task / Nk % B, row, task % Nk);
+      call.workspace = scratch;
+      k.prefill_attention(call, min_of(kQueryRows, S - row), start + row, window);
+    }
+  });
 }
 
 template <class Body>

@@ -5,8 +5,8 @@ finds: where no mask is needed beside the causal one, as in decoding and in read
 a mask where a backend has a kernel for it. Every other call is transformers' SDPA attention, as it was
 before.
 
-A static cache hands out all its slots, and a mask that hides those still empty. :func:`own_mask` notes on
-such a mask how many slots it shows; attention then reads these alone.
+A static cache hands out all its slots, and a mask that hides those still empty. :func:`own_mask` notes
+on such a mask how many slots it shows; attention then reads these alone.
 """
 
 from __future__ import annotations
