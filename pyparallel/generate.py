@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-# Registers the session of CPU ranks.
-from pyparallel import backend, cpu_decoder  # noqa: F401
+# Registers the sessions of CPU ranks and of pipelines.
+from pyparallel import backend, cpu_decoder, pipeline_session  # noqa: F401
 from pyparallel.batch import join_rows, part_of
 from pyparallel.collectives import all_reduce_raw
 from pyparallel.functional.next_token import Sampling
@@ -118,6 +118,7 @@ def generate(
     stop_ids: Sequence[int] | None = None,
     on_token: Callable[[int, int], None] | None = None,
     replicas: Group | None = None,
+    micro_batches: int | None = None,
 ) -> Generation:
     """Continue every prompt by up to ``max_new_tokens`` tokens; all ranks return the same.
 
@@ -132,14 +133,19 @@ def generate(
         replicas: ``mesh.dp``: each replica of the model answers its part of the prompts, and tells the
             others. Parts may be uneven, or empty; a replica that has finished waits for the others as
             long as any collective does.
+        micro_batches: into how many parts the prompts are cut that go through the stages of a
+            pipeline, several at a time; by default as many as stages.
 
     Raises:
         ValueError: no prompt, an empty one, an id outside the vocabulary, or a prompt that with
-            its new tokens is longer than the model's context.
+            its new tokens is longer than the model's context; more micro-batches than prompts, or some
+            for a model that is no stage.
     """
     sampling = sampling or Sampling()
     stops = set(model.stop_ids if stop_ids is None else stop_ids)
     check_prompts(prompts, max_new_tokens, model.vocab_size, model.max_positions)
+    is_stage = getattr(model, "stage", None) is not None and model.stage.count > 1
+    check_micro_batches(micro_batches, len(prompts) if is_stage else 1)
     if replicas is not None and replicas.size > 1:
         own = part_of(len(prompts), replicas)
 
@@ -156,10 +162,16 @@ def generate(
                 sampling=replace(sampling, first_row=sampling.first_row + own.start),
                 stop_ids=stop_ids,
                 on_token=tell,
+                micro_batches=None if micro_batches is None else min(micro_batches, len(own)),
             )
         device = next(model.parameters()).device
         return _joined(made, len(prompts), max_new_tokens, replicas, device)
     started = time.perf_counter()
+    if is_stage:
+        session = backend.call("pipeline_session", model, prompts, max_new_tokens, micro_batches)
+        tokens = session.run(sampling, stops, on_token)
+        decode_s = time.perf_counter() - started - session.prefill_s
+        return Generation(tokens, session.prefill_s, decode_s, session.steps)
     device = next(model.parameters()).device
     lengths = [len(prompt) for prompt in prompts]
     session = backend.call("decode_session", model, prompts, max(lengths) + max_new_tokens)
@@ -198,6 +210,13 @@ def _joined(
     spent = torch.tensor([made.prefill_s, made.decode_s, made.steps], dtype=torch.float64)
     prefill_s, decode_s, steps = all_reduce_raw(spent.to(device), replicas, op="max").tolist()
     return Generation(tokens, prefill_s, decode_s, int(steps))
+
+
+def check_micro_batches(count: int | None, most: int) -> None:
+    """Raise the ValueError of more micro-batches than ``most``: the prompts, or 1 without stages."""
+    if count is not None and not 1 <= count <= most:
+        why = "the prompts" if most > 1 else "one prompt, or a model that is not cut over pp"
+        raise ValueError(f"micro_batches: expected 1 to {most} ({why}), got {count}")
 
 
 def check_prompts(

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pyparallel.context import ContextShards
 from pyparallel.mesh import Mesh
 from pyparallel.models.stage import stages_of_rank
 from pyparallel.pipeline_schedules import check, schedule_of
-from pyparallel.sequence import sequence_sizes
 
 
 class Stages:
@@ -156,14 +154,9 @@ class Stages:
 
     def _between(self, bare: nn.Module, batch: int, length: int) -> Tensor:
         """Hidden states [B, S_r, H]."""
-        tokens = length
-        if self.mesh.cp.size > 1:
-            tokens = ContextShards.of(length, self.mesh.cp).sizes[self.mesh.cp.rank]
-        if getattr(bare, "sequence_parallel", False):
-            tokens = sequence_sizes(tokens, self.mesh.tp)[self.mesh.tp.rank]
         return torch.empty(
             batch,
-            tokens,
+            length if _is_transformers(bare) else bare.own_tokens(length),
             bare.config.hidden_size,
             dtype=next(bare.parameters()).dtype,
             device="meta",

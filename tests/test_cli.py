@@ -105,6 +105,22 @@ def test_prompts_are_answered_by_replicas(folder: Path) -> None:
     assert [row["rank"] for row in report["ranks"]] == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    "options", [("--tp", 2), ("--dp", 2, "--weights", "int8")], ids=["tp", "dp int8"]
+)
+def test_the_layers_are_cut_too(folder: Path, options: tuple) -> None:
+    result = run(
+        *("generate", "--model", folder, "--pp", 2, "--micro-batches", 2, "--check", "--json"),
+        *("--prompt", "w5 w9 w2", "--prompt", "w7 w7 w1 w3", "--prompt", "w8"),
+        *("--max-new-tokens", 7, *options),
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["matches_dense"] is True
+    assert report["max_abs_logit_diff"] < 1e-4
+    assert [row["rank"] for row in report["ranks"]] == [0, 1, 2, 3]
+
+
 def test_generate_prints_text(folder: Path) -> None:
     result = run(
         *("generate", "--model", folder, "--tp", 2, "--max-new-tokens", 3),
@@ -132,6 +148,8 @@ def test_streamed_text_is_the_whole_text(folder: Path) -> None:
         (["--tp", "10"], "use at most tp=9"),
         (["--cp", "0"], "--cp: expected at least 1, got 0"),
         (["--dp", "2"], "--dp: expected at most a replica for each of the 1 prompts, got 2"),
+        (["--pp", "3"], "stages: expected 1 to 2"),
+        (["--pp", "2", "--micro-batches", "2"], "micro_batches: expected 1 to 1"),
         (["--max-new-tokens", "100"], "more than the context of 64"),
         (["--max-new-tokens", "0"], "max_new_tokens: expected at least 1"),
         (["--temperature", "-1"], "temperature: expected 0 or more"),

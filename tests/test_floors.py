@@ -75,6 +75,7 @@ PYTHON_FLOORS = (
         "pipeline_schedules",
         "pipeline_stages",
         "pipeline_errors",
+        "pipeline_session",
         "tied_gradients",
         "activation_memory",
     },

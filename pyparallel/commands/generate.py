@@ -12,13 +12,14 @@ import torch
 
 from pyparallel.checkpoint import Checkpoint, open_checkpoint
 from pyparallel.functional.next_token import Sampling
-from pyparallel.generate import check_prompts, generate
+from pyparallel.generate import check_micro_batches, check_prompts, generate
 from pyparallel.launch import launch, report
 from pyparallel.mesh import init_mesh
 from pyparallel.models.config import DecoderConfig, UnknownArchitectureError
 from pyparallel.models.dense import compare, load_tokenizer
 from pyparallel.models.load import decoder_config, load, stored_dtype
 from pyparallel.models.logits import teacher_forced_logits
+from pyparallel.models.stage import stages_of
 from pyparallel.shard import HeadLayout
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -36,14 +37,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="context-parallel ranks, each with its part of the prompt and the KV cache; tp x cp in all",
+        help="context-parallel ranks, each with its part of the prompt and the KV cache",
     )
     add(
         "--dp",
         type=int,
         default=1,
         metavar="N",
-        help="replicas of the model, each with its part of the prompts; dp x tp x cp ranks in all",
+        help="replicas of the model, each with its part of the prompts; dp x tp x cp x pp ranks in all",
+    )
+    add(
+        "--pp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="pipeline-parallel ranks, each with its part of the layers",
+    )
+    add(
+        "--micro-batches",
+        type=int,
+        metavar="M",
+        help="parts the prompts are cut into, to keep several stages of --pp busy; default: N",
     )
     add("--max-new-tokens", type=int, default=64, metavar="K")
     add("--dtype", choices=DTYPES, help="of weights and activations; default: the checkpoint's")
@@ -62,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for axis in ("dp", "tp", "cp"):
+    for axis in ("dp", "tp", "cp", "pp"):
         if getattr(args, axis) < 1:
             raise ValueError(f"--{axis}: expected at least 1, got {getattr(args, axis)}")
     if args.dp > len(args.prompt):
@@ -77,22 +91,27 @@ def run(args: argparse.Namespace) -> int:
     config = _decoder_config(checkpoint)
     if config is not None:
         HeadLayout.of(config.num_heads, config.num_kv_heads, args.tp)
-    elif args.cp > 1:
-        raise ValueError(f"--cp: expected 1 for a model with its own attention, got {args.cp}")
+        stages_of(config, args.pp)
+    for axis in ("cp", "pp"):
+        if config is None and getattr(args, axis) > 1:
+            raise ValueError(
+                f"--{axis}: expected 1 for a model that transformers runs, got {getattr(args, axis)}"
+            )
     dtype = getattr(torch, args.dtype) if args.dtype else stored_dtype(checkpoint)
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     prompts = [_encode(tokenizer, prompt, args.chat) for prompt in args.prompt]
+    check_micro_batches(args.micro_batches, len(prompts) if args.pp > 1 else 1)
     if config is not None:
         check_prompts(prompts, args.max_new_tokens, config.vocab_size, config.max_positions)
     printer = _Printer(tokenizer, shown=not args.json and len(prompts) == 1)
     ranks = launch(
         _rank,
-        args.dp * args.tp * args.cp,
-        args.dp,
-        args.cp,
+        args.dp * args.pp * args.cp * args.tp,
+        {"dp": args.dp, "pp": args.pp, "cp": args.cp, "tp": args.tp},
         checkpoint,
         prompts,
         args.max_new_tokens,
+        args.micro_batches,
         sampling,
         dtype,
         args.weights,
@@ -128,11 +147,11 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
 
 
 def _rank(
-    dp: int,
-    cp: int,
+    axes: dict[str, int],
     checkpoint: Checkpoint,
     prompts: list[list[int]],
     max_new_tokens: int,
+    micro_batches: int | None,
     sampling: Sampling,
     dtype: torch.dtype,
     weights: str | None,
@@ -140,7 +159,7 @@ def _rank(
     show_progress: bool,
 ) -> dict[str, Any]:
     """What each rank does: load its share, generate, tell."""
-    mesh = init_mesh(dp=dp, cp=cp, tp=torch.distributed.get_world_size() // (dp * cp))
+    mesh = init_mesh(**axes)
     first = mesh.world.rank == 0
     with _progress_bar(show_progress and first) as progress:
         model = load(checkpoint, mesh, dtype=dtype, progress=progress, weights=weights)
@@ -152,6 +171,7 @@ def _rank(
         sampling=sampling,
         on_token=on_token,
         replicas=mesh.dp,
+        micro_batches=micro_batches,
     )
     told = {
         "tokens": made.tokens,

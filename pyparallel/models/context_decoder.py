@@ -65,6 +65,10 @@ class ContextDecoder(Decoder):
         """How sequences of ``length`` tokens are cut; ``documents`` as in :meth:`ContextShards.of`."""
         return ContextShards.of(length, self.context, documents=documents, algorithm=self.algorithm)
 
+    def own_tokens(self, length: int) -> int:
+        """How many of a sequence's ``length`` tokens a stage hands to the next one on this rank."""
+        return super().own_tokens(self.shards(length).sizes[self.context.rank])
+
     def new_cache(self, batch: int, length: int) -> list[ContextKVCache]:
         """Empty caches, a layer each, for ``batch`` sequences of up to ``length`` tokens, of which
         each rank holds its part.

@@ -13,21 +13,18 @@ from torch.utils.checkpoint import checkpoint
 
 from pyparallel.group import Group
 from pyparallel.layers import (
-    LayerNorm,
     ParallelAttention,
     ParallelLMHead,
     ParallelMLP,
-    RMSNorm,
     RotaryEmbedding,
-    SequenceParallelLayerNorm,
-    SequenceParallelRMSNorm,
     VocabParallelEmbedding,
 )
 from pyparallel.layers.kv_cache import KVCache
 from pyparallel.layers.span import Span
 from pyparallel.models.config import DecoderConfig
+from pyparallel.models.decoder_norm import norm_of
 from pyparallel.models.stage import Layers, Stage
-from pyparallel.sequence import split_sequence
+from pyparallel.sequence import sequence_sizes, split_sequence
 
 RECOMPUTE = ("none", "attention", "layers")
 
@@ -49,7 +46,7 @@ class DecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.parallel_residual = config.parallel_residual
-        self.attention_norm = _norm(config, device, dtype, group, sequence_parallel)
+        self.attention_norm = norm_of(config, device, dtype, group, sequence_parallel)
         self.attention = ParallelAttention(
             config.hidden_size,
             config.num_heads,
@@ -67,7 +64,7 @@ class DecoderLayer(nn.Module):
             sequence_parallel=sequence_parallel,
             recompute=recompute == "attention",
         )
-        self.mlp_norm = _norm(config, device, dtype, group, sequence_parallel)
+        self.mlp_norm = norm_of(config, device, dtype, group, sequence_parallel)
         self.mlp = ParallelMLP(
             config.hidden_size,
             config.intermediate_size,
@@ -152,10 +149,12 @@ class Decoder(nn.Module):
             self.stage.layers,
         )
         if self.stage.is_last:
-            self.norm = _norm(config, device, dtype, group, sequence_parallel)
+            self.norm = norm_of(config, device, dtype, group, sequence_parallel)
             self.head = ParallelLMHead(
                 config.hidden_size, config.vocab_size, False, **options, **on_shards
             )
+        # The ranks of the other stages, where this is one; load() says.
+        self.pipeline: Group | None = None
         self.tied_copies: dict[str, str] = {}
         if config.tied and self.stage.is_last and not self.stage.is_first:
             self.tied_copies["head.weight"] = "embedding.weight"
@@ -189,6 +188,14 @@ class Decoder(nn.Module):
     def stop_ids(self) -> tuple[int, ...]:
         """The tokens that end a text."""
         return self.config.stop_ids
+
+    def own_tokens(self, length: int) -> int:
+        """How many of a sequence's ``length`` tokens a stage hands to the next one on this rank."""
+        return (
+            sequence_sizes(length, self.group)[self.group.rank]
+            if self.sequence_parallel
+            else length
+        )
 
     def new_cache(self, batch: int, length: int) -> list[KVCache]:
         """Empty caches, a layer each, for ``batch`` sequences of up to ``length`` tokens.
@@ -277,18 +284,3 @@ class Decoder(nn.Module):
         length = length or ids.shape[1]
         hidden = self.hidden(ids, [0] * ids.shape[0], length=length)
         return hidden if self.head is None else self.head(hidden, length=length)
-
-
-def _norm(
-    config: DecoderConfig,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-    group: Group,
-    sequence_parallel: bool,
-) -> nn.Module:
-    options = {"device": device, "dtype": dtype}
-    if sequence_parallel:
-        kind = SequenceParallelRMSNorm if config.norm == "rms" else SequenceParallelLayerNorm
-        return kind(config.hidden_size, config.norm_eps, group=group, **options)
-    kind = RMSNorm if config.norm == "rms" else LayerNorm
-    return kind(config.hidden_size, config.norm_eps, **options)

@@ -132,6 +132,7 @@ def load(
         model = ContextDecoder(config, "meta", dtype, context=mesh.cp, **options)
     else:
         model = Decoder(config, "meta", dtype, **options)
+    model.pipeline = mesh.pp
     fill(model, checkpoint, device=device, progress=progress, int8=weights == "int8")
     model.loaded_from = checkpoint.path
     return model.eval()
