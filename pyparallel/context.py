@@ -135,6 +135,19 @@ class ContextShards:
         return torch.cat([torch.arange(start, stop) for start, stop in held])
 
 
+def check_length(length: int, group: Group) -> None:
+    """Every rank has a token.
+
+    Raises:
+        ValueError: fewer tokens than ranks.
+    """
+    if length < group.size:
+        raise ValueError(
+            f"sequence: expected at least a token for each of the cp={group.size} ranks, got "
+            f"{length}; use a smaller cp, or pack or pad the sequences"
+        )
+
+
 def _boundaries(
     documents: Sequence[int] | Sequence[Sequence[int]] | Tensor | None, length: int
 ) -> tuple[Boundaries, ...] | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pyparallel.context import ALGORITHMS
 from pyparallel.group import Group
 from pyparallel.layers.column_parallel_linear import ColumnParallelLinear
 from pyparallel.layers.parallel_lm_head import ParallelLMHead
@@ -17,6 +18,7 @@ from pyparallel.layers.parameters import ShardedModule
 from pyparallel.layers.row_parallel_linear import RowParallelLinear
 from pyparallel.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from pyparallel.mesh import Mesh
+from pyparallel.models.context_region import check_context, cut_context
 from pyparallel.models.conv1d import ColumnParallelConv1D, RowParallelConv1D
 from pyparallel.models.cuts import AttentionCut, Cut, cuts_of, is_conv1d
 from pyparallel.models.head_dropout import OwnRandomness, share_generator_state
@@ -40,8 +42,14 @@ class ScaledVocabParallelEmbedding(VocabParallelEmbedding):
         return super().forward(ids) * scale
 
 
-def parallelize(model: nn.Module, mesh: Mesh, *, sequence_parallel: bool = False) -> nn.Module:
-    """Cut a transformers model over ``mesh.tp``, in place.
+def parallelize(
+    model: nn.Module,
+    mesh: Mesh,
+    *,
+    sequence_parallel: bool = False,
+    context_algorithm: str = "auto",
+) -> nn.Module:
+    """Cut a transformers model over ``mesh.tp``, and its calls over ``mesh.cp``, in place.
 
     Every rank calls it with the same model: weights loaded, or on the meta device. Afterwards each
     module whose weights are cut is a :class:`ShardedModule`, tied parameters are still one, and the
@@ -58,16 +66,26 @@ def parallelize(model: nn.Module, mesh: Mesh, *, sequence_parallel: bool = False
             :mod:`pyparallel.models.sequence_region`. A call needs as many tokens as ranks, but for
             steps of generation, which are not cut. Hidden states that the model hands out from within
             its layers are then this rank's.
+        context_algorithm: over several ranks of cp, "ring", "ulysses" or "auto". Such a model is called
+            with whole sequences and works on this rank's tokens of them; its logits are theirs, its
+            loss is all tokens'. Causal language models only, without a cache; see
+            :mod:`pyparallel.models.context_region`.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: the model is cut already, lies on several devices, or has a module that can't be
-            cut (the message names it); the model is as it was then.
+        ValueError: the model is cut already, lies on several devices, has a module that can't be cut
+            (the message names it), or is none that can be cut over cp; the model is as it was then.
     """
     group = mesh.tp
     _check(model)
+    if context_algorithm not in ALGORITHMS:
+        raise ValueError(
+            f"context_algorithm: expected one of {', '.join(ALGORITHMS)}, got {context_algorithm!r}"
+        )
+    if mesh.cp.size > 1:
+        check_context(model)
     cuts = cuts_of(model, group)
     if sequence_parallel:
         check_sequence(model, cuts)
@@ -85,7 +103,9 @@ def parallelize(model: nn.Module, mesh: Mesh, *, sequence_parallel: bool = False
         _tie(model, names)
     for attention in cuts.attentions:
         _localize(model, attention, group)
-    if mesh.device_mesh.device_type == "cpu":
+    if mesh.cp.size > 1:
+        cut_context(model, mesh.cp, context_algorithm)
+    elif mesh.device_mesh.device_type == "cpu":
         use_own_attention(model)
     if group.size > 1:
         if sequence_parallel:

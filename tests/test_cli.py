@@ -147,6 +147,10 @@ def test_streamed_text_is_the_whole_text(folder: Path) -> None:
         (["--tp", "0"], "--tp: expected at least 1, got 0"),
         (["--tp", "10"], "use at most tp=9"),
         (["--cp", "0"], "--cp: expected at least 1, got 0"),
+        (
+            ["--cp", "4"],
+            "--cp: expected at most a rank for each of the longest prompt's 1 tokens, got 4",
+        ),
         (["--dp", "2"], "--dp: expected at most a replica for each of the 1 prompts, got 2"),
         (["--pp", "3"], "stages: expected 1 to 2"),
         (["--pp", "2", "--micro-batches", "2"], "micro_batches: expected 1 to 1"),

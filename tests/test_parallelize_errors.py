@@ -19,7 +19,7 @@ TINY = {"vocab_size": 61, "num_hidden_layers": 1, "hidden_size": 32, "intermedia
 
 def mesh_of(ranks: int) -> SimpleNamespace:
     """Only sizes: whatever is refused is refused before the ranks talk."""
-    return SimpleNamespace(tp=Group(0, ranks, LocalCommunicator()))
+    return SimpleNamespace(tp=Group(0, ranks, LocalCommunicator()), cp=Group.single())
 
 
 def refused(model: nn.Module, ranks: int, *parts: str) -> None:

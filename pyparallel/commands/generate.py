@@ -103,6 +103,11 @@ def run(args: argparse.Namespace) -> int:
     check_micro_batches(args.micro_batches, len(prompts) if args.pp > 1 else 1)
     if config is not None:
         check_prompts(prompts, args.max_new_tokens, config.vocab_size, config.max_positions)
+    if args.cp > max(map(len, prompts)):
+        raise ValueError(
+            f"--cp: expected at most a rank for each of the longest prompt's {max(map(len, prompts))} "
+            f"tokens, got {args.cp}"
+        )
     printer = _Printer(tokenizer, shown=not args.json and len(prompts) == 1)
     ranks = launch(
         _rank,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyparallel.collectives import all_gather_raw, all_reduce_raw
-from pyparallel.context import ContextShards
+from pyparallel.context import ContextShards, check_length
 from pyparallel.group import Group
 from pyparallel.layers.context_kv_cache import ContextKVCache
 from pyparallel.layers.context_span import prefill_span, step_span
@@ -135,8 +135,13 @@ class ContextDecoder(Decoder):
     def last_hidden(
         self, ids: Tensor, lengths: Sequence[int], cache: list[ContextKVCache] | None = None
     ) -> Tensor:
-        """The hidden states [B, H] of the prompts' last tokens; no rank holds those of all tokens."""
+        """The hidden states [B, H] of the prompts' last tokens; no rank holds those of all tokens.
+
+        Raises:
+            ValueError: the longest prompt has fewer tokens than there are ranks.
+        """
         shards = self.shards(max(lengths))
+        check_length(shards.length, self.context)
         hidden = self._prefill(ids, shards, cache)
         is_last = torch.tensor(lengths).unsqueeze(1) - 1 == shards.positions()
         rows, tokens = torch.nonzero(is_last, as_tuple=True)
