@@ -60,13 +60,20 @@ def mean_loss(total: Tensor, count: Tensor | int, mesh: Mesh, *, counted: bool =
     return _Mean.apply(total, torch.as_tensor(count, device=total.device), mesh, counted)
 
 
-def count_targets(targets: Tensor, mesh: Mesh, *, ignore_index: int = -100) -> Tensor:
+def count_targets(
+    targets: Tensor, mesh: Mesh, *, whole: bool = False, ignore_index: int = -100
+) -> Tensor:
     """How many targets of all ranks of dp x cp count, a scalar int64.
 
     Args:
         targets: this rank's, of its sequences and its part of them.
+        whole: they are of whole sequences, which all ranks of cp have alike; so a transformers model
+            takes its labels, of which ``labels[:, 1:]`` are the targets.
     """
-    return _sum((targets != ignore_index).sum(), mesh)
+    count = (targets != ignore_index).sum()
+    if whole:
+        return all_reduce_raw(count, mesh.dp) if mesh.dp.size > 1 else count
+    return _sum(count, mesh)
 
 
 def cross_entropy(

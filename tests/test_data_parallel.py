@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pyparallel.collectives import all_gather_raw
+from pyparallel.collectives import all_gather_raw, all_reduce
 from pyparallel.data import data_parallel
 from pyparallel.grad_norm import clip_grad_norm_, grad_norm
 from pyparallel.launch import launch
-from pyparallel.loss import cross_entropy
+from pyparallel.loss import count_targets, cross_entropy
 from pyparallel.mesh import Mesh, init_mesh
 from pyparallel.models.context_decoder import ContextDecoder
 from pyparallel.models.load import load
+from pyparallel.parallelize import parallelize
 from pyparallel.testing import assert_equal, poisoned_empty
 from tests.training_truth import (
     FAMILIES,
@@ -23,11 +26,13 @@ from tests.training_truth import (
     check_stepped,
     dense,
     optimizer_of,
+    own_rows,
     targets,
     text,
     truth_of,
 )
 
+Loss = Callable[[nn.Module], Tensor]
 # (dp, cp, tp)
 MESHES = ((2, 1, 1), (3, 1, 1), (2, 1, 2), (2, 2, 1), (1, 2, 2))
 
@@ -43,35 +48,48 @@ def truths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Tru
     return found
 
 
-def own_rows(x: torch.Tensor, mesh: Mesh) -> torch.Tensor:
-    return x.chunk(mesh.dp.size)[mesh.dp.rank]
+def own_model(folder: str, mesh: Mesh, sequence: bool) -> tuple[nn.Module, Loss]:
+    """The library's decoder; with sp its logits stay cut over tp."""
+    model = load(folder, mesh, sequence_parallel=sequence).train()
+    model.head.gather_output = not sequence
+
+    def loss_of(wrapped: nn.Module) -> Tensor:
+        ids, wanted = own_rows(text(), mesh), own_rows(targets(), mesh)
+        if isinstance(model, ContextDecoder):
+            wanted = model.shards(LENGTH).split(wanted)
+        return cross_entropy(wrapped(ids), wanted, mesh, vocab_size=61 if sequence else None)
+
+    return model, loss_of
 
 
-def loss_of(model: nn.Module, inner: nn.Module, mesh: Mesh, *, cut: bool) -> torch.Tensor:
-    """The global loss; ``cut``: of logits that are not gathered over tp."""
-    ids, wanted = own_rows(text(), mesh), own_rows(targets(), mesh)
-    if isinstance(inner, ContextDecoder):
-        wanted = inner.shards(LENGTH).split(wanted)
-    inner.head.gather_output = not cut
-    return cross_entropy(model(ids), wanted, mesh, vocab_size=61 if cut else None)
+def parallelized(family: str, mesh: Mesh, sequence: bool) -> tuple[nn.Module, Loss]:
+    """The transformers model, and its own loss."""
+    model = parallelize(dense(family), mesh, sequence_parallel=sequence).train()
+
+    def loss_of(wrapped: nn.Module) -> Tensor:
+        ids, wanted = own_rows(text(), mesh), own_rows(targets(), mesh)
+        labels = torch.cat([torch.full((len(ids), 1), -100), wanted[:, :-1]], 1)
+        count = count_targets(labels[:, 1:], mesh, whole=True)
+        loss = wrapped(input_ids=ids, labels=labels, num_items_in_batch=count, use_cache=False).loss
+        # This replica's share; the sum over dp is the mean.
+        return all_reduce(loss, mesh.dp)
+
+    return model, loss_of
 
 
 def check_step(
-    mesh: Mesh, engine: str, folder: str, truth: Truth, sequence: bool, what: str
+    mesh: Mesh, engine: str, inner: nn.Module, loss_of: Loss, truth: Truth, what: str
 ) -> None:
-    inner = load(folder, mesh, sequence_parallel=sequence).train()
     model = data_parallel(
         inner, mesh, engine=engine, bucket_cap_mb=0.01 if engine == "ddp" else None
     )
-    loss = loss_of(model, inner, mesh, cut=sequence)
-    assert abs(float(loss) - truth.loss) < 1e-5 * truth.loss, what
+    loss = loss_of(model)
+    assert abs(float(loss.detach()) - truth.loss) < 1e-5 * truth.loss, what
     loss.backward()
     check_grads(inner, truth, mesh, what)
     for order, norm in truth.norms.items():
-        assert abs(float(grad_norm(model, mesh, norm_type=order)) - norm) < 1e-5 * norm, (
-            what,
-            order,
-        )
+        found = float(grad_norm(model, mesh, norm_type=order))
+        assert abs(found - norm) < 1e-5 * norm, (what, order)
     norm = clip_grad_norm_(model, truth.clipped, mesh)
     assert abs(float(norm) - truth.norms[2.0]) < 1e-5 * truth.norms[2.0], what
     optimizer_of(model).step()
@@ -86,9 +104,14 @@ def steps(dp: int, cp: int, tp: int, truths: dict) -> None:
     for family, (folder, truth) in truths.items():
         for engine in ("ddp", "fsdp"):
             for sequence in (False, True) if tp > 1 else (False,):
+                what = f"{family} {engine} {mesh} sp={sequence} rank={mesh.world.rank}"
                 with poisoned_empty():
-                    what = f"{family} {engine} {mesh} sp={sequence} rank={mesh.world.rank}"
-                    check_step(mesh, engine, folder, truth, sequence, what)
+                    check_step(mesh, engine, *own_model(folder, mesh, sequence), truth, what)
+    for family, engine in (("llama tied", "fsdp"), ("gpt2", "ddp")):
+        what = f"transformers' {family} {engine} {mesh} rank={mesh.world.rank}"
+        made = parallelized(family, mesh, tp > 1)
+        with poisoned_empty():
+            check_step(mesh, engine, *made, truths[family][1], what)
 
 
 @pytest.mark.parametrize(("dp", "cp", "tp"), MESHES)

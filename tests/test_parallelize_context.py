@@ -124,10 +124,18 @@ def compare(cp: int, tp: int, cases: list, truths: dict) -> None:
 
 CASES_OF = {
     (2, 1): [(name, False, "auto", False) for name in FAST],
-    (3, 1): [(name, False, "ring", False) for name in ("llama tied", "gpt2", "mistral")]
-    + [("llama", False, "ulysses", True)],
-    (2, 2): [("llama", False, "auto", False), ("llama", True, "ring", True)]
-    + [("gpt2", True, "ulysses", False), ("qwen3", True, "auto", False)],
+    (3, 1): [
+        ("llama tied", False, "ring", False),
+        ("gpt2", False, "ring", False),
+        ("mistral", False, "ring", False),
+        ("llama", False, "ulysses", True),
+    ],
+    (2, 2): [
+        ("llama", False, "auto", False),
+        ("llama", True, "ring", True),
+        ("gpt2", True, "ulysses", False),
+        ("qwen3", True, "auto", False),
+    ],
 }
 
 

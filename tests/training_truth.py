@@ -141,6 +141,11 @@ def own_errors(model: nn.Module, truth: Truth) -> dict[str, float]:
     }
 
 
+def own_rows(x: Tensor, mesh: Mesh) -> Tensor:
+    """This dp replica's sequences."""
+    return x.chunk(mesh.dp.size)[mesh.dp.rank]
+
+
 def whole(tensor: Tensor) -> Tensor:
     """What FSDP has cut, put together."""
     tensor = tensor.detach()

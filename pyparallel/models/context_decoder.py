@@ -28,8 +28,8 @@ class ContextDecoder(Decoder):
     """A :class:`Decoder` over the ranks of ``context`` too.
 
     Training: ``logits = model(ids)`` are those of this rank's tokens, so the loss is
-    ``cross_entropy(logits, shards.split(targets), reduction="sum") / number of all targets``. Every
-    parameter's gradient is then this rank's part, and the dense one is the sum over ``context``.
+    ``pyparallel.cross_entropy(logits, shards.split(targets), mesh)``. Every parameter's gradient is then
+    this rank's part, and the dense one is the sum over ``context``: :func:`pyparallel.data_parallel`.
 
     Args:
         context: the context-parallel ranks; the others as in :class:`Decoder`.
@@ -94,8 +94,12 @@ class ContextDecoder(Decoder):
         Args:
             shards: from :meth:`shards`; by default each sequence is one document.
             length, documents: S, and document ids [B, S], where a stage is given no ``shards``.
+
+        Raises:
+            ValueError: fewer tokens than ranks.
         """
         shards = shards or self.shards(length or ids.shape[1], documents=documents)
+        check_length(shards.length, self.context)
         hidden = self._prefill(ids, shards, None)
         if self.head is None:
             return hidden
