@@ -22,6 +22,7 @@ from pyparallel.models.context_region import check_context, cut_context
 from pyparallel.models.conv1d import ColumnParallelConv1D, RowParallelConv1D
 from pyparallel.models.cuts import AttentionCut, Cut, cuts_of, is_conv1d
 from pyparallel.models.head_dropout import OwnRandomness, share_generator_state
+from pyparallel.models.hugging_face_stage import cut_stage, plan_stage
 from pyparallel.models.local_attention import local_sizes, tell_local_heads
 from pyparallel.models.own_attention import use_own_attention
 from pyparallel.models.plans import parent_of
@@ -49,7 +50,8 @@ def parallelize(
     sequence_parallel: bool = False,
     context_algorithm: str = "auto",
 ) -> nn.Module:
-    """Cut a transformers model over ``mesh.tp``, and its calls over ``mesh.cp``, in place.
+    """Cut a transformers model over ``mesh.tp``, its layers over ``mesh.pp`` and its calls over
+    ``mesh.cp``, in place.
 
     Every rank calls it with the same model: weights loaded, or on the meta device. Afterwards each
     module whose weights are cut is a :class:`ShardedModule`, tied parameters are still one, and the
@@ -72,11 +74,13 @@ def parallelize(
             :mod:`pyparallel.models.context_region`.
 
     Returns:
-        ``model``.
+        ``model``. Over several ``mesh.pp`` ranks it is a stage, for :class:`pyparallel.Pipeline`: called
+        with ids or with hidden states [B, S, H], it returns hidden states or logits.
 
     Raises:
         ValueError: the model is cut already, lies on several devices, has a module that can't be cut
-            (the message names it), or is none that can be cut over cp; the model is as it was then.
+            (the message names it), or is none that can be cut over cp, over pp, or over both; the model is
+            as it was then.
     """
     group = mesh.tp
     _check(model)
@@ -86,9 +90,15 @@ def parallelize(
         )
     if mesh.cp.size > 1:
         check_context(model)
+        if mesh.pp.size > 1:
+            raise ValueError(
+                f"mesh: expected pp=1 or cp=1 for a {type(model).__name__}, got pp={mesh.pp.size} and "
+                f"cp={mesh.cp.size}; load() gives a decoder of the library's own, which has both"
+            )
     cuts = cuts_of(model, group)
     if sequence_parallel:
         check_sequence(model, cuts)
+    stage = plan_stage(model, mesh.pp.rank, mesh.pp.size) if mesh.pp.size > 1 else None
     ties = _ties(model, cuts.modules)
     for cut in cuts.attentions:
         local_sizes(model.get_submodule(cut.attention.core), cut, group.rank)
@@ -111,6 +121,8 @@ def parallelize(
         if sequence_parallel:
             cut_sequence(model, cuts, group)
         share_generator_state(group, torch.device(mesh.device_mesh.device_type))
+    if stage is not None:
+        cut_stage(model, stage)
     return model
 
 

@@ -19,7 +19,8 @@ TINY = {"vocab_size": 61, "num_hidden_layers": 1, "hidden_size": 32, "intermedia
 
 def mesh_of(ranks: int) -> SimpleNamespace:
     """Only sizes: whatever is refused is refused before the ranks talk."""
-    return SimpleNamespace(tp=Group(0, ranks, LocalCommunicator()), cp=Group.single())
+    single = Group.single()
+    return SimpleNamespace(tp=Group(0, ranks, LocalCommunicator()), cp=single, pp=single)
 
 
 def refused(model: nn.Module, ranks: int, *parts: str) -> None:
