@@ -79,8 +79,8 @@ def parallelize(
 
     Raises:
         ValueError: the model is cut already, lies on several devices, has a module that can't be cut
-            (the message names it), or is none that can be cut over cp, over pp, or over both; the model is
-            as it was then.
+            (the message names it), or is none that can be cut over cp, over pp, or over both; the model
+            is as it was then.
     """
     group = mesh.tp
     _check(model)
