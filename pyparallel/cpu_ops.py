@@ -21,6 +21,9 @@ from pyparallel import _C, backend
 PRECISIONS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3, "relu": 4}
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
 # Up to this many rows a matmul reads the weights in place, bound by memory.
 MAX_THIN_ROWS = 16
 
@@ -52,9 +55,9 @@ def linear(
     """
     N, K = weight.shape
     _expect(x.shape[-1] == K, "x", f"[..., {K}]", tuple(x.shape))
-    rows = _wide(x).reshape(x.shape[:-1].numel(), K)
-    M = rows.shape[0]
-    y = torch.empty(M, N)
+    lead = x.shape[:-1]
+    rows, M = _wide(x), lead.numel()
+    y = torch.empty(*lead, N)
     if thin is None:
         thin = M <= MAX_THIN_ROWS
     if thin and M > MAX_THIN_ROWS:
@@ -67,7 +70,7 @@ def linear(
     if up is not None:
         _expect(up.shape == weight.shape, "up", tuple(weight.shape), tuple(up.shape))
     if residual is not None:
-        shape = (*x.shape[:-1], N)
+        shape = (*lead, N)
         _expect(residual.shape == shape, "residual", shape, tuple(residual.shape))
         held.append(_wide(residual))
     if M and N:
@@ -87,7 +90,7 @@ def linear(
             thin,
             threads or torch.get_num_threads(),
         )
-    return y.to(x.dtype).view(*x.shape[:-1], N)
+    return y if x.dtype is torch.float32 else y.to(x.dtype)
 
 
 def attention(
@@ -230,6 +233,8 @@ def _weight(
 
 
 def _wide(x: Tensor) -> Tensor:
+    if x.dtype is torch.float32 and x.is_contiguous():
+        return x
     return x.detach().float().contiguous()
 
 
@@ -240,17 +245,21 @@ def _expect(ok: bool, name: str, expected: object, got: object) -> None:
 
 def plain_reason(*tensors: Tensor | None) -> str | None:
     """Why tensors can't go to a kernel that knows no gradients, devices or graphs."""
-    given = [t for t in tensors if t is not None]
     if torch.compiler.is_compiling():
         return "not part of a compiled graph"
-    if any(t.device.type != "cpu" for t in given):
-        return "expected CPU tensors"
-    if any(type(t) not in (Tensor, torch.nn.Parameter) for t in given):
-        return "expected plain tensors"
-    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
-        return "it is not differentiable; use torch.no_grad() or torch.inference_mode()"
-    if any(t.dtype not in (torch.float32, torch.bfloat16, torch.float16) for t in given):
-        return "expected fp32, bf16 or fp16"
+    grad_enabled = torch.is_grad_enabled()
+    # One plain loop: this is asked for every call of every layer.
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if not tensor.is_cpu:
+            return "expected CPU tensors"
+        if type(tensor) not in PLAIN_TYPES:
+            return "expected plain tensors"
+        if grad_enabled and tensor.requires_grad:
+            return "it is not differentiable; use torch.no_grad() or torch.inference_mode()"
+        if tensor.dtype not in FLOATS:
+            return "expected fp32, bf16 or fp16"
     return None
 
 

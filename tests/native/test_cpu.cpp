@@ -12,6 +12,7 @@
 #include "core/pack.h"
 #include "cpu/decoder.h"
 #include "cpu/kernels.h"
+#include "cpu/rank_sum.h"
 #include "cpu/team.h"
 
 using namespace pyparallel;
@@ -127,6 +128,47 @@ void check_attention(const Kernels& k, Random& random, Precision precision) {
   for (size_t i = 0; i < one.size(); ++i) expect(std::fabs(one[i] - together[i]) < 1e-3, "attention is off");
 }
 
+// Sum, residual and norm of rows that three ranks have shown, against the kernels one after another.
+void check_rank_sum(const Kernels& k, Random& random, Precision precision) {
+  const int64_t M = 1 + random.below(5), H = 1 + random.below(70), n = M * H;
+  std::vector<Packed> parts;
+  for (int r = 0; r < 3; ++r) parts.emplace_back(k, values(random, n), precision);
+  const Packed residual(k, values(random, n), precision), bias(k, values(random, H), precision);
+  const auto weight = values(random, H);
+  RankSum sum{};
+  for (int r = 0; r < 3; ++r) sum.parts[r] = parts[size_t(r)].data.get();
+  sum.ranks = 3;
+  sum.M = M;
+  sum.H = H;
+  sum.precision = precision;
+  Packed biased(k, values(random, n), precision), h(k, values(random, n), precision), y(k, values(random, n), precision);
+  rank_sum(sum, bias.data.get(), biased.data.get());
+  rank_sum_residual_rms_norm(sum, residual.data.get(), weight.data(), 1e-5f, h.data.get(), y.data.get());
+  const auto rounded = [&](std::vector<float> row) { return Packed(k, row, precision).wide; };
+  const auto read = [&](const Packed& rows, int64_t m) {
+    std::vector<float> row(static_cast<size_t>(H));
+    k.to_float(rows.data.get() + m * H * bytes_of(precision), precision, H, row.data());
+    return row;
+  };
+  for (int64_t m = 0; m < M; ++m) {
+    std::vector<float> total(static_cast<size_t>(H));
+    const auto at = [&](const Packed& rows, int64_t i) { return rows.wide[size_t(m * H + i)]; };
+    for (int64_t i = 0; i < H; ++i) total[size_t(i)] = at(parts[0], i) + at(parts[1], i) + at(parts[2], i);
+    total = rounded(total);
+    auto with_bias = total, with_residual = total;
+    for (int64_t i = 0; i < H; ++i) {
+      with_bias[size_t(i)] += bias.wide[size_t(i)];
+      with_residual[size_t(i)] += at(residual, i);
+    }
+    with_residual = rounded(with_residual);
+    std::vector<float> normed(static_cast<size_t>(H));
+    k.rms_norm(with_residual.data(), weight.data(), 1e-5f, H, normed.data());
+    expect(read(biased, m) == rounded(with_bias), "rank_sum has other bits");
+    expect(read(h, m) == with_residual, "the residual stream has other bits");
+    expect(read(y, m) == rounded(normed), "the norm has other bits");
+  }
+}
+
 // A decoder of one rank: prefill, then decode, on `threads`; returns all logits it left.
 std::vector<float> decode(int threads) {
   Random random(7);
@@ -234,6 +276,7 @@ int main() {
       for (const Precision p : {Precision::f32, Precision::bf16, Precision::f16, Precision::i8}) {
         check_linear(k, random, p, i % 2 == 1);
         if (p != Precision::i8) check_attention(k, random, p);
+        if (p != Precision::i8) check_rank_sum(k, random, p);
       }
     }
     const auto alone = decode(1), together = decode(3);
