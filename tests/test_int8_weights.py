@@ -89,6 +89,24 @@ def test_logits_and_tokens_of_the_rounded_model(folders: dict[str, str], ranks: 
     launch(against_rounded, ranks, folders, threads=1)
 
 
+def over_axes(folder: str) -> list[list[int]]:
+    """Tokens with the context cut over two ranks, then with the layers in two stages."""
+    made = []
+    for axis in ("cp", "pp"):
+        model = load(folder, init_mesh(**{axis: 2}), weights="int8")
+        assert all(p.dtype is torch.int8 for p in model.parameters() if p.dim() == 2)
+        made.append(generate(model, PROMPTS[:1], max_new_tokens=NEW_TOKENS, stop_ids=()).tokens[0])
+    return made
+
+
+def test_other_axes_say_the_same(folders: dict[str, str]) -> None:
+    """A tied table lies on both ends of a pipeline, rounded alike."""
+    model = load(folders["llama tied"], init_mesh(tp=1), weights="int8")
+    tokens = generate(model, PROMPTS[:1], max_new_tokens=NEW_TOKENS, stop_ids=()).tokens[0]
+    for made in launch(over_axes, 2, folders["llama tied"], threads=1):
+        assert made == [tokens, tokens]
+
+
 def shards_of_rows(group: Group) -> None:
     dense = normals(37, 53, seed=0) * normals(37, 1, seed=1)
     dense[4] = 0

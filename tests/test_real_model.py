@@ -11,7 +11,7 @@ from pyparallel.checkpoint import Checkpoint, open_checkpoint
 from pyparallel.generate import generate
 from pyparallel.launch import launch
 from pyparallel.mesh import init_mesh
-from pyparallel.models.dense import load_dense, load_tokenizer
+from pyparallel.models.dense import load_dense, load_tokenizer, round_to_int8
 from pyparallel.models.load import load
 from pyparallel.models.logits import teacher_forced_logits
 
@@ -57,6 +57,33 @@ def answer(
     errors = [(got - want).abs().max() for got, want in zip(logits, expected, strict=True)]
     weights = sum(p.numel() * p.itemsize for p in model.parameters())
     return made.tokens, float(max(errors)), weights
+
+
+def answer_int8(checkpoint: Checkpoint, prompts: list[list[int]]) -> list[list[int]]:
+    mesh = init_mesh(tp=torch.distributed.get_world_size())
+    model = load(checkpoint, mesh, weights="int8")
+    return generate(model, prompts, max_new_tokens=NEW_TOKENS, stop_ids=()).tokens
+
+
+@pytest.mark.slow
+def test_int8_tokens_are_those_of_the_dense_model_rounded_alike(truth: tuple) -> None:
+    prompts = truth[0]
+    dense = load_dense(str(MODEL), torch.float32)
+    round_to_int8(dense)
+    tokens = []
+    for prompt in prompts:
+        with torch.inference_mode():
+            output = dense.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                eos_token_id=None,
+            )
+        tokens.append(output[0, len(prompt) :].tolist())
+    for ranks in (1, 2, 3):
+        for made in launch(answer_int8, ranks, open_checkpoint(MODEL), prompts):
+            assert made == tokens
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

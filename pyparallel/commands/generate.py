@@ -97,6 +97,10 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(
                 f"--{axis}: expected 1 for a model that transformers runs, got {getattr(args, axis)}"
             )
+    if config is None and args.weights is not None:
+        raise ValueError(
+            f"--weights: expected none for a model that transformers runs, got {args.weights}"
+        )
     dtype = getattr(torch, args.dtype) if args.dtype else stored_dtype(checkpoint)
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     prompts = [_encode(tokenizer, prompt, args.chat) for prompt in args.prompt]
