@@ -1,9 +1,10 @@
-"""Kernels of liger-kernel, compiled like ours: registers, spills, shared memory, access widths.
+"""Kernels of others, compiled like ours: registers, spills, shared memory, access widths.
 
-    python bench/kernel_rivals.py [--arch sm_80 sm_90 sm_100 gfx942] [--json]
+    python bench/kernel_rivals.py [--arch sm_80 sm_90 sm_100 gfx942] [--tutorials DIR] [--json]
 
 liger-kernel is optional and nothing of it is copied; its kernels are imported, and each stands
 beside ours of the same operation at the same width, with the number of warps its launcher uses.
+`--tutorials` adds Triton's tutorial matmul and fused attention from a checkout's python/tutorials.
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ import os
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+from kernel_tutorials import tutorials
 
 WIDTH = 4096
 VOCABULARY_BLOCK = 32768
@@ -118,20 +123,26 @@ def rivals() -> Iterator[tuple[str, object]]:
     )
 
 
-def rows(archs: list[str]) -> Iterator[dict[str, object]]:
-    """Theirs, then ours, of each operation."""
+def comparable(variant: str) -> bool:
+    """Whether a configuration of ours does what the rivals' do: half precision, this width."""
+    if variant.startswith("half"):
+        return "wide" in variant or "d128 causal" in variant
+    return variant.startswith("bf16") and ("H" not in variant.split()[-1] or f"H{WIDTH}" in variant)
+
+
+def rows(archs: list[str], folder: Path | None = None) -> Iterator[dict[str, object]]:
+    """Theirs, then ours, of each operation; folder: of Triton's tutorials."""
     from pyparallel.kernels.cases import all_cases
     from pyparallel.kernels.compile_kernel import compile_case
     from pyparallel.kernels.report import cache_directory
 
     for arch in archs:
-        ours = [c for c in all_cases(arch) if "bf16" in c.variant]
-        for name, theirs in rivals():
-            same = [
-                c
-                for c in ours
-                if c.name == name and ("H" not in c.variant.split()[-1] or f"H{WIDTH}" in c.variant)
-            ]
+        cases = all_cases(arch)
+        pairs = list(rivals()) if find_spec("liger_kernel") else []
+        if folder is not None:
+            pairs += tutorials(folder, arch)
+        for name, theirs in pairs:
+            same = [c for c in cases if c.name == name and comparable(c.variant)]
             for case in (theirs, *same):
                 figures = compile_case(case, arch, cache_directory())
                 yield {"name": case.name, "arch": arch, "config": case.variant, **figures}
@@ -140,19 +151,21 @@ def rows(archs: list[str]) -> Iterator[dict[str, object]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90", "sm_100", "gfx942"])
+    parser.add_argument("--tutorials", type=Path, metavar="DIR")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     # Compiled, not interpreted, whatever the caller's shell says.
     for name in ("TRITON_INTERPRET", "PYPARALLEL_BACKEND"):
         os.environ.pop(name, None)
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    found = list(rows(args.arch))
+    liger = version("liger-kernel") if find_spec("liger_kernel") else None
+    found = list(rows(args.arch, args.tutorials))
     if args.json:
-        json.dump({"liger_kernel": version("liger-kernel"), "kernels": found}, sys.stdout)
-        return 0
+        json.dump({"liger_kernel": liger, "kernels": found}, sys.stdout)
+        return int(any(row["error"] for row in found))
     from pyparallel.kernels.report import markdown
 
-    print(f"liger-kernel {version('liger-kernel')}\n")
+    print(f"liger-kernel {liger or 'is not installed'}\n")
     print(markdown([{"wrong": [], "excused": [], **row} for row in found]))
     return int(any(row["error"] for row in found))
 
