@@ -6,7 +6,7 @@ export MAX_JOBS ?= 2
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 CSRC := $(shell find csrc/core csrc/cpu csrc/bindings -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo install model test test-kernels test-slow test-gpu tsan asan mutants lint format clean
+.PHONY: demo install model test test-kernels test-slow test-gpu tsan asan mutants mutants-kernels lint format clean
 .PHONY: bench bench-collectives bench-decode bench-prefill bench-context_parallel_attention
 .PHONY: bench-sequence_parallel_linear bench-activation_memory bench-pipeline
 .PHONY: bench-linear_all_reduce bench-hugging_face_generate
@@ -56,6 +56,10 @@ test-gpu: install $(MODEL)
 # purpose, which must be noticed.
 tsan asan mutants:
 	$(MAKE) -C tests/native $@
+
+# The Triton kernels broken on purpose, in a copy of the tree.
+mutants-kernels: install
+	$(BIN)/python tests/kernels/mutants.py
 
 # Timings; each prints machine, versions and command, and writes JSON under .benchmarks.
 bench: bench-collectives bench-decode bench-prefill

@@ -118,7 +118,7 @@ def rivals() -> Iterator[tuple[str, object]]:
             ),
             32,
             floats=("sum_non_ignore_weight", "weight_sum"),
-            odd=("n_cols", "n_non_ignore", "ignore_index"),
+            odd=("n_non_ignore", "ignore_index"),
         ),
     )
 

@@ -61,9 +61,9 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _matmul(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    from pyparallel.kernels.matmul import matmul
+    from pyparallel.kernels.matmul_descriptor import matmul_on_best_path
 
-    return matmul(x, w, bias=bias)
+    return matmul_on_best_path(x, w, bias=bias)
 
 
 class _Linear(Function):
@@ -75,18 +75,12 @@ class _Linear(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        from pyparallel.kernels.norm_backward import column_sum_out
+        from pyparallel.kernels.matmul_backward import matmul_backward
 
         x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad
-        db = None
-        if need_bias:
-            db = column_sum_out(_rows(grad).contiguous(), grad.new_empty(grad.shape[-1]))
-        return (
-            linear_dgrad(grad, weight) if need_x else None,
-            linear_wgrad(grad, x) if need_weight else None,
-            db,
-        )
+        wanted = dict(zip(("need_dx", "need_dw", "need_dbias"), ctx.needs_input_grad, strict=True))
+        dx, dw, db = matmul_backward(_rows(grad), _rows(x), weight, **wanted)
+        return None if dx is None else dx.view(x.shape), dw, db
 
 
 @backend.register("linear", "triton", supports=_matmul_reason)
@@ -236,6 +230,15 @@ class _Attention(Function):
         return *grads, None, None, None, None
 
 
+def _decode(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
+    from pyparallel.kernels.attention_decode import attention_decode
+
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    lengths = torch.full((q.shape[0],), k.shape[1], dtype=torch.int32, device=q.device)
+    o, _ = attention_decode(q.squeeze(1), k, v, lengths, scale=scale, window=window)
+    return o.unsqueeze(1)
+
+
 @backend.register("attention", "triton", supports=_attention_reason)
 def attention(
     q: Tensor,
@@ -247,5 +250,11 @@ def attention(
     window: int | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Flash attention, ``o[B, S, N, D]``. Differentiable."""
+    """Flash attention, ``o[B, S, N, D]``. Differentiable.
+
+    One query a sequence, as in decoding, reads the cache where it lies, cut into splits.
+    """
+    wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if q.shape[1] == 1 and mask is None and not wants_gradient:
+        return _decode(q, k, v, scale, window)
     return _Attention.apply(q, k, v, causal, scale, window, mask)

@@ -1,8 +1,10 @@
+import sys
+
 import pytest
 import torch
 from helpers import DTYPES, UNIT, assert_within, normal
 
-from pyparallel import reference
+from pyparallel import backend, reference
 from pyparallel.kernels.attention_decode import attention_decode, split_size_of
 
 
@@ -95,3 +97,28 @@ def test_bad_input(device):
         table = torch.zeros(1, 4, dtype=torch.int32, device=device)
         attention_decode(q, k[:, :, :1], v[:, :, :1], lengths, block_table=table)
     assert attention_decode(q[:0], k[:0, :, :1], v[:0, :, :1], lengths[:0])[0].shape == (0, 3, 16)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_table_decodes_where_the_cache_lies(window, device, monkeypatch):
+    """One query without gradients, keys and values as views of a cache [B, G, slots, D]."""
+    q = normal(2, 1, 6, 16, device=device)
+    caches = [normal(2, 3, 50, 16, device=device, seed=i) for i in (1, 2)]
+    k, v = (cache[:, :, :37].transpose(1, 2) for cache in caches)
+    addresses = []
+    options = {"causal": True, "scale": 0.3, "window": window}
+
+    def seen(q, k, v, lengths, **more):
+        addresses.append((k.data_ptr(), v.data_ptr()))
+        return attention_decode(q, k, v, lengths, **more)
+
+    module = sys.modules["pyparallel.kernels.attention_decode"]
+    monkeypatch.setattr(module, "attention_decode", seen)
+    with backend.use("triton"):
+        o = backend.call("attention", q, k, v, **options)
+        given = q.clone().requires_grad_()
+        differentiable = backend.call("attention", given, k, v, **options)
+    assert addresses == [(k.data_ptr(), v.data_ptr())] and differentiable.requires_grad
+    truth, _ = reference.attention(q.double(), k.double(), v.double(), **options)
+    for got in (o, differentiable):
+        assert_within(got, truth, 1e-5 * (1 + truth.abs()), "o")

@@ -1,3 +1,4 @@
+import ctypes
 import time
 
 import pytest
@@ -12,7 +13,7 @@ from pyparallel.kernels.collectives import (
     even_counts,
     reduce_scatter,
 )
-from pyparallel.kernels.symmetric import SymmetricMemory
+from pyparallel.kernels.symmetric import FLAG_BYTES, SymmetricMemory
 
 EPOCHS = 6
 
@@ -83,6 +84,24 @@ def test_epochs_wrap():
         return int(memory.state[0])
 
     assert run_ranks(2, body, first_epoch=2**31 - 3) == [-(2**31) + 3] * 2
+
+
+def test_a_call_leaves_what_the_one_before_published():
+    """A peer may still read that: calls take the two halves of the region in turn."""
+
+    def body(memory):
+        own = int(memory.addresses[memory.rank]) + FLAG_BYTES
+        for epoch in range(1, EPOCHS):
+            xs = [torch.full((8,), float(10 * e + memory.rank)) for e in (epoch - 1, epoch)]
+            all_reduce(xs[1], memory, algorithm="one_shot")
+            halves = [
+                (ctypes.c_float * 8).from_address(own + half * memory.capacity)[:]
+                for half in ((epoch - 1) % 2, epoch % 2)
+            ]
+            if epoch > 1:
+                assert halves == [x.tolist() for x in xs], epoch
+
+    run_ranks(2, body)
 
 
 def test_mixed_operations_share_the_flags():
