@@ -100,7 +100,8 @@ class NcclCommunicator(Communicator):
         if not self.deterministic:
             return self._enqueue(async_op, self._nccl_all_reduce, tensor, op, uses=(tensor,))
         # Peer kernels are ordered by the caller's stream; those of another stream would not be.
-        if self.peers is not None and not async_op and self.peers.takes(tensor):
+        reason = PeerMemory.reason_against_sum(tensor.dtype, tensor.numel() * tensor.itemsize)
+        if self.peers is not None and not async_op and reason is None:
             return self._enqueue(
                 False, self.call, self.peers.all_reduce, tensor, op, uses=(tensor,)
             )
@@ -215,9 +216,9 @@ class NcclCommunicator(Communicator):
         self, output: Tensor, input: Tensor, counts: Sequence[int], op: str
     ) -> None:
         if not self.deterministic and len(set(counts)) == 1 and input.dtype in NCCL_TYPES:
-            addresses = (output.data_ptr(), input.data_ptr(), output.numel())
-            kinds = (NCCL_TYPES[input.dtype], NCCL_REDUCTIONS[op])
-            self.call(self.engine.reduce_scatter, *addresses, *kinds, _stream())
+            where = (output.data_ptr(), input.data_ptr(), output.numel())
+            how = (NCCL_TYPES[input.dtype], NCCL_REDUCTIONS[op], _stream())
+            self.call(self.engine.reduce_scatter, *where, *how)
             return
         parts = input.new_empty(self.size, output.numel())
         self._all_to_all(parts, input, [output.numel()] * self.size, counts)
@@ -240,11 +241,11 @@ class NcclCommunicator(Communicator):
         receives: Sequence[tuple[Tensor, int]],
         operation: str,
     ) -> None:
-        def messages(pairs: Sequence[tuple[Tensor, int]]) -> list[tuple[int, int, int]]:
-            return [(t.data_ptr(), t.numel() * t.element_size(), peer) for t, peer in pairs]
-
-        arguments = (messages(sends), messages(receives), BYTES, _stream(), operation)
-        self.call(self.engine.exchange, *arguments)
+        out, into = (
+            [(t.data_ptr(), t.numel() * t.itemsize, peer) for t, peer in pairs]
+            for pairs in (sends, receives)
+        )
+        self.call(self.engine.exchange, out, into, BYTES, _stream(), operation)
 
     def _enqueue(
         self, async_op: bool, run: Callable[..., None], *args: Any, uses: Sequence[Tensor]
@@ -259,8 +260,7 @@ class NcclCommunicator(Communicator):
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
             run(*args)
-            done = torch.cuda.Event()
-            done.record()
+            done = self.stream.record_event()
         for tensor in uses:
             # The allocator must not hand the memory out again while the other stream uses it.
             tensor.record_stream(self.stream)
@@ -277,9 +277,9 @@ class NcclCommunicator(Communicator):
 
     def _with_missing(self, error: PeerError) -> PeerError:
         """Names the missing ranks: those that do not answer a roll call over the store."""
-        missing = tuple(error.missing) or roll_call(self.store, self.rank, self.size)
-        text = f"{error}; missing: {', '.join(map(str, missing)) or 'none'}"
-        named = PeerError(text)
+        known = tuple(getattr(error, "missing", ()))
+        missing = known or roll_call(self.store, self.rank, self.size)
+        named = PeerError(f"{error}; missing: {', '.join(map(str, missing)) or 'none'}")
         for field in ("operation", "sequence", "group"):
             setattr(named, field, getattr(error, field, None))
         named.missing = missing

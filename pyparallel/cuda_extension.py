@@ -17,6 +17,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from pyparallel.cuda_tuning import tuning
+
 NAME = "pyparallel._cuda"
 NCCL_LIBRARY = "libnccl.so.2"
 # As numbered by ncclDataType_t; what is not summed may also travel as bytes.
@@ -109,6 +111,10 @@ def describe() -> dict[str, object]:
         except RuntimeError as error:
             facts["error"] = str(error)
     facts["missing"] = missing()
+    try:
+        facts["thresholds"] = tuning().source
+    except ValueError as error:
+        facts["thresholds"] = str(error)
     return facts
 
 

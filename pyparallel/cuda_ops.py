@@ -1,19 +1,24 @@
-"""The kernels of the CUDA extension as torch ops: fake kernels, autograd, and thin functions.
+"""The kernels of the CUDA extension as functions that check their arguments.
 
 Importing this module loads the extension (RuntimeError where it is not built). Shapes and equations are
-in the header of each kernel under csrc/cuda; tensors are [M, N] here, and the callers flatten.
+in the header of each kernel under csrc/cuda; tensors are [M, N] here, and the callers flatten. All raise
+ValueError where shapes, strides, dtypes or devices do not fit.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from pyparallel import cuda_extension
+from pyparallel import cuda_fakes  # noqa: F401  (loads the extension)
+from pyparallel.cuda_checks import (
+    check_devices,
+    check_dtype,
+    check_dtypes,
+    check_matrix,
+    check_vector,
+)
 
-cuda_extension.load()
 _ops = torch.ops.pyparallel
 
 # As numbered by Activation in csrc/cuda/activation.h.
@@ -29,6 +34,9 @@ def activation_code(name: str) -> int:
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """y [M, H] = x / rms(x) * weight."""
+    check_vector("weight", weight, check_matrix("x", x, contiguous=True)[1])
+    check_dtypes(x=x, weight=weight)
+    check_devices(x=x, weight=weight)
     return _ops.cuda_rms_norm(x, weight, eps)[0]
 
 
@@ -36,18 +44,45 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, *, eps: float
 ) -> tuple[Tensor, Tensor]:
     """(y, h): h = x + residual, y = h / rms(h) * weight."""
+    shape = check_matrix("x", x, contiguous=True)
+    check_matrix("residual", residual, shape, contiguous=True)
+    check_vector("weight", weight, shape[1])
+    check_dtypes(x=x, residual=residual, weight=weight)
+    check_devices(x=x, residual=residual, weight=weight)
     y, h, _ = _ops.cuda_add_rms_norm(x, residual, weight, eps)
     return y, h
 
 
+def rms_norm_backward(
+    dy: Tensor, h: Tensor, weight: Tensor, *, eps: float
+) -> tuple[Tensor, Tensor]:
+    """dx and dweight of y = h / rms(h) * weight, for a caller that has no statistics left."""
+    shape = check_matrix("h", h, contiguous=True)
+    check_matrix("dy", dy, shape, contiguous=True)
+    check_vector("weight", weight, shape[1])
+    check_dtypes(dy=dy, h=h, weight=weight)
+    check_devices(dy=dy, h=h, weight=weight)
+    rstd = (h.float().square().mean(1) + eps).rsqrt()
+    return _ops.cuda_rms_norm_backward(dy, h, weight, rstd)
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float) -> Tensor:
     """y [M, H] = (x - mean) / std * weight + bias."""
+    _, hidden = check_matrix("x", x, contiguous=True)
+    check_vector("weight", weight, hidden)
+    check_vector("bias", bias, hidden)
+    check_dtypes(x=x, weight=weight, bias=bias)
+    check_devices(x=x, weight=weight, bias=bias)
     return _ops.cuda_layer_norm(x, weight, bias, eps)[0]
 
 
 def bias_activation(x: Tensor, bias: Tensor | None, *, activation: str) -> Tensor:
     """y [M, N] = act(x + bias)."""
-    return _ops.cuda_bias_activation(x, bias, activation_code(activation))
+    code = activation_code(activation)
+    check_vector("bias", bias, check_matrix("x", x)[1])
+    check_dtypes(x=x, bias=bias)
+    check_devices(x=x, bias=bias)
+    return _ops.cuda_bias_activation(x, bias, code)
 
 
 def gated_activation(
@@ -59,13 +94,40 @@ def gated_activation(
     up_bias: Tensor | None = None,
 ) -> Tensor:
     """y [M, N] = act(gate + gate_bias) * (up + up_bias); gate and up may be halves of one matrix."""
-    return _ops.cuda_gated_activation(gate, up, gate_bias, up_bias, activation_code(activation))
+    code, shape = activation_code(activation), check_matrix("gate", gate)
+    check_matrix("up", up, shape)
+    if gate.stride(0) != up.stride(0):
+        raise ValueError(
+            f"up: expected the row stride of gate, {gate.stride(0)}, got {up.stride(0)}; make both "
+            f"contiguous, or halves of one matrix"
+        )
+    check_vector("gate_bias", gate_bias, shape[1])
+    check_vector("up_bias", up_bias, shape[1])
+    check_dtypes(gate=gate, up=up, gate_bias=gate_bias, up_bias=up_bias)
+    check_devices(gate=gate, up=up, gate_bias=gate_bias, up_bias=up_bias)
+    return _ops.cuda_gated_activation(gate, up, gate_bias, up_bias, code)
 
 
 def rank_sum(
     parts: Tensor, out: Tensor, *, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> None:
     """out [M, N] = parts[0] + ... + parts[R-1] + bias + residual: in rank order, fp32, rounded once."""
+    if parts.dim() != 3:
+        raise ValueError(
+            f"parts: expected [R, M, N], got {list(parts.shape)}; stack the ranks' parts"
+        )
+    _, rows, columns = parts.shape
+    if (columns > 1 and parts.stride(2) != 1) or (rows > 1 and parts.stride(1) != columns):
+        raise ValueError(
+            f"parts: expected a contiguous [M, N] of each rank, got strides {list(parts.stride())}; "
+            f"call .contiguous()"
+        )
+    check_matrix("out", out, (rows, columns), contiguous=True)
+    check_vector("bias", bias, columns)
+    if residual is not None:
+        check_matrix("residual", residual, (rows, columns), contiguous=True)
+    check_dtypes(parts=parts, out=out, bias=bias, residual=residual)
+    check_devices(parts=parts, out=out, bias=bias, residual=residual)
     _ops.cuda_rank_sum(parts, bias, residual, out)
 
 
@@ -73,6 +135,7 @@ def cross_entropy_statistics(
     logits: Tensor, targets: Tensor, *, start: int, ignored: int
 ) -> Tensor:
     """[M, 4]: max, sum of exponentials, the target's logit, sum of the logits of these columns."""
+    _check_loss(logits, targets)
     return _ops.cuda_cross_entropy_stats(logits, targets, start, ignored)
 
 
@@ -89,183 +152,18 @@ def cross_entropy_gradient_(
     z_loss: float = 0.0,
 ) -> Tensor:
     """The logits [M, V_r], overwritten with their gradient."""
+    _check_loss(logits, targets)
+    for name, tensor in (("lse", lse), ("dloss", dloss)):
+        check_vector(name, tensor.contiguous(), logits.shape[0])
+        check_dtype(name, tensor, torch.float32)
+    check_devices(logits=logits, lse=lse, dloss=dloss)
     numbers = (start, vocab, ignored, smoothing, z_loss)
     _ops.cuda_cross_entropy_gradient_(logits, targets, lse, dloss.contiguous(), *numbers)
     return logits
 
 
-def _fake(name: str) -> Any:
-    return torch.library.register_fake(f"pyparallel::{name}")
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], dtype=torch.float32)
-
-
-@_fake("cuda_rms_norm")
-def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), _rows(x)
-
-
-@_fake("cuda_add_rms_norm")
-def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x), _rows(x)
-
-
-@_fake("cuda_rms_norm_backward")
-def _(dy: Tensor, h: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(dy), torch.empty_like(weight)
-
-
-@_fake("cuda_layer_norm")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), _rows(x), _rows(x)
-
-
-@_fake("cuda_layer_norm_backward")
-def _(
-    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(dy), torch.empty_like(weight), torch.empty_like(weight)
-
-
-@_fake("cuda_bias_activation")
-def _(x: Tensor, bias: Tensor | None, activation: int) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@_fake("cuda_bias_activation_backward")
-def _(dy: Tensor, x: Tensor, bias: Tensor | None, activation: int) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@_fake("cuda_gated_activation")
-def _(
-    gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None, activation: int
-) -> Tensor:
-    return gate.new_empty(gate.shape)
-
-
-@_fake("cuda_gated_activation_backward")
-def _(
-    dy: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    activation: int,
-) -> Tensor:
-    return gate.new_empty(gate.shape[0], 2 * gate.shape[1])
-
-
-@_fake("cuda_cross_entropy_stats")
-def _(logits: Tensor, targets: Tensor, offset: int, ignored: int) -> Tensor:
-    return logits.new_empty(logits.shape[0], 4, dtype=torch.float32)
-
-
-@_fake("cuda_cross_entropy_gradient_")
-def _(
-    logits: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    dloss: Tensor,
-    offset: int,
-    vocab: int,
-    ignored: int,
-    smoothing: float,
-    z_loss: float,
-) -> None:
-    return None
-
-
-@_fake("cuda_rank_sum")
-def _(parts: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
-    return None
-
-
-def _rms_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, weight, _ = inputs
-    ctx.save_for_backward(x, weight, output[1])
-
-
-def _rms_backward(ctx: Any, dy: Tensor, drstd: Tensor | None) -> tuple[Tensor, Tensor, None]:
-    x, weight, rstd = ctx.saved_tensors
-    dx, dweight = _ops.cuda_rms_norm_backward(dy.contiguous(), x, weight, rstd)
-    return dx, dweight, None
-
-
-def _add_rms_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    _, h, rstd = output
-    ctx.save_for_backward(h, inputs[2], rstd)
-
-
-def _add_rms_backward(
-    ctx: Any, dy: Tensor, dh: Tensor | None, drstd: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, None]:
-    h, weight, rstd = ctx.saved_tensors
-    dx, dweight = _ops.cuda_rms_norm_backward(dy.contiguous(), h, weight, rstd)
-    # h goes on as the next residual: its gradient joins the norm's.
-    total = dx if dh is None else dx + dh
-    return total, total, dweight, None
-
-
-def _layer_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, weight, bias, _ = inputs
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(x, weight, output[1], output[2])
-
-
-def _layer_backward(
-    ctx: Any, dy: Tensor, dmean: Tensor | None, drstd: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, None]:
-    x, weight, mean, rstd = ctx.saved_tensors
-    dx, dweight, dbias = _ops.cuda_layer_norm_backward(dy.contiguous(), x, weight, mean, rstd)
-    return dx, dweight, dbias if ctx.has_bias else None, None
-
-
-def _bias_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, bias, ctx.activation = inputs
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(x, *([bias] if ctx.has_bias else []))
-
-
-def _bias_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
-    x, *rest = ctx.saved_tensors
-    bias = rest[0] if ctx.has_bias else None
-    dx = _ops.cuda_bias_activation_backward(dy.contiguous(), x, bias, ctx.activation)
-    return dx, dx.sum(0) if ctx.has_bias else None, None
-
-
-def _gated_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    gate, up, gate_bias, up_bias, ctx.activation = inputs
-    ctx.biases = (gate_bias is not None, up_bias is not None)
-    ctx.save_for_backward(gate, up, *(b for b in (gate_bias, up_bias) if b is not None))
-
-
-def _gated_backward(
-    ctx: Any, dy: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, None]:
-    gate, up, *rest = ctx.saved_tensors
-    gate_bias = rest.pop(0) if ctx.biases[0] else None
-    up_bias = rest.pop(0) if ctx.biases[1] else None
-    both = _ops.cuda_gated_activation_backward(
-        dy.contiguous(), gate, up, gate_bias, up_bias, ctx.activation
-    )
-    dgate, dup = both.chunk(2, dim=1)
-    return (
-        dgate,
-        dup,
-        dgate.sum(0) if ctx.biases[0] else None,
-        dup.sum(0) if ctx.biases[1] else None,
-        None,
-    )
-
-
-for _name, _backward, _setup in (
-    ("cuda_rms_norm", _rms_backward, _rms_setup),
-    ("cuda_add_rms_norm", _add_rms_backward, _add_rms_setup),
-    ("cuda_layer_norm", _layer_backward, _layer_setup),
-    ("cuda_bias_activation", _bias_backward, _bias_setup),
-    ("cuda_gated_activation", _gated_backward, _gated_setup),
-):
-    torch.library.register_autograd(f"pyparallel::{_name}", _backward, setup_context=_setup)
+def _check_loss(logits: Tensor, targets: Tensor) -> None:
+    check_vector("targets", targets, check_matrix("logits", logits)[0])
+    check_dtypes(logits=logits)
+    check_dtype("targets", targets, torch.int64)
+    check_devices(logits=logits, targets=targets)

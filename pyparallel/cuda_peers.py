@@ -85,10 +85,12 @@ class PeerMemory:
         return f"device {mine} cannot access devices {blocked}" if blocked else None
 
     @staticmethod
-    def takes(tensor: Tensor) -> bool:
-        """Whether a tensor is small enough, and of a type that is summed here."""
-        small = tensor.numel() * tensor.itemsize <= tuning()["peer_all_reduce_bytes"]
-        return tensor.dtype in DTYPES and small
+    def reason_against_sum(dtype: torch.dtype, num_bytes: int) -> str | None:
+        """Why `all_reduce` cannot, or should not, take that many bytes of a dtype, or None."""
+        if dtype not in DTYPES:
+            return f"{dtype} is not summed over peer memory"
+        most = tuning()["peer_all_reduce_bytes"]
+        return f"{num_bytes} bytes are more than {most}" if num_bytes > most else None
 
     def algorithm(self, num_bytes: int) -> Any:
         """One step that reads everything, or two that read 1/R each: a function of the bytes alone."""

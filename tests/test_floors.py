@@ -36,6 +36,8 @@ PYTHON_FLOORS = (
     | {"symmetric_regions"}
     | {
         "cuda_extension",
+        "cuda_checks",
+        "cuda_fakes",
         "cuda_ops",
         "cuda_communicator",
         "cuda_peers",

@@ -8,6 +8,7 @@ from pyparallel.functional import (  # noqa: F401
     attention_with_lse,
     column_parallel_linear,
     cross_entropy_shard,
+    cuda_all_reduce,
     cuda_kernels,
     dropout,
     gated_mlp,
