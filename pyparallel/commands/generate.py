@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import sys
@@ -20,7 +21,7 @@ from pyparallel.models.dense import compare, load_tokenizer
 from pyparallel.models.load import decoder_config, load, stored_dtype
 from pyparallel.models.logits import teacher_forced_logits
 from pyparallel.models.stage import stages_of
-from pyparallel.shard import HeadLayout
+from pyparallel.shard import HeadLayout, part_sizes
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -104,14 +105,10 @@ def run(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype) if args.dtype else stored_dtype(checkpoint)
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     prompts = [_encode(tokenizer, prompt, args.chat) for prompt in args.prompt]
+    _check_context(prompts, args.dp, args.cp)
     check_micro_batches(args.micro_batches, len(prompts) if args.pp > 1 else 1)
     if config is not None:
         check_prompts(prompts, args.max_new_tokens, config.vocab_size, config.max_positions)
-    if args.cp > max(map(len, prompts)):
-        raise ValueError(
-            f"--cp: expected at most a rank for each of the longest prompt's {max(map(len, prompts))} "
-            f"tokens, got {args.cp}"
-        )
     printer = _Printer(tokenizer, shown=not args.json and len(prompts) == 1)
     ranks = launch(
         _rank,
@@ -137,6 +134,18 @@ def run(args: argparse.Namespace) -> int:
         )
     _print(summary, args, len(prompts))
     return 0 if summary.get("matches_dense", True) else 1
+
+
+def _check_context(prompts: list[list[int]], dp: int, cp: int) -> None:
+    """Every replica has a prompt of a token for each of the context's ranks."""
+    lengths = iter(map(len, prompts))
+    for rows in part_sizes(len(prompts), dp):
+        longest = max(itertools.islice(lengths, rows))
+        if 1 < cp and longest < cp:
+            raise ValueError(
+                f"--cp: expected at most a rank for each of the longest prompt's {longest} tokens, "
+                f"got {cp}"
+            )
 
 
 def _decoder_config(checkpoint: Checkpoint) -> DecoderConfig | None:
