@@ -101,7 +101,8 @@ def empty_optimizer(
                     stored = index.tensors.get(_prefix(key) + names[0])
                     if stored is None:
                         raise CheckpointError(f"{what}: tensor {_prefix(key)}{names[0]} is missing")
-                    value = torch.empty_like(member.value, dtype=stored.dtype, requires_grad=False)
+                    held = optimizer.state.get(member.value, {}).get(key)
+                    value = _room(held, member.value, stored.dtype)
                     pieces += pieces_of(
                         value, member.found, mesh.tp.rank, owned=False, prefix=_prefix(key)
                     )
@@ -150,6 +151,13 @@ def _common(state: Mapping[str, Any], names: list[str], what: str) -> Mapping[st
                 f"differ: {first} and {state.get(name, {})}"
             )
     return first
+
+
+def _room(held: Any, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the optimizer has already, where that fits, so that nothing is held twice."""
+    if isinstance(held, Tensor) and held.shape == parameter.shape and held.dtype == dtype:
+        return held
+    return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
 
 
 def _number(what: str, value: Any) -> Any:

@@ -129,6 +129,10 @@ def across_tp(root: Path, out: Path) -> None:
                 restore(model, out / f"{name} {kind}", mesh, optimizer=optimizer)
                 assert_same(model, cut(root, name, other, mesh), f"{name} {kind} to {other}")
                 assert_state(optimizer, f"{name} {kind} to {other}")
+        # load() takes what save() wrote, as it takes any folder.
+        for folder in ("llama own", "gpt2 hf", "phi3 hf"):
+            model, truth = (load(path, mesh) for path in (out / folder, root / folder.split()[0]))
+            assert_same(model, truth, f"load {folder}")
 
 
 def test_tp_2_to_3_to_1_to_6(root: Path, tmp_path: Path) -> None:
@@ -191,6 +195,13 @@ def across_axes(root: Path, out: Path) -> None:
         assert_same(model, load(root / "llama", square), "sp and cp to ddp")
         assert_state(optimizer, "sp and cp to ddp")
         save(wrapped, out / "ddp", square)
+        model = poison(cut(root, "llama", "hf", square, sequence_parallel=True))
+        restore(model, out / "ddp", square)
+        assert_same(model, cut(root, "llama", "hf", square), "ddp to sp of transformers")
+        save(model, out / "hf sp", square)
+        model = poison(load(root / "llama", square))
+        restore(model, out / "hf sp", square)
+        assert_same(model, load(root / "llama", square), "sp of transformers to own")
         model = poison(load(root / "llama", context, sequence_parallel=True))
         restore(torch.compile(model), out / "ddp", context)
         assert_same(model, load(root / "llama", context), "ddp to sp and cp")
