@@ -141,7 +141,7 @@ def _check_context(prompts: list[list[int]], dp: int, cp: int) -> None:
     lengths = iter(map(len, prompts))
     for rows in part_sizes(len(prompts), dp):
         longest = max(itertools.islice(lengths, rows))
-        if 1 < cp and longest < cp:
+        if cp > 1 and longest < cp:
             raise ValueError(
                 f"--cp: expected at most a rank for each of the longest prompt's {longest} tokens, "
                 f"got {cp}"
