@@ -50,7 +50,7 @@ class Pipeline:
 
     Raises:
         ValueError: an unknown schedule; stages that are not the ones it wants here; a number of
-            micro-batches that it can't take; DDP under a zero-bubble schedule.
+            micro-batches that it can't take; data-parallel stages under a zero-bubble schedule.
     """
 
     def __init__(

@@ -177,12 +177,22 @@ class Stages:
                 f"pp={self.mesh.pp.size} for schedule={self.schedule!r}, got {held} of "
                 f"{sorted(counts)}; load them with load() or load_stages() on this mesh"
             )
-        wrapped = any(isinstance(module, DistributedDataParallel) for module in self.modules)
+        wrapped = [type(module).__name__ for module in self.modules if _is_data_parallel(module)]
         if wrapped and schedule_of(self.schedule).splits:
+            # Torch takes weights' gradients past the hooks by which DDP and FSDP2 see them; FSDP2's
+            # sums come out wrong.
             raise ValueError(
-                f"stages: expected no DistributedDataParallel for schedule={self.schedule!r}, whose "
-                f"weights' gradients DDP does not see; use data_parallel(..., engine='fsdp')"
+                f"stages: expected none that is data-parallel for schedule={self.schedule!r}, whose "
+                f"weights' gradients DDP and FSDP2 do not see, got a {wrapped[0]}; use 'interleaved' "
+                f"or '1f1b', or sum .grad over mesh.data after each step"
             )
+
+
+def _is_data_parallel(module: nn.Module) -> bool:
+    # FSDP2 changes a module's class to one of its own, and is known without its slow import.
+    return isinstance(module, DistributedDataParallel) or any(
+        kind.__name__ == "FSDPModule" for kind in type(module).__mro__
+    )
 
 
 def bare_module(module: nn.Module) -> nn.Module:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from pyparallel.collectives import all_reduce_raw
@@ -75,6 +76,8 @@ def check_gradients(
             )
             assert parameter.grad is not None, f"{what} {name}: no gradient"
             gradient = parameter.grad
+            if isinstance(gradient, DTensor):
+                gradient = gradient.full_tensor()
             for group in () if summed else (mesh.cp, mesh.dp):
                 gradient = all_reduce_raw(gradient.clone(), group) if group.size > 1 else gradient
             assert_as_dense(gradient, dense, exact, parts, f"{what} {name}")

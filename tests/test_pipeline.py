@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from pyparallel.communicator import PeerError
+from pyparallel.data import data_parallel
 from pyparallel.launch import RankError, launch, report
 from pyparallel.mesh import Mesh, init_mesh
 from pyparallel.models.load import load, load_stages
@@ -106,6 +107,37 @@ def composed(cases: Cases) -> None:
 
 def test_with_tensor_sequence_and_context_parallel(cases: Cases) -> None:
     launch(composed, 4, cases, threads=1)
+
+
+def with_replicas(cases: Cases) -> None:
+    """Replicas see 4 and 2 of the 6 sequences, with other numbers of targets."""
+    ids, targets = batch_of()
+    for sizes in ({"dp": 2, "pp": 2}, {"pp": 2, "cp": 2}):
+        mesh = init_mesh(**sizes)
+        rows = (slice(0, 4), slice(4, 6))[mesh.dp.rank] if mesh.dp.size > 1 else slice(None)
+        for engine in ("ddp", "fsdp"):
+            for schedule, (chunks, order) in SCHEDULES.items():
+                folder, truth = cases["llama tied" if engine == "ddp" else "gpt2"]
+                if sizes.get("cp") and schedule in ("gpipe", "interleaved"):
+                    continue
+                stages = load_stages(folder, mesh, chunks=chunks, order=order)
+                wrapped = [data_parallel(stage, mesh, engine=engine) for stage in stages]
+                options = {"schedule": schedule, "num_microbatches": 2}
+                if schedule.startswith("zero"):
+                    with pytest.raises(ValueError, match=r"none that is data-parallel .* '1f1b'"):
+                        Pipeline(wrapped, mesh, **options)
+                    continue
+                pipeline = Pipeline(wrapped, mesh, **options)
+                what = f"{engine} {schedule} {sizes}"
+                for _ in range(2):
+                    reset(wrapped)
+                    check_loss(pipeline.step(ids[rows], targets[rows]), truth, 4, what)
+                    check_gradients(stages, mesh, truth, 4, what)
+                check_loss(pipeline.evaluate(ids[rows], targets[rows]), truth, 4, what)
+
+
+def test_with_data_parallel(cases: Cases) -> None:
+    launch(with_replicas, 4, cases, threads=1)
 
 
 def accumulated(folder: str) -> None:
