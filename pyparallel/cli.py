@@ -1,4 +1,4 @@
-"""The command line: ``pyparallel generate``, ``export``, ``doctor`` and ``kernels``.
+"""The command line: ``pyparallel generate``, ``train``, ``export``, ``doctor`` and ``kernels``.
 
 Each command is a module of :mod:`pyparallel.commands` with ``add_arguments(parser)`` and ``run(args)``.
 Exit status: 0; 1 where ranks failed or a check did not hold; 2 for a mistake in what was asked.
@@ -13,6 +13,7 @@ from importlib import import_module
 
 COMMANDS = {
     "generate": "answer prompts with a model cut over the ranks of this machine",
+    "train": "fine-tune a model on text, cut over the ranks of this machine",
     "export": "write a checkpoint, sharded or GGUF, as one Hugging Face folder",
     "doctor": "what this machine and this build offer",
     "kernels": "compile the Triton kernels ahead of time and show what they take",
