@@ -1,16 +1,19 @@
 """This library's collectives in the places that torch's DDP and FSDP2 have for them."""
 
 # No postponed annotations: DDP compares its hook's with types.
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.futures import Future
 
 from pyparallel.collectives import all_reduce_raw, record_collective
 from pyparallel.group import Group
+
+# As much as DDP sums at once.
+BUCKET_BYTES = 25 << 20
 
 
 class BucketSums:
@@ -54,6 +57,23 @@ def sum_bucket(sums: BucketSums, bucket: dist.GradBucket) -> Future[Tensor]:
     """DDP's communication hook: it hands the buckets over in one order on all ranks, and waits for their
     sums at the end of backward."""
     return sums.start(bucket.buffer())
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter], group: Group) -> None:
+    """The same sums, but behind backward: for gradients that DDP's hooks do not see."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    while gradients:
+        bucket, size = [], 0
+        while gradients and size < BUCKET_BYTES:
+            if bucket and gradients[0].dtype != bucket[0].dtype:
+                break
+            bucket.append(gradients.pop(0))
+            size += bucket[-1].nbytes
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
+        whole = all_reduce_raw(flat, group)
+        sizes = [gradient.numel() for gradient in bucket]
+        for gradient, part in zip(bucket, whole.split(sizes), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
 
 class _Collective:

@@ -50,7 +50,7 @@ class Pipeline:
 
     Raises:
         ValueError: an unknown schedule; stages that are not the ones it wants here; a number of
-            micro-batches that it can't take; data-parallel stages under a zero-bubble schedule.
+            micro-batches that it can't take; FSDP under a zero-bubble schedule.
     """
 
     def __init__(
@@ -92,8 +92,10 @@ class Pipeline:
         """
         ids, targets, options = self._prepare(ids, targets, documents)
         bare = self.stages.bare
-        # Only what this step adds may be summed over the stages that share a weight.
+        # Only what this step adds may be summed over the stages that share a weight, or over dp x cp.
         shared = [s.tied_weight for s in bare if s.tied_weight is not None]
+        if self.stages.splits:
+            shared = list(self.stages.trained())
         before = [parameter.grad for parameter in shared]
         for parameter in shared:
             parameter.grad = None
@@ -107,10 +109,12 @@ class Pipeline:
                     return_outputs=False,
                     **options,
                 )
+            self.stages.sum_over_data()
             sum_tied_gradients(bare, self.mesh.pp, first=0, last=self.stages.last_rank)
         for parameter, gradient in zip(shared, before, strict=True):
             if gradient is not None:
-                parameter.grad = gradient.add_(parameter.grad)
+                added = parameter.grad
+                parameter.grad = gradient if added is None else gradient.add_(added)
         return self._shared(losses, ids.device)
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pyparallel.data_engines import sum_gradients
 from pyparallel.mesh import Mesh
 from pyparallel.models.stage import stages_of_rank
 from pyparallel.pipeline_schedules import check, schedule_of
@@ -48,6 +49,24 @@ class Stages:
         self.last_rank = self._rank_of[self.count - 1]
 
     @property
+    def splits(self) -> bool:
+        """Whether the schedule splits backward, so that weights' gradients come without DDP's hooks."""
+        return schedule_of(self.schedule).splits
+
+    def trained(self) -> Iterator[nn.Parameter]:
+        """The parameters of all stages."""
+        for bare in self.bare:
+            yield from bare.parameters()
+
+    def sum_over_data(self) -> None:
+        """What DDP does under backward, behind it, for the stages in DDP of a schedule that splits."""
+        if not self.splits:
+            return
+        for module, bare in zip(self.modules, self.bare, strict=True):
+            if module is not bare:
+                sum_gradients(bare.parameters(), self.mesh.data)
+
+    @property
     def has_first(self) -> bool:
         """Whether the first stage is here."""
         return self.bare[0].stage.is_first
@@ -74,7 +93,9 @@ class Stages:
                 output_args=self._output_of(bare, batch, length),
                 group=self.mesh.device_mesh.get_group("pp"),
             )
-            for module, bare in zip(self.modules, self.bare, strict=True)
+            for module, bare in zip(
+                self.bare if self.splits else self.modules, self.bare, strict=True
+            )
         ]
         return getattr(pipelining, kind.kind)(
             stages if kind.several else stages[0],
@@ -177,22 +198,16 @@ class Stages:
                 f"pp={self.mesh.pp.size} for schedule={self.schedule!r}, got {held} of "
                 f"{sorted(counts)}; load them with load() or load_stages() on this mesh"
             )
-        wrapped = [type(module).__name__ for module in self.modules if _is_data_parallel(module)]
-        if wrapped and schedule_of(self.schedule).splits:
-            # Torch takes weights' gradients past the hooks by which DDP and FSDP2 see them; FSDP2's
-            # sums come out wrong.
+        if self.splits and any(_is_fsdp(bare) for bare in self.bare):
             raise ValueError(
-                f"stages: expected none that is data-parallel for schedule={self.schedule!r}, whose "
-                f"weights' gradients DDP and FSDP2 do not see, got a {wrapped[0]}; use 'interleaved' "
-                f"or '1f1b', or sum .grad over mesh.data after each step"
+                f"stages: expected no FSDP for schedule={self.schedule!r}, whose split backward loses "
+                f"gradients of its parameters; use data_parallel(..., engine='ddp')"
             )
 
 
-def _is_data_parallel(module: nn.Module) -> bool:
+def _is_fsdp(module: nn.Module) -> bool:
     # FSDP2 changes a module's class to one of its own, and is known without its slow import.
-    return isinstance(module, DistributedDataParallel) or any(
-        kind.__name__ == "FSDPModule" for kind in type(module).__mro__
-    )
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 
 def bare_module(module: nn.Module) -> nn.Module:
