@@ -12,7 +12,7 @@
 namespace pyparallel::cuda {
 
 // The segment of this rank and, opened through CUDA IPC, those of its peers on the same machine. The
-// other owners are NCCL's symmetric windows (nccl_window.h) and torch's symmetric memory.
+// other owners are NCCL's symmetric windows (nccl_addresses.cu) and torch's symmetric memory.
 class IpcSegments {
  public:
   explicit IpcSegments(int64_t bytes);
