@@ -7,7 +7,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 CSRC := $(shell find csrc/core csrc/cpu csrc/bindings -name '*.cpp' -o -name '*.h')
 
 .PHONY: demo install model test test-kernels test-slow test-gpu tsan asan mutants mutants-kernels lint format clean
-.PHONY: bench bench-collectives bench-decode bench-prefill bench-context_parallel_attention
+.PHONY: train-demo bench bench-collectives bench-decode bench-prefill bench-context_parallel_attention
 .PHONY: bench-sequence_parallel_linear bench-activation_memory bench-pipeline
 .PHONY: bench-linear_all_reduce bench-hugging_face_generate
 
@@ -72,6 +72,12 @@ bench-hugging_face_generate: bench-%: install $(MODEL)
 
 bench-activation_memory: install
 	$(BIN)/python bench/activation_memory.py
+
+# Fine-tunes SmolLM2 on a 2x2x2 mesh and as the dense model, and plots both; MESHES=all: on every mesh.
+MESHES ?= 2x2x2
+train-demo: install $(MODEL)
+	$(BIN)/pip install -q --disable-pip-version-check matplotlib
+	$(BIN)/python -m bench.training --meshes "$(MESHES)"
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Fine-tuning on every kind of mesh against transformers' dense model: the curves must be one.
 
-    python bench/training.py [--meshes all] [--out docs/training.png]
+    python -m bench.training [--meshes all] [--out docs/training.png]
 
 The dense model is trained twice, on whole batches and on halves whose gradients add up: how far those
 two drift apart is what another order of sums does, and what a mesh may do too.

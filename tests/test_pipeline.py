@@ -17,13 +17,7 @@ from pyparallel.mesh import Mesh, init_mesh
 from pyparallel.models.load import load, load_stages
 from pyparallel.pipeline import Pipeline
 from pyparallel.testing import poisoned_empty
-from tests.pipeline_checks import (
-    batch_of,
-    check_gradients,
-    check_loss,
-    dense_truth,
-    reset,
-)
+from tests.pipeline_checks import batch_of, check_gradients, check_loss, dense_truth, reset
 
 FAMILIES = ("llama", "llama tied", "gpt2")
 # name: stages a rank, order.
