@@ -34,7 +34,7 @@ def dense_losses(model: torch.nn.Module) -> list[float]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses
 
 
@@ -82,7 +82,7 @@ def test_text_becomes_rows(tmp_path: Path) -> None:
     assert token_rows(Letters(), tmp_path / "c.txt", 1, 3).tolist() == [[110, 111, 116]]
     with pytest.raises(ValueError, match="at least 3 rows of 3 tokens, got 6 tokens"):
         token_rows(Letters(), tmp_path, 3, 3)
-    with pytest.raises(ValueError, match="text: expected a file or a folder, got .*missing"):
+    with pytest.raises(ValueError, match=r"text: expected a file or a folder, got .*missing"):
         token_rows(Letters(), tmp_path / "missing", 1, 1)
 
 
