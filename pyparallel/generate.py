@@ -18,6 +18,7 @@ from torch import Tensor
 from pyparallel import backend, cpu_decoder, pipeline_session  # noqa: F401
 from pyparallel.batch import join_rows, part_of
 from pyparallel.collectives import all_reduce_raw
+from pyparallel.context import check_length
 from pyparallel.functional.next_token import Sampling
 from pyparallel.group import Group
 
@@ -138,12 +139,16 @@ def generate(
 
     Raises:
         ValueError: no prompt, an empty one, an id outside the vocabulary, or a prompt that with
-            its new tokens is longer than the model's context; more micro-batches than prompts, or some
+            its new tokens is longer than the model's context; fewer tokens in the longest prompt than
+            context-parallel ranks; more micro-batches than prompts, or some
             for a model that is no stage.
     """
     sampling = sampling or Sampling()
     stops = set(model.stop_ids if stop_ids is None else stop_ids)
     check_prompts(prompts, max_new_tokens, model.vocab_size, model.max_positions)
+    context = getattr(model, "context", None)
+    if context is not None:
+        check_length(max(map(len, prompts)), context)
     is_stage = getattr(model, "stage", None) is not None and model.stage.count > 1
     check_micro_batches(micro_batches, len(prompts) if is_stage else 1)
     if replicas is not None and replicas.size > 1:

@@ -159,8 +159,8 @@ def continuations(cp: int, tp: int, folders: dict) -> dict:
         with poisoned_empty():
             made[family] = [
                 generate(model, PROMPTS, **options).tokens,
-                # One token on four ranks: most of them hold nothing of the prompt.
-                generate(model, PROMPTS[1:2], **options).tokens,
+                # Five tokens alone: on four ranks, three of them hold one.
+                generate(model, PROMPTS[:1], **options).tokens,
                 generate(model, PROMPTS, sampling=SAMPLING, **options).tokens,
             ]
     return made
@@ -169,7 +169,7 @@ def continuations(cp: int, tp: int, folders: dict) -> dict:
 def test_generated_tokens_do_not_depend_on_the_ranks(checkpoints) -> None:
     folders, _ = checkpoints
     expected = launch(continuations, 1, 1, 1, folders, threads=1)[0]
-    assert expected["mistral"][0][1] == expected["mistral"][1][0]
+    assert expected["mistral"][0][0] == expected["mistral"][1][0]
     for cp, tp in MESHES:
         for made in launch(continuations, cp * tp, cp, tp, folders, threads=1):
             assert made == expected, (cp, tp)
