@@ -111,7 +111,9 @@ def across_tp(root: Path, out: Path) -> None:
             model = cut(root, name, kind, two)
             save(model, folder, two, optimizer=with_state(model), extra={"tokens": [1, 2.5]})
             for mesh in others:
-                if name == "gpt_neox" and mesh.tp.size == 6:
+                # Once is enough for the tensors that only transformers' models have; 10 heads are too
+                # few of GPT-NeoX's fused ones for 6 ranks to differ.
+                if mesh.tp.size != 3 and (kind == "hf" or name == "gpt_neox"):
                     continue
                 what = f"{name} {kind} on {mesh}"
                 truth = cut(root, name, kind, mesh)
