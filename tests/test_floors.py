@@ -31,6 +31,7 @@ PYTHON_FLOORS = (
         "shared_buffer",
         "hierarchical",
         "host_tensors",
+        "huge_pages",
     }
     | {"shard", "context", "attention_blocks", "reference", "backend", "cpu_ops", "quantize"}
     | {"symmetric_regions"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyparallel import huge_pages
 from pyparallel.layers.span import Span
 
 
@@ -27,8 +28,8 @@ class KVCache:
     ) -> None:
         shape = (batch, num_kv_heads, length, head_dim)
         # Zeros, since attention multiplies the hidden slots' values by a weight of zero.
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.keys = huge_pages.zeros(shape, device=device, dtype=dtype)
+        self.values = huge_pages.zeros(shape, device=device, dtype=dtype)
 
     def write(self, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """Store ``k, v [B, S, G_r, D]`` in the span's slots; return all slots up to its end,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyparallel.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from pyparallel.gguf_checkpoint import GGUFCheckpoint
+from pyparallel.huge_pages import HugePages, taken_bytes
 from pyparallel.mesh import Mesh
 from pyparallel.models.config import (
     DecoderConfig,
@@ -217,14 +218,26 @@ def fill(
     parameters = dict(model.named_parameters())
     total = sum(p.numel() * p.itemsize for p in parameters.values())
     done = 0
+    held = {
+        n: torch.int8 if int8 and _is_matrix(model, n) else p.dtype for n, p in parameters.items()
+    }
+    block = None
+    if torch.device(device).type == "cpu":
+        block = HugePages(sum(taken_bytes(p.numel(), held[n]) for n, p in parameters.items()))
     for name, parameter in parameters.items():
         # Allocated before anything is read, so that what reading takes is given back on top of it.
-        value = torch.empty_like(parameter, device="cpu", requires_grad=False)
+        if block is not None and held[name] == parameter.dtype:
+            value = block.zeros(parameter.shape, parameter.dtype)
+        else:
+            value = torch.empty_like(parameter, device="cpu", requires_grad=False)
         source = wanted[model.tied_copies.get(name, name)]
         _read(value, checkpoint, source, model.group.rank)
         _assign(model, name, value.to(device))
-        if int8 and _is_matrix(model, name):
-            model.get_submodule(name.removesuffix(".weight")).quantize_weight()
+        if held[name] != parameter.dtype:
+            module = model.get_submodule(name.removesuffix(".weight"))
+            module.quantize_weight()
+            if block is not None:
+                module.weight.data = block.zeros(parameter.shape, torch.int8).copy_(module.weight)
         done += value.numel() * value.itemsize
         if progress is not None:
             progress(done, total)
