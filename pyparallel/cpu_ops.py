@@ -69,6 +69,7 @@ def linear(
     gates = () if up is None else _weight("up", up, up_bias, up_scale, held)
     if up is not None:
         _expect(up.shape == weight.shape, "up", tuple(weight.shape), tuple(up.shape))
+        _expect(up.dtype == weight.dtype, "up", weight.dtype, up.dtype)
     if residual is not None:
         shape = (*lead, N)
         _expect(residual.shape == shape, "residual", shape, tuple(residual.shape))

@@ -313,6 +313,8 @@ def test_bad_calls_say_what_was_expected() -> None:
         cpu_ops.linear(torch.randn(17, 8), weight, thin=True)
     with pytest.raises(ValueError, match="int8 goes with a scale"):
         cpu_ops.linear(x, weight.to(torch.int8))
+    with pytest.raises(ValueError, match=r"up: expected torch\.float32, got torch\.bfloat16"):
+        cpu_ops.linear(x, weight, up=weight.bfloat16())
     with pytest.raises(ValueError, match="residual: expected"):
         cpu_ops.linear(x, weight, residual=x)
     with pytest.raises(ValueError, match="activation: expected one of"):

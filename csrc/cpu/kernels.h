@@ -35,7 +35,8 @@ struct Weight {
 };
 
 // y[m, n] = act(x[m] . weight[n] + bias[n]) * (x[m] . up[n] + up_bias[n]) + residual[m, n]
-// for n in [begin, end); the factor and the residual only where given. y may be residual.
+// for n in [begin, end); the factor and the residual only where given. y may be residual; up has weight's
+// precision.
 struct LinearCall {
   const float* x;
   int64_t x_stride;
