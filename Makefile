@@ -9,7 +9,7 @@ CSRC := $(shell find csrc/core csrc/cpu csrc/bindings -name '*.cpp' -o -name '*.
 .PHONY: demo install model test test-kernels test-slow test-gpu tsan asan mutants mutants-kernels lint format clean
 .PHONY: train-demo bench bench-collectives bench-decode bench-prefill bench-context_parallel_attention
 .PHONY: bench-sequence_parallel_linear bench-activation_memory bench-pipeline
-.PHONY: bench-linear_all_reduce bench-hugging_face_generate
+.PHONY: bench-linear_all_reduce bench-hugging_face_generate bench-decode_cost
 
 install: $(VENV)/.ready
 
@@ -66,7 +66,7 @@ bench: bench-collectives bench-decode bench-prefill
 
 bench-collectives bench-decode bench-prefill bench-context_parallel_attention \
 bench-sequence_parallel_linear bench-pipeline bench-linear_all_reduce \
-bench-hugging_face_generate: bench-%: install $(MODEL)
+bench-hugging_face_generate bench-decode_cost: bench-%: install $(MODEL)
 	$(BIN)/pytest -q -s --benchmark-enable --benchmark-autosave --benchmark-columns=min,median,iqr \
 	  bench/$*.py
 

@@ -1,7 +1,8 @@
 """The decoders that bench/decode.py and bench/prefill.py compare, each as ``make(...) -> turn``.
 
 A turn takes ("decode", steps) and gives the tokens; ("prefill", length) and gives the first token;
-("context", position) and gives one step's token at that position; ("memory",).
+("context", position) and gives the token of eight steps at that position, ("fill",) being before it;
+("memory",).
 """
 
 from __future__ import annotations
@@ -40,15 +41,19 @@ def long_prompt(length: int, vocab_size: int) -> list[int]:
     return torch.randint(vocab_size, (length,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-def ours(model: str, dtype: str, quantized: str | None = None) -> Callable[[tuple], Any]:
-    """pyparallel's decoder in C++ on the ranks it is launched on."""
+def ours(
+    model: str, dtype: str, quantized: str | None = None, layers: int | None = None
+) -> Callable[[tuple], Any]:
+    """pyparallel's decoder in C++ on the ranks it is launched on, or its first ``layers``."""
     mesh = init_mesh(tp=torch.distributed.get_world_size())
     kind = getattr(torch, dtype)
     path = _even_folder() if model == "even" else MODEL
     decoder_model = load(path, mesh, dtype=kind, weights=quantized)
+    if layers is not None:
+        decoder_model.layers = torch.nn.ModuleList(decoder_model.layers[:layers])
     decoder = CPUDecoder(decoder_model)
     vocab_size = decoder_model.vocab_size
-    weights = sum(p.numel() * p.itemsize for p in decoder_model.parameters())
+    sizes = [p.numel() * p.itemsize for p in decoder_model.parameters()]
     slots = min(LONGEST, decoder_model.max_positions)
     decoder.start(1, slots)
     cache = sum(c.keys.numel() * c.keys.itemsize * 2 for c in decoder.cache)
@@ -65,11 +70,18 @@ def ours(model: str, dtype: str, quantized: str | None = None) -> Callable[[tupl
         if kind == "prefill":
             decoder.prefill(long_prompt(rest[0], vocab_size))
             return decoder.greedy()
+        if kind == "fill":
+            # Slots never written are one page of zeros, which is read from a cache.
+            for layer in decoder.cache:
+                layer.keys.normal_()
+                layer.values.normal_()
+            return None
         if kind == "context":
             for _ in range(8):
                 decoder.decode([7], rows=[0], positions=[rest[0]])
             return decoder.greedy()
-        return {"weight_bytes": weights, "cache_bytes": cache} | memory()
+        held = {"weight_bytes": sum(sizes), "cache_bytes": cache, "largest_bytes": max(sizes)}
+        return held | memory()
 
     return turn
 

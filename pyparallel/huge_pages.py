@@ -32,10 +32,13 @@ class HugePages:
     def __init__(self, num_bytes: int) -> None:
         # A page more, since a mapping may begin anywhere.
         self._memory = mmap.mmap(-1, num_bytes + PAGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(AttributeError, OSError):
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
         start = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
         self._next = -start % PAGE_BYTES
+        # Not the last page, if it would not be filled.
+        whole = num_bytes // PAGE_BYTES * PAGE_BYTES
+        if whole > 0:
+            with suppress(AttributeError, OSError):
+                self._memory.madvise(mmap.MADV_HUGEPAGE, self._next, whole)
         self._end = self._next + num_bytes
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

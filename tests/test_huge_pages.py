@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import mmap
 import re
 from pathlib import Path
 
@@ -68,6 +69,18 @@ def test_pages_are_huge_and_given_back() -> None:
     assert huge_bytes() >= before + PAGE_BYTES
     del block
     assert huge_bytes() == before
+
+
+def test_no_more_is_resident_than_was_asked_for() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    size = PAGE_BYTES + 4096
+    before = resident()
+    blocks = [zeros((size,), dtype=torch.int8).fill_(1) for _ in range(32)]
+    # A last page made huge would add 2 MiB to each.
+    assert resident() - before <= 32 * size + PAGE_BYTES
+    assert len(blocks) == 32
 
 
 def test_zeros_is_torchs_elsewhere() -> None:
