@@ -9,7 +9,6 @@ what a mesh may do a few times over.
 from __future__ import annotations
 
 import argparse
-import json
 import sysconfig
 import time
 from pathlib import Path
@@ -102,7 +101,6 @@ def main() -> int:
     columns = ["mesh", "last loss", "from dense fp64", "s/step", "MB of weights a rank"]
     print_table(f"{args.steps} steps of AdamW, {BATCH} x {LENGTH} tokens", columns, table)
     _plot(curves, truth, args.out)
-    args.out.with_suffix(".json").write_text(json.dumps(curves))
     if apart:
         print(f"further from dense fp64 than {DRIFT} x {rounding:.1e}: {', '.join(apart)}")
     return 1 if apart else 0
