@@ -115,10 +115,11 @@ def _plot(curves: dict[str, list[float]], truth: list[float], path: Path) -> Non
     figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 7))
     for number, (name, losses) in enumerate(curves.items()):
         # Curves that lie on one another are seen by their dashes.
-        above.plot(losses, label=name, linewidth=5 if number == 0 else 1.2, alpha=0.8)
+        color = f"C{number}"
+        above.plot(losses, label=name, color=color, linewidth=1.2 if number else 5, alpha=0.8)
         if number:
             far = [max(abs(a - b), 1e-9) for a, b in zip(losses, truth, strict=True)]
-            below.semilogy(far, label=name, linewidth=1.2)
+            below.semilogy(far, label=name, color=color, linewidth=1.2)
     above.set_ylabel("loss")
     above.legend()
     below.set_ylabel("distance from dense fp64")
