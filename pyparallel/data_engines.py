@@ -59,7 +59,7 @@ def sum_bucket(sums: BucketSums, bucket: dist.GradBucket) -> Future[Tensor]:
     return sums.start(bucket.buffer())
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter], group: Group) -> None:
+def sum_behind_backward(parameters: Iterable[nn.Parameter], group: Group) -> None:
     """The same sums, but behind backward: for gradients that DDP's hooks do not see."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     while gradients:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pyparallel.data_engines import sum_gradients
+from pyparallel.data_engines import sum_behind_backward
 from pyparallel.mesh import Mesh
 from pyparallel.models.stage import stages_of_rank
 from pyparallel.pipeline_schedules import check, schedule_of
@@ -64,7 +64,7 @@ class Stages:
             return
         for module, bare in zip(self.modules, self.bare, strict=True):
             if module is not bare:
-                sum_gradients(bare.parameters(), self.mesh.data)
+                sum_behind_backward(bare.parameters(), self.mesh.data)
 
     @property
     def has_first(self) -> bool:

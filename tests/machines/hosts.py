@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -41,18 +42,16 @@ class Hosts:
                     host.link("set", index=up, state="up")
 
     def close(self) -> None:
-        for process in self.processes:
-            if process.poll() is None:
-                # torchrun ends its ranks on this; one that hangs in its store does not come to it.
-                process.terminate()
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(5)
-                process.kill()
-            process.communicate()
         for name in self.names:
-            # The link goes with its namespaces.
             if name in netns.listnetns():
+                # torchrun's ranks are sessions of their own, and would outlive it where they hang.
+                for process in _inside(name):
+                    with suppress(ProcessLookupError):
+                        os.kill(process, signal.SIGKILL)
+                # The link goes with its namespaces.
                 netns.remove(name)
+        for process in self.processes:
+            process.communicate()
 
     def cut(self) -> None:
         """Take the link down: packets are lost, and nobody is told."""
@@ -86,6 +85,17 @@ class Hosts:
         }
         more = {"GLOO_SOCKET_IFNAME": self.links[host], "OMP_NUM_THREADS": "1"}
         return {**kept, **more, "PYTHONPATH": str(ROOT)}
+
+
+def _inside(name: str) -> list[int]:
+    """The processes in a network namespace."""
+    wanted = (Path("/var/run/netns") / name).stat().st_ino
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (entry / "ns/net").stat().st_ino == wanted:
+                found.append(int(entry.name))
+    return found
 
 
 @contextmanager
