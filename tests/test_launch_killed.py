@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 LAUNCHER = """
-    import os, sys, time
+    import os, signal, sys, time
     import torch
     from pyparallel.collectives import all_reduce_raw
     from pyparallel.launch import launch
@@ -29,6 +29,8 @@ LAUNCHER = """
         all_reduce_raw(torch.ones(8), group)
 
     if __name__ == "__main__":
+        # A runner in the background hands down that it is ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         launch(busy, 3, sys.argv[1])
 """
 
