@@ -137,27 +137,50 @@ void Decoder::forward(const Rows& rows, bool want_logits) {
 }
 
 void Decoder::pass(const Rows& rows, bool want_logits, int thread) {
-  const DecoderShape& s = shape_;
-  const int64_t M = rows.M;
   embed(rows, thread);
-  for (size_t l = 0; l < weights_.layers.size(); ++l) {
-    const DecoderLayer& layer = weights_.layers[l];
-    attention(rows, l, thread);
-    linear(call_of(layer.out, attended_.get(), M, s.heads * s.head_dim, partial_, s.hidden), s.hidden, thread);
-    if (s.parallel_residual) {
-      normalise_rows(rows, layer.mlp_norm, thread);
-      mlp(rows, layer, partial_, thread);
-    } else {
-      show_partial(M, thread);
-      add_sum(rows, layer.out.bias, nullptr, &layer.mlp_norm, thread);
-      mlp(rows, layer, nullptr, thread);
-    }
-    show_partial(M, thread);
-    const bool last = l + 1 == weights_.layers.size();
-    add_sum(rows, layer.down.bias, s.parallel_residual ? layer.out.bias : nullptr,
-            last ? nullptr : &weights_.layers[l + 1].attention_norm, thread);
+  const size_t layers = weights_.layers.size();
+  // Of a chunk only the last row is read after the last layer, and only if logits are wanted.
+  const bool chunk = layers > 0 && rows.one_sequence && rows.M > max_of(kMaxThinRows, team_->size());
+  for (size_t l = 0; l < layers - chunk; ++l) layer(rows, l, thread);
+  if (!chunk) {
+    if (want_logits) head(rows, thread);
+    return;
   }
-  if (want_logits) head(rows, thread);
+  keys_and_values(rows, layers - 1, thread);
+  if (!want_logits) return;
+  const Rows last = keep_last(rows, thread);
+  layer(last, layers - 1, thread);
+  head(last, thread);
+}
+
+void Decoder::layer(const Rows& rows, size_t l, int thread) {
+  const DecoderShape& s = shape_;
+  const DecoderLayer& layer = weights_.layers[l];
+  const int64_t M = rows.M;
+  attention(rows, l, thread);
+  linear(call_of(layer.out, attended_.get(), M, s.heads * s.head_dim, partial_, s.hidden), s.hidden, thread);
+  if (s.parallel_residual) {
+    normalise_rows(rows, layer.mlp_norm, thread);
+    mlp(rows, layer, partial_, thread);
+  } else {
+    show_partial(M, thread);
+    add_sum(rows, layer.out.bias, nullptr, &layer.mlp_norm, thread);
+    mlp(rows, layer, nullptr, thread);
+  }
+  show_partial(M, thread);
+  const bool last = l + 1 == weights_.layers.size();
+  add_sum(rows, layer.down.bias, s.parallel_residual ? layer.out.bias : nullptr,
+          last ? nullptr : &weights_.layers[l + 1].attention_norm, thread);
+}
+
+// The last row alone, of which every thread now has its own x and normed. No other row is read again.
+Decoder::Rows Decoder::keep_last(const Rows& rows, int thread) const {
+  const int64_t before = rows.M - 1, H = shape_.hidden;
+  const Rows last{rows.tokens + before, rows.sequences + before, rows.positions + before, 1, true};
+  for (float* all : {x_.get(), normed_.get()}) {
+    std::memcpy(all + thread * H, all + before * H, size_t(H) * sizeof(float));
+  }
+  return last;
 }
 
 Part Decoder::rows_of(const Rows& rows, int thread) const {
@@ -209,10 +232,11 @@ LinearCall Decoder::call_of(const Weight& weight, const float* x, int64_t M, int
   return call;
 }
 
-void Decoder::linear(LinearCall call, int64_t N, int thread) {
-  const Part part = share(N, team_->size(), thread, kOutputGrain);
-  call.begin = part.begin;
-  call.end = part.end;
+// This thread's part of the outputs [first, N).
+void Decoder::linear(LinearCall call, int64_t N, int thread, int64_t first) {
+  const Part part = share(N - first, team_->size(), thread, kOutputGrain);
+  call.begin = first + part.begin;
+  call.end = first + part.end;
   call.workspace = scratch_[size_t(thread)].get();
   if (part.size() == 0) return;
   (call.M <= kMaxThinRows ? kernels_->thin_linear : kernels_->block_linear)(call);

@@ -132,10 +132,12 @@ class Decoder {
   void check(const Rows& rows) const;
   void forward(const Rows& rows, bool want_logits);
   void pass(const Rows& rows, bool want_logits, int thread);
+  void layer(const Rows& rows, size_t l, int thread);
+  Rows keep_last(const Rows& rows, int thread) const;
   void embed(const Rows& rows, int thread);
   void mlp(const Rows& rows, const DecoderLayer& layer, const float* residual, int thread);
   void head(const Rows& rows, int thread);
-  void linear(LinearCall call, int64_t N, int thread);
+  void linear(LinearCall call, int64_t N, int thread, int64_t first = 0);
   LinearCall call_of(const Weight& weight, const float* x, int64_t M, int64_t K, float* y, int64_t N) const;
   void show_partial(int64_t M, int thread);
   void add_sum(const Rows& rows, const float* bias, const float* other_bias, const Norm* norm, int thread);
@@ -147,6 +149,8 @@ class Decoder {
   float* normed_of(const Rows& rows, int thread) const;
 
   void attention(const Rows& rows, size_t layer, int thread);
+  void keys_and_values(const Rows& rows, size_t layer, int thread);
+  void project(const Rows& rows, size_t layer, int64_t first, int thread);
   void rotate_and_store(const Rows& rows, size_t layer, int64_t m, int64_t head) const;
   void attend_each(const Rows& rows, size_t layer, int thread);
   void attend_together(const Rows& rows, size_t layer, int thread);

@@ -7,17 +7,33 @@ namespace pyparallel::cpu {
 
 // attended = softmax(q K^T) V of normed's projections, which are stored in the cache first.
 void Decoder::attention(const Rows& rows, size_t l, int thread) {
-  const DecoderLayer& layer = weights_.layers[l];
-  LinearCall call =
-      call_of(layer.qkv, normed_of(rows, thread), rows.M, shape_.hidden, projected_.get(), projected());
-  call.weight.bias = layer.qkv.bias;
-  linear(call, projected(), thread);
-  team_->barrier(thread);
+  project(rows, l, 0, thread);
   if (rows.one_sequence && rows.M > 1) {
     attend_together(rows, l, thread);
   } else {
     attend_each(rows, l, thread);
   }
+  team_->barrier(thread);
+}
+
+// Only what later positions need of a layer: its keys and values, stored in the cache.
+void Decoder::keys_and_values(const Rows& rows, size_t l, int thread) {
+  project(rows, l, shape_.heads * shape_.head_dim, thread);
+  const int64_t heads = 2 * shape_.kv_heads;
+  const Part part = share(rows.M * heads, team_->size(), thread, 1);
+  for (int64_t i = part.begin; i < part.end; ++i) {
+    rotate_and_store(rows, l, i / heads, shape_.heads + i % heads);
+  }
+  team_->barrier(thread);
+}
+
+// Outputs [first, (Nq + 2 Nk) D) of normed's projections.
+void Decoder::project(const Rows& rows, size_t l, int64_t first, int thread) {
+  const Weight& qkv = weights_.layers[l].qkv;
+  LinearCall call =
+      call_of(qkv, normed_of(rows, thread), rows.M, shape_.hidden, projected_.get(), projected());
+  call.weight.bias = qkv.bias;
+  linear(call, projected(), thread, first);
   team_->barrier(thread);
 }
 
