@@ -115,10 +115,10 @@ class CPUDecoder:
         bias = getattr(module, "bias", None)
         return self._keep(module.weight, torch.float32), self._keep(bias, torch.float32)
 
-    def _weight(self, module: nn.Module) -> tuple[int, int, int, int]:
+    def _weight(self, module: nn.Module) -> tuple[int, int, int, int, int]:
         bias = self._keep(getattr(module, "bias", None), torch.float32)
         scale = self._keep(module.weight_scale, torch.float32)
-        return self._keep(module.weight), PRECISIONS[module.weight.dtype], bias, scale
+        return self._keep(module.weight), PRECISIONS[module.weight.dtype], bias, scale, 0
 
     def _shape(self, model: Decoder) -> dict[str, Any]:
         attention, mlp = model.layers[0].attention, model.layers[0].mlp

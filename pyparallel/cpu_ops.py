@@ -217,7 +217,7 @@ def attention_reason(
 
 def _weight(
     name: str, weight: Tensor, bias: Tensor | None, scale: Tensor | None, held: list[Tensor]
-) -> tuple[int, int, int, int]:
+) -> tuple[int, int, int, int, int]:
     N = weight.shape[0]
     if weight.dtype not in PRECISIONS:
         raise ValueError(f"{name}: expected fp32, bf16, fp16 or int8, got {weight.dtype}")
@@ -230,7 +230,7 @@ def _weight(
             held.append(_wide(part))
         addresses.append(0 if part is None else held[-1].data_ptr())
     held.append(weight.contiguous())
-    return held[-1].data_ptr(), PRECISIONS[weight.dtype], addresses[0], addresses[1]
+    return held[-1].data_ptr(), PRECISIONS[weight.dtype], addresses[0], addresses[1], 0
 
 
 def _wide(x: Tensor) -> Tensor:

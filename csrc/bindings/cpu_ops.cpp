@@ -84,24 +84,22 @@ Pool& pool() {
 
 int threads_for(int64_t work, int threads) { return work < kWorthSharing ? 1 : threads; }
 
-Weight weight_of(uintptr_t data, int precision, uintptr_t bias, uintptr_t scale) {
-  return {pointer<const void>(data), pointer<const float>(scale), pointer<const float>(bias),
-          Precision(precision)};
+// (data, precision, bias, scale, what weights in blocks are rounded to)
+Weight weight_of(const py::tuple& w) {
+  return {pointer<const void>(w[0].cast<uintptr_t>()), pointer<const float>(w[3].cast<uintptr_t>()),
+          pointer<const float>(w[2].cast<uintptr_t>()), Precision(w[1].cast<int>()),
+          Precision(w[4].cast<int>())};
 }
 
 void linear(uintptr_t x, int64_t x_stride, int64_t M, int64_t K, int64_t N, py::tuple weight, py::tuple up,
             int activation, uintptr_t residual, uintptr_t y, bool bf16_compute, bool thin, int threads) {
-  const auto weight_from = [](const py::tuple& w) {
-    return weight_of(w[0].cast<uintptr_t>(), w[1].cast<int>(), w[2].cast<uintptr_t>(),
-                     w[3].cast<uintptr_t>());
-  };
   LinearCall call{};
   call.x = pointer<const float>(x);
   call.x_stride = x_stride;
   call.M = M;
   call.K = K;
-  call.weight = weight_from(weight);
-  if (!up.empty()) call.up = weight_from(up);
+  call.weight = weight_of(weight);
+  if (!up.empty()) call.up = weight_of(up);
   call.act = Activation(activation);
   call.residual = pointer<const float>(residual);
   call.residual_stride = N;

@@ -12,11 +12,11 @@ inline int64_t packed_rows_bytes(int64_t M, int64_t units) {
 }
 
 int64_t block_linear_bytes(int64_t M, int64_t K) {
-  return packed_rows_bytes(M, K) + max_of(kPackedWeightBytes, 2 * W * K * 4);
+  return packed_rows_bytes(M, K) + max_of(kPackedWeightBytes, 2 * W * K * 4) + W * K * 4;
 }
 
 template <class Dot>
-inline void pack_weight(const Weight& weight, int64_t n, int64_t rows, int64_t K, float* to) {
+inline void pack_weight(const Weight& weight, int64_t n, int64_t rows, int64_t K, float* opened, float* to) {
   const int64_t at = n * K;
   switch (weight.precision) {
     case Precision::f32:
@@ -27,6 +27,9 @@ inline void pack_weight(const Weight& weight, int64_t n, int64_t rows, int64_t K
       return pack_rows<Dot>(static_cast<const Half*>(weight.data) + at, K, rows, K, to, 2 * W);
     case Precision::i8:
       return pack_rows<Dot>(static_cast<const int8_t*>(weight.data) + at, K, rows, K, to, 2 * W);
+    default:
+      for (int64_t row = 0; row < rows; ++row) weight_row(weight, n + row, K, opened + row * K);
+      return pack_rows<Dot>(opened, K, rows, K, to, 2 * W);
   }
 }
 
@@ -40,6 +43,7 @@ inline void block_linear_with(const LinearCall& call) {
   const int64_t panels = max_of(1, kPackedWeightBytes / max_of(1, panel * 4));
   float* rows = static_cast<float*>(call.workspace);
   float* weights = rows + packed_rows_bytes(call.M, call.K) / 4;
+  float* opened = weights + max_of(kPackedWeightBytes / 4, panel);
   for (int64_t m = 0; m < call.M; m += kTileRows) {
     pack_rows<Dot>(call.x + m * call.x_stride, call.x_stride, min_of(kTileRows, call.M - m), call.K,
                    rows + m * units, kTileRows);
@@ -49,11 +53,11 @@ inline void block_linear_with(const LinearCall& call) {
     for (int64_t n = block; n < block_end; n += width) {
       float* to = weights + (n - block) / width * panel;
       const int64_t left = block_end - n;
-      pack_weight<Dot>(call.weight, n, min_of(W, left), call.K, to);
+      pack_weight<Dot>(call.weight, n, min_of(W, left), call.K, opened, to);
       if (gated) {
-        pack_weight<Dot>(call.up, n, min_of(W, left), call.K, to + W);
+        pack_weight<Dot>(call.up, n, min_of(W, left), call.K, opened, to + W);
       } else {
-        pack_weight<Dot>(call.weight, n + W, max_of(0, min_of(W, left - W)), call.K, to + W);
+        pack_weight<Dot>(call.weight, n + W, max_of(0, min_of(W, left - W)), call.K, opened, to + W);
       }
     }
     for (int64_t m = 0; m < call.M; m += kTileRows) {

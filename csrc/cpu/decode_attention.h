@@ -114,7 +114,7 @@ void decode_attention(const AttentionCall& call, int64_t begin, int64_t end, Sof
     case Precision::f32: decode_attention_of<float>(call, begin, end, state); break;
     case Precision::bf16: decode_attention_of<BFloat16>(call, begin, end, state); break;
     case Precision::f16: decode_attention_of<Half>(call, begin, end, state); break;
-    case Precision::i8: __builtin_unreachable();
+    default: __builtin_unreachable();
   }
 }
 

@@ -204,7 +204,7 @@ void Decoder::mlp(const Rows& rows, const DecoderLayer& layer, const float* resi
   if (shape_.gated) {
     const auto* data = static_cast<const unsigned char*>(layer.up.data);
     up.up = up.weight;
-    up.up.data = data + F * H * bytes_of(layer.up.precision);
+    up.up.data = data + F * bytes_of(layer.up.precision, H);
     if (up.up.scale != nullptr) up.up.scale += F;
     if (up.up.bias != nullptr) up.up.bias += F;
   }

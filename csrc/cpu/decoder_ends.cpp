@@ -15,10 +15,7 @@ void Decoder::embed(const Rows& rows, int thread) {
     const int64_t row = rows.tokens[m] - shape_.vocab_begin;
     float* to = partial_ + m * H;
     if (row >= 0 && row < shape_.vocab_rows) {
-      const Weight& table = weights_.embedding;
-      const auto* data = static_cast<const unsigned char*>(table.data);
-      kernels_->to_float(data + row * H * bytes_of(table.precision), table.precision, H, to);
-      if (table.scale != nullptr) kernels_->scale(to, table.scale[row], H);
+      kernels_->weight_row(weights_.embedding, row, H, to);
     } else {
       std::memset(to, 0, size_t(H) * sizeof(float));
     }

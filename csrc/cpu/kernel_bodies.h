@@ -1,5 +1,6 @@
 // Every kernel, written once against Vec; each file kernels_<isa>.cpp includes this inside its own
 // unnamed namespace after a simd_<isa>.h.
+#include "cpu/gguf_blocks.h"
 #include "cpu/elementwise.h"
 #include "cpu/norm.h"
 #include "cpu/linear_epilogue.h"
@@ -13,5 +14,5 @@ inline Kernels kernel_table() {
   return {thin_linear,     block_linear,      block_linear_bytes,      decode_attention,
           merge_attention, prefill_attention, prefill_attention_bytes, rope,
           rms_norm,        layer_norm,        add_parts,               argmax,
-          scale,           to_float,          from_float};
+          scale,           weight_row,        to_float,                from_float};
 }

@@ -1,7 +1,7 @@
 // The compute kernels of one CPU rank: what each takes, and the table of them for each instruction set.
 //
 // M rows of activations, N outputs, K inputs, D head size. Activations are fp32 throughout; weights and
-// the KV cache are fp32, bf16, fp16 (weights also int8) and are widened as they are read. Every sum is
+// the KV cache are fp32, bf16, fp16 (weights also int8 or GGUF's blocks) and are widened as they are read. Every sum is
 // carried in fp32 in an order that depends on neither the number of threads nor the other rows, so a
 // token's bits are the same alone and in a batch of up to kMaxThinRows.
 //
@@ -15,10 +15,26 @@
 
 namespace pyparallel::cpu {
 
-enum class Precision : int32_t { f32 = 0, bf16 = 1, f16 = 2, i8 = 3 };
+enum class Precision : int32_t { f32 = 0, bf16 = 1, f16 = 2, i8 = 3, q4_0 = 4, q4_1 = 5, q8_0 = 6 };
 
+// The q formats hold weights in blocks of as many, of a row (gguf_blocks.h).
+constexpr int64_t kBlockWeights = 32;
+
+constexpr bool in_blocks(Precision precision) { return precision >= Precision::q4_0; }
+
+// Of one number that is not in blocks.
 constexpr int64_t bytes_of(Precision precision) {
   return precision == Precision::f32 ? 4 : precision == Precision::i8 ? 1 : 2;
+}
+
+// Of n numbers in a row.
+constexpr int64_t bytes_of(Precision precision, int64_t n) {
+  switch (precision) {
+    case Precision::q4_0: return n / kBlockWeights * 18;
+    case Precision::q4_1: return n / kBlockWeights * 20;
+    case Precision::q8_0: return n / kBlockWeights * 34;
+    default: return n * bytes_of(precision);
+  }
 }
 
 enum class Activation : int32_t { none = 0, silu = 1, gelu_tanh = 2, gelu = 3, relu = 4 };
@@ -27,11 +43,13 @@ enum class Activation : int32_t { none = 0, silu = 1, gelu_tanh = 2, gelu = 3, r
 constexpr int64_t kMaxThinRows = 16;
 
 // A matrix [N, K], row-major and dense. int8 weights have one scale a row: w = scale[n] * data[n, k].
+// In blocks K is a multiple of kBlockWeights, and each weight is rounded to `rounded` before it is used.
 struct Weight {
   const void* data = nullptr;
   const float* scale = nullptr;
   const float* bias = nullptr;
   Precision precision = Precision::f32;
+  Precision rounded = Precision::f32;
 };
 
 // y[m, n] = act(x[m] . weight[n] + bias[n]) * (x[m] . up[n] + up_bias[n]) + residual[m, n]
@@ -105,6 +123,9 @@ struct Kernels {
   // The first index of the largest value.
   int64_t (*argmax)(const float* x, int64_t n);
   void (*scale)(float* x, float factor, int64_t n);
+  // Row n of a matrix [.., K] as it is used.
+  void (*weight_row)(const Weight&, int64_t n, int64_t K, float* to);
+  // In blocks: not rounded.
   void (*to_float)(const void* from, Precision precision, int64_t n, float* to);
   void (*from_float)(const float* from, Precision precision, int64_t n, void* to);
 };

@@ -179,7 +179,7 @@ void prefill_attention(const AttentionCall& call, int64_t M, int64_t start, int6
       case Precision::f32: attend_block<float>(call, row, rows, start, window); break;
       case Precision::bf16: attend_block<BFloat16>(call, row, rows, start, window); break;
       case Precision::f16: attend_block<Half>(call, row, rows, start, window); break;
-      case Precision::i8: __builtin_unreachable();
+      default: __builtin_unreachable();
     }
   }
 }

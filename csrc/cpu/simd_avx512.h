@@ -63,6 +63,38 @@ inline void store_part(Half* p, Vec a, int64_t n) {
   _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+// What a number becomes when it is stored in half precision.
+#if defined(PYPARALLEL_BF16_DOT)
+inline Vec rounded(Vec a, BFloat16) { return widen16((__m256i)_mm512_cvtneps_pbh(a.v)); }
+#else
+inline Vec rounded(Vec a, BFloat16) {
+  // As narrow16 does it, but for a NaN: of one with all bits set only the sign is left.
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  return {_mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32(int(0xffff0000u))))};
+}
+#endif
+inline Vec rounded(Vec a, Half) {
+  return {_mm512_cvtph_ps(_mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))};
+}
+
+inline Vec set1_half(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_set1_epi16(int16_t(*p)))}; }
+inline void set1_halves(const uint16_t* p, Vec& a, Vec& b) {
+  int32_t pair;
+  std::memcpy(&pair, p, sizeof pair);
+  const __m512 pairs = _mm512_cvtph_ps(_mm256_set1_epi32(pair));
+  a.v = _mm512_moveldup_ps(pairs);
+  b.v = _mm512_movehdup_ps(pairs);
+}
+
+// One of 16 values for each nibble of 16 bytes: the low ones first. A permutation reads 4 bits of a lane.
+inline void look_up(const Vec (&levels)[1], const uint8_t* nibbles, Vec (&out)[2]) {
+  const __m512i q = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)nibbles));
+  out[0].v = _mm512_permutexvar_ps(q, levels[0].v);
+  out[1].v = _mm512_permutexvar_ps(_mm512_srli_epi32(q, 4), levels[0].v);
+}
+
 // The nearest integer, as a float.
 inline Vec nearest(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};

@@ -9,9 +9,35 @@
 constexpr int kStreams = 4;
 constexpr int64_t kPrefetchBytes = 1024;
 
-// sums[(m * kStreams + n) * W] = x[m] . w[n]
-template <class T, int kRows, int kColumns>
-inline void dot_tile(const float* x, int64_t x_stride, const T* const* w, int64_t K, float* sums) {
+// How rows of plain numbers are read, and rows of blocks: sums[(m * kStreams + n) * W] = x[m] . w[n].
+template <class T>
+struct PlainRows {
+  using Element = T;
+  static constexpr int64_t length(int64_t K) { return K; }
+  template <int kRows, int kColumns>
+  static inline void dot(const float* x, int64_t x_stride, const T* const* w, int64_t K, float* sums);
+};
+
+template <class Block, class T>
+struct BlockRows {
+  using Element = Block;
+  static constexpr int64_t length(int64_t K) { return K / kBlockWeights; }
+  template <int kRows, int kColumns>
+  static inline void dot(const float* x, int64_t x_stride, const Block* const* w, int64_t K, float* sums);
+};
+
+template <int kRows, int kColumns>
+inline void store_sums(const Vec (&acc)[kRows][kColumns], float* sums) {
+#pragma GCC unroll 8
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 8
+    for (int n = 0; n < kColumns; ++n) sums[(m * kStreams + n) * W] = sum(acc[m][n]);
+  }
+}
+
+template <class T>
+template <int kRows, int kColumns>
+inline void PlainRows<T>::dot(const float* x, int64_t x_stride, const T* const* w, int64_t K, float* sums) {
   Vec acc[kRows][kColumns];
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) {
@@ -44,30 +70,57 @@ inline void dot_tile(const float* x, int64_t x_stride, const T* const* w, int64_
   }
   for (; k + W <= K; k += W) step(k, [](const auto* p) { return load(p); });
   if (k < K) step(k, [&](const auto* p) { return load_part(p, K - k); });
+  store_sums(acc, sums);
+}
+
+// The order of the sums is that of plain rows, so the bits are those of the dequantized weights.
+template <class Block, class T>
+template <int kRows, int kColumns>
+inline void BlockRows<Block, T>::dot(const float* x, int64_t x_stride, const Block* const* w, int64_t K,
+                                     float* sums) {
+  Vec acc[kRows][kColumns];
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
-    for (int n = 0; n < kColumns; ++n) sums[(m * kStreams + n) * W] = sum(acc[m][n]);
+    for (int n = 0; n < kColumns; ++n) acc[m][n] = zero();
   }
+  for (int64_t k = 0, b = 0; k < K; k += kBlockWeights, ++b) {
+#pragma GCC unroll 8
+    for (int n = 0; n < kColumns; ++n) {
+      __builtin_prefetch(reinterpret_cast<const char*>(w[n] + b) + kPrefetchBytes);
+      Vec weights[kBlockWeights / W];
+      open_block<T>(w[n][b], weights);
+#pragma GCC unroll 8
+      for (int i = 0; i < kBlockWeights / W; ++i) {
+#pragma GCC unroll 8
+        for (int m = 0; m < kRows; ++m) {
+          acc[m][n] = fma(load(x + m * x_stride + k + i * W), weights[i], acc[m][n]);
+        }
+      }
+    }
+  }
+  store_sums(acc, sums);
 }
 
 // All rows of x against one row of each stream.
-template <class T>
-inline void dot_streams(const LinearCall& call, const T* const* w, float* sums) {
+template <class Rows>
+inline void dot_streams(const LinearCall& call, const typename Rows::Element* const* w, float* sums) {
   int64_t m = 0;
   for (; m + kThinRows <= call.M; m += kThinRows) {
     for (int n = 0; n < kStreams; n += kThinColumns) {
-      dot_tile<T, kThinRows, kThinColumns>(call.x + m * call.x_stride, call.x_stride, w + n, call.K,
-                                           sums + (m * kStreams + n) * W);
+      Rows::template dot<kThinRows, kThinColumns>(call.x + m * call.x_stride, call.x_stride, w + n, call.K,
+                                                  sums + (m * kStreams + n) * W);
     }
   }
   for (; m < call.M; ++m) {
-    dot_tile<T, 1, kStreams>(call.x + m * call.x_stride, call.x_stride, w, call.K, sums + m * kStreams * W);
+    Rows::template dot<1, kStreams>(call.x + m * call.x_stride, call.x_stride, w, call.K,
+                                    sums + m * kStreams * W);
   }
 }
 
-template <class T>
+template <class Rows>
 inline void thin_linear_of(const LinearCall& call) {
+  using T = typename Rows::Element;
   alignas(64) float sums[kMaxThinRows * kStreams * W];
   const bool gated = call.up.data != nullptr;
   const T* const weight = static_cast<const T*>(call.weight.data);
@@ -82,9 +135,9 @@ inline void thin_linear_of(const LinearCall& call) {
       const T* w[kStreams];
       for (int s = 0; s < kStreams; ++s) {
         const int64_t n = min_of(call.begin + s / per_run * length + i + j, call.end - 1);
-        w[s] = (gated && s % 2 == 1 ? up : weight) + n * call.K;
+        w[s] = (gated && s % 2 == 1 ? up : weight) + n * Rows::length(call.K);
       }
-      dot_streams(call, w, sums + j);
+      dot_streams<Rows>(call, w, sums + j);
     }
     for (int s = 0; s < kStreams; s += per_run) {
       const int64_t n = call.begin + s / per_run * length + i;
@@ -100,9 +153,13 @@ inline void thin_linear_of(const LinearCall& call) {
 
 void thin_linear(const LinearCall& call) {
   switch (call.weight.precision) {
-    case Precision::f32: return thin_linear_of<float>(call);
-    case Precision::bf16: return thin_linear_of<BFloat16>(call);
-    case Precision::f16: return thin_linear_of<Half>(call);
-    case Precision::i8: return thin_linear_of<int8_t>(call);
+    case Precision::f32: return thin_linear_of<PlainRows<float>>(call);
+    case Precision::bf16: return thin_linear_of<PlainRows<BFloat16>>(call);
+    case Precision::f16: return thin_linear_of<PlainRows<Half>>(call);
+    case Precision::i8: return thin_linear_of<PlainRows<int8_t>>(call);
+    default:
+      with_block(call.weight.precision, call.weight.rounded, [&]<class Block, class T>(const Block*, T) {
+        thin_linear_of<BlockRows<Block, T>>(call);
+      });
   }
 }

@@ -30,9 +30,17 @@ std::vector<float> values(Random& random, int64_t n) {
 // On the heap and of exactly n elements, so that a byte too far is seen.
 struct Packed {
   Packed(const Kernels& k, const std::vector<float>& from, Precision precision) : precision(precision) {
-    const int64_t n = int64_t(from.size());
-    data.reset(new unsigned char[size_t(n * bytes_of(precision))]);
-    if (precision == Precision::i8) {
+    const int64_t n = int64_t(from.size()), bytes = bytes_of(precision, n);
+    data.reset(new unsigned char[size_t(bytes)]);
+    if (in_blocks(precision)) {
+      for (int64_t i = 0; i < bytes; ++i) data[size_t(i)] = static_cast<unsigned char>(i * 7 + n);
+      // The fp16 numbers: small ones.
+      const int64_t block = bytes_of(precision, kBlockWeights);
+      for (int64_t at = 0; at < bytes; at += block) {
+        const float small[2] = {from[size_t(at / block)] / 256, from[0] / 16};
+        k.from_float(small, Precision::f16, precision == Precision::q4_1 ? 2 : 1, data.get() + at);
+      }
+    } else if (precision == Precision::i8) {
       for (int64_t i = 0; i < n; ++i) reinterpret_cast<int8_t*>(data.get())[i] = int8_t(from[size_t(i)] * 100);
     } else {
       k.from_float(from.data(), precision, n, data.get());
@@ -52,7 +60,8 @@ struct Aligned {
 };
 
 void check_linear(const Kernels& k, Random& random, Precision precision, bool gated) {
-  const int64_t M = 1 + random.below(30), N = 1 + random.below(90), K = 1 + random.below(120);
+  const int64_t M = 1 + random.below(30), N = 1 + random.below(90);
+  const int64_t K = in_blocks(precision) ? kBlockWeights * (1 + random.below(4)) : 1 + random.below(120);
   const auto x = values(random, M * K);
   const Packed w(k, values(random, N * K), precision), up(k, values(random, N * K), precision);
   const auto bias = values(random, N), residual = values(random, M * N);
@@ -273,10 +282,12 @@ int main() {
     const Kernels& k = kernels();
     Random random(uint64_t(level) + 1);
     for (int i = 0; i < 12; ++i) {
-      for (const Precision p : {Precision::f32, Precision::bf16, Precision::f16, Precision::i8}) {
+      for (const Precision p : {Precision::f32, Precision::bf16, Precision::f16, Precision::i8, Precision::q4_0,
+                                Precision::q4_1, Precision::q8_0}) {
         check_linear(k, random, p, i % 2 == 1);
-        if (p != Precision::i8) check_attention(k, random, p);
-        if (p != Precision::i8) check_rank_sum(k, random, p);
+        if (p >= Precision::i8) continue;
+        check_attention(k, random, p);
+        check_rank_sum(k, random, p);
       }
     }
     const auto alone = decode(1), together = decode(3);
