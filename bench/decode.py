@@ -42,6 +42,11 @@ def check_tokens(contest: Contest, dtype: str) -> None:
         assert tokens[:compared] == first[:compared], f"{name} says {tokens}, not {first}"
 
 
+def fewer_bytes(name: str) -> bool:
+    """Whether a rival reads fewer bytes of weights than the limit counts."""
+    return "int8" in name or "blocks" in name
+
+
 def table(
     title: str, contest: Contest, limits: dict[str, list[float]] | None = None
 ) -> dict[str, Any]:
@@ -62,8 +67,7 @@ def table(
                 f"{100 * rival.spread(request):.0f} %",
                 "" if base is None else f"{speed / base:.2f}",
                 "" if other is None else f"{speed / other:.2f}",
-                # int8 weights are fewer bytes to read.
-                f"{100 * median(share):.0f} %" if share and "int8" not in rival.name else "",
+                f"{100 * median(share):.0f} %" if share and not fewer_bytes(rival.name) else "",
             ]
         )
     if limits is not None:
@@ -97,6 +101,8 @@ def test_smollm2(benchmark: Any, dtype: str) -> None:
         Rival("pyparallel tp=2", ours, (name, dtype), ranks=2),
         Rival("pyparallel tp=1, 2 threads", ours, (name, dtype), threads=2),
         Rival("pyparallel tp=2, int8 weights", ours, (name, dtype, "int8"), ranks=2),
+        Rival("pyparallel tp=2, GGUF blocks", ours, (name, dtype, "blocks"), ranks=2),
+        Rival("pyparallel tp=1, 2 threads, GGUF blocks", ours, (name, dtype, "blocks"), threads=2),
         Rival("pyparallel modules tp=2", modules, (name, dtype), ranks=2),
         Rival("transformers dense", hugging_face, (name, dtype), threads=2),
         *llama_cpp.rivals(dtype),

@@ -60,12 +60,7 @@ class Checkpoint(ABC):
         Raises:
             CheckpointError: there is no such tensor, or its size is not the sharding's or ``out``'s.
         """
-        shape = self._shape(name, sharding)
-        if sharding.local_shape(shape, rank) != tuple(out.shape):
-            raise CheckpointError(
-                f"{self.path}: tensor {name} of shape {shape} does not give this model's "
-                f"{tuple(out.shape)}"
-            )
+        self._check_gives(tuple(out.shape), name, sharding, rank)
         if sharding.dim is None:
             self._copy(name, 0, 0, out)
             return
@@ -74,6 +69,32 @@ class Checkpoint(ABC):
             part = out.narrow(sharding.dim, filled, stop - start)
             self._copy(name, sharding.dim, start, part)
             filled += stop - start
+
+    def block_kind(self, name: str, sharding: Sharding, rank: int) -> str | None:
+        """What the blocks of rank's shard of a matrix are, as :mod:`pyparallel.quantize` names them;
+        None where the shard is not one of whole blocks of a known kind.
+
+        Raises:
+            CheckpointError: as :meth:`read`.
+        """
+        return None
+
+    def read_blocks_into(self, out: Tensor, name: str, sharding: Sharding, rank: int) -> None:
+        """Fill ``out [rows, bytes]``, uint8, with rank's shard as it is stored.
+
+        Raises:
+            CheckpointError: as :meth:`read_into`; :meth:`block_kind` has no name for the shard.
+        """
+        raise CheckpointError(f"{self.path}: tensor {name} is not one of blocks; read it densely")
+
+    def _check_gives(
+        self, wanted: tuple[int, ...], name: str, sharding: Sharding, rank: int
+    ) -> None:
+        shape = self._shape(name, sharding)
+        if sharding.local_shape(shape, rank) != wanted:
+            raise CheckpointError(
+                f"{self.path}: tensor {name} of shape {shape} does not give this model's {wanted}"
+            )
 
     def _shape(self, name: str, sharding: Sharding) -> tuple[int, ...]:
         """The dense shape of a tensor that a sharding is to cut."""

@@ -10,12 +10,12 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from pyparallel.checkpoint_pieces import Piece, pieces_of
+from pyparallel.layers.parameters import ShardedModule
 from pyparallel.mesh import Mesh
 from pyparallel.models.config import DecoderConfig
 from pyparallel.models.stage import tied_copies
@@ -65,13 +65,18 @@ def _named_tensors(model: nn.Module, mesh: Mesh) -> Iterator[Named]:
             module.reshard()
     known = _known_sources(model, mesh)
     copies = {_plain(name): owner for name, owner in tied_copies(model).items()}
+    packed = {
+        _plain(f"{name}.weight").removeprefix("."): module.packed.kind
+        for name, module in model.named_modules()
+        if isinstance(module, ShardedModule) and module.packed is not None
+    }
     for name, value in _tensors(model).items():
         if value.is_meta:
             raise ValueError(f"{name}: expected a tensor with storage, got one on the meta device")
-        if value.dtype == torch.int8:
+        if name in packed:
             raise ValueError(
-                f"{name}: expected a floating dtype, got int8 weights, which are for inference; load "
-                f"the model without weights='int8'"
+                f"{name}: expected a floating dtype, got {packed[name]} weights, which are for "
+                f"inference; load the model without weights="
             )
         owner = copies.get(name, name)
         if owner not in known:

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from pyparallel import _C, backend
-from pyparallel.cpu_ops import ACTIVATIONS, PRECISIONS
+from pyparallel.cpu_ops import ACTIVATIONS
+from pyparallel.cpu_weights import PRECISIONS, weight_argument, widened
 from pyparallel.functional.next_token import Sampling, sample
 from pyparallel.layers.kv_cache import KVCache
 from pyparallel.layers.parallel_mlp import GATED
+from pyparallel.layers.parameters import ShardedModule
 from pyparallel.models.context_decoder import ContextDecoder
 from pyparallel.models.decoder import Decoder
 from pyparallel.shared_memory import SharedMemoryCommunicator
@@ -32,7 +34,7 @@ class CPUDecoder:
     """This rank's share of a decoder, ready to run. All ranks of the model's group make one.
 
     Args:
-        model: on the CPU, in fp32, bf16 or fp16; its matrices may be int8.
+        model: on the CPU, in fp32, bf16 or fp16; its matrices may be packed.
         threads: of this rank; by default torch's number.
         pin: keep every thread on a core of its own, if the ranks of this machine have as many.
     """
@@ -103,22 +105,20 @@ class CPUDecoder:
         memory = (ctypes.c_float * count).from_address(self.engine.logits)
         return torch.frombuffer(memory, dtype=torch.float32).view(rows, self.vocab_rows)
 
-    def _keep(self, tensor: Tensor | None, dtype: torch.dtype | None = None) -> int:
-        """The address of a tensor that will live as long as this object; 0 for None."""
+    def _keep(self, tensor: Tensor | None) -> int:
+        """The address of a tensor in fp32 that will live as long as this object; 0 for None."""
         if tensor is None:
             return 0
-        tensor = tensor.detach().to(dtype or tensor.dtype).contiguous()
-        self._kept.append(tensor)
-        return tensor.data_ptr()
+        self._kept.append(widened(tensor.detach()))
+        return self._kept[-1].data_ptr()
 
     def _norm(self, module: nn.Module) -> tuple[int, int]:
         bias = getattr(module, "bias", None)
-        return self._keep(module.weight, torch.float32), self._keep(bias, torch.float32)
+        return self._keep(module.weight), self._keep(bias)
 
-    def _weight(self, module: nn.Module) -> tuple[int, int, int, int, int]:
-        bias = self._keep(getattr(module, "bias", None), torch.float32)
-        scale = self._keep(module.weight_scale, torch.float32)
-        return self._keep(module.weight), PRECISIONS[module.weight.dtype], bias, scale, 0
+    def _weight(self, module: ShardedModule) -> tuple[int, int, int, int, int]:
+        weight = module.weight if module.packed is None else module.packed
+        return weight_argument("weight", weight, getattr(module, "bias", None), self._kept)
 
     def _shape(self, model: Decoder) -> dict[str, Any]:
         attention, mlp = model.layers[0].attention, model.layers[0].mlp
@@ -131,7 +131,7 @@ class CPUDecoder:
             "kv_heads": kv_end - kv,
             "head_dim": model.config.head_dim,
             "rotary_dim": model.config.rotary_dim,
-            "intermediate": mlp.down_proj.weight.shape[1],
+            "intermediate": mlp.down_proj.weight_shape[1],
             "vocab_size": model.config.vocab_size,
             "vocab_begin": self.head_start,
             "vocab_rows": self.vocab_rows,
@@ -148,7 +148,7 @@ class CPUDecoder:
         positions = None if model.positions is None else model.positions.weight
         return {
             "embedding": self._weight(model.embedding),
-            "positions": self._keep(positions, torch.float32),
+            "positions": self._keep(positions),
             "final_norm": self._norm(model.norm),
             "head": self._weight(model.head),
             "layers": [self._layer(layer) for layer in model.layers],
@@ -160,8 +160,8 @@ class CPUDecoder:
         return {
             "attention_norm": self._norm(layer.attention_norm),
             "qkv": self._weight(attention.qkv_proj),
-            "q_norm": self._keep(None if q_norm is None else q_norm.weight, torch.float32),
-            "k_norm": self._keep(None if k_norm is None else k_norm.weight, torch.float32),
+            "q_norm": self._keep(None if q_norm is None else q_norm.weight),
+            "k_norm": self._keep(None if k_norm is None else k_norm.weight),
             "out": self._weight(attention.out_proj),
             "mlp_norm": self._norm(layer.mlp_norm),
             "up": self._weight(mlp.up_proj),
@@ -231,7 +231,7 @@ def reason_against(model: nn.Module, *args: Any) -> str | None:
     parameters = list(model.parameters())
     if any(p.device.type != "cpu" for p in parameters):
         return f"expected parameters on the CPU, got {parameters[0].device}"
-    dtypes = {p.dtype for p in parameters if p.dtype is not torch.int8}
+    dtypes = {p.dtype for p in parameters if p.is_floating_point()}
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
         return f"expected one of fp32, bf16, fp16 throughout, got {sorted(map(str, dtypes))}"
     if model.group.size > 1 and not isinstance(model.group.communicator, SharedMemoryCommunicator):

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from pyparallel import _C, backend
+from pyparallel.cpu_weights import PRECISIONS, expect, form, weight_argument, widened
+from pyparallel.quantize import PackedWeight
 
-# As numbered by Precision and Activation in csrc/cpu/kernels.h.
-PRECISIONS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+# As numbered by Activation in csrc/cpu/kernels.h.
 ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3, "relu": 4}
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,13 +31,11 @@ MAX_THIN_ROWS = 16
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     bias: Tensor | None = None,
     *,
-    scale: Tensor | None = None,
-    up: Tensor | None = None,
+    up: Tensor | PackedWeight | None = None,
     up_bias: Tensor | None = None,
-    up_scale: Tensor | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
     thin: bool | None = None,
@@ -46,7 +45,7 @@ def linear(
 
     Args:
         x: [..., K]; residual: [..., N]; y has x's dtype.
-        weight, up: [N, K], dense rows; fp32, bf16, fp16, or int8 with ``scale [N]``.
+        weight, up: [N, K], dense rows; fp32, bf16, fp16, or packed.
         thin: the kernel for few rows (at most 16), or the one for many; by default as x has.
         threads: by default torch's number.
 
@@ -54,9 +53,9 @@ def linear(
         ValueError: shapes or dtypes that do not fit.
     """
     N, K = weight.shape
-    _expect(x.shape[-1] == K, "x", f"[..., {K}]", tuple(x.shape))
+    expect(x.shape[-1] == K, "x", f"[..., {K}]", tuple(x.shape))
     lead = x.shape[:-1]
-    rows, M = _wide(x), lead.numel()
+    rows, M = widened(x), lead.numel()
     y = torch.empty(*lead, N)
     if thin is None:
         thin = M <= MAX_THIN_ROWS
@@ -65,15 +64,15 @@ def linear(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {list(ACTIVATIONS)}, got {activation!r}")
     held: list[Tensor] = []
-    weights = _weight("weight", weight, bias, scale, held)
-    gates = () if up is None else _weight("up", up, up_bias, up_scale, held)
+    weights = weight_argument("weight", weight, bias, held)
+    gates = () if up is None else weight_argument("up", up, up_bias, held)
     if up is not None:
-        _expect(up.shape == weight.shape, "up", tuple(weight.shape), tuple(up.shape))
-        _expect(up.dtype == weight.dtype, "up", weight.dtype, up.dtype)
+        expect(up.shape == weight.shape, "up", tuple(weight.shape), tuple(up.shape))
+        expect(form(up) == form(weight), "up", form(weight), form(up))
     if residual is not None:
         shape = (*lead, N)
-        _expect(residual.shape == shape, "residual", shape, tuple(residual.shape))
-        held.append(_wide(residual))
+        expect(residual.shape == shape, "residual", shape, tuple(residual.shape))
+        held.append(widened(residual))
     if M and N:
         _C.cpu_linear(
             rows.data_ptr(),
@@ -120,7 +119,7 @@ def attention(
     if reason is not None:
         raise ValueError(f"attention: {reason}")
     (B, S, N, D), (_, T, G, _) = q.shape, k.shape
-    scaled = _wide(q) * (D**-0.5 if scale is None else scale)
+    scaled = widened(q) * (D**-0.5 if scale is None else scale)
     out = torch.empty(B, S, N, D)
     _C.cpu_attention(
         scaled.data_ptr(),
@@ -146,8 +145,8 @@ def attention(
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, threads: int | None = None) -> Tensor:
     """``y = x / sqrt(mean(x^2) + eps) * weight`` over the last axis."""
     n = x.shape[-1]
-    _expect(weight.shape == (n,), "weight", (n,), tuple(weight.shape))
-    wide, weight, y = _wide(x), _wide(weight), torch.empty(x.shape)
+    expect(weight.shape == (n,), "weight", (n,), tuple(weight.shape))
+    wide, weight, y = widened(x), widened(weight), torch.empty(x.shape)
     count = threads or torch.get_num_threads()
     _C.cpu_rms_norm(
         wide.data_ptr(), weight.data_ptr(), eps, x.numel() // max(n, 1), n, y.data_ptr(), count
@@ -160,9 +159,9 @@ def layer_norm(
 ) -> Tensor:
     """``y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias`` over the last axis."""
     n = x.shape[-1]
-    _expect(weight.shape == (n,), "weight", (n,), tuple(weight.shape))
-    wide, weight, y = _wide(x), _wide(weight), torch.empty(x.shape)
-    bias = None if bias is None else _wide(bias)
+    expect(weight.shape == (n,), "weight", (n,), tuple(weight.shape))
+    wide, weight, y = widened(x), widened(weight), torch.empty(x.shape)
+    bias = None if bias is None else widened(bias)
     _C.cpu_layer_norm(
         wide.data_ptr(),
         weight.data_ptr(),
@@ -180,8 +179,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, threads: int | None = None) -> 
     """``x [B, S, N, D]`` with its first 2E features rotated; ``cos, sin [S, E]`` or ``[B, S, E]``."""
     B, S, N, D = x.shape
     half = cos.shape[-1]
-    _expect(2 * half <= D, "cos", f"at most {D // 2} angles", half)
-    angles = (_wide(t.expand(B, S, half)) for t in (cos, sin))
+    expect(2 * half <= D, "cos", f"at most {D // 2} angles", half)
+    angles = (widened(t.expand(B, S, half)) for t in (cos, sin))
     cos, sin = (t.contiguous() for t in angles)
     y = x.float().clone(memory_format=torch.contiguous_format)
     count = threads or torch.get_num_threads()
@@ -206,42 +205,13 @@ def attention_reason(
         return "expected causal attention of S <= T queries"
     if window is not None and not causal and q.shape[1] > 1:
         return "expected a window to be causal"
-    if k.dtype not in PRECISIONS or k.dtype is torch.int8 or v.dtype is not k.dtype:
+    if k.dtype not in PRECISIONS or v.dtype is not k.dtype:
         return f"expected keys and values in fp32, bf16 or fp16, got {k.dtype} and {v.dtype}"
     if k.shape != v.shape or k.stride() != v.stride() or k.stride(3) != 1:
         return "expected keys and values in one layout with dense rows"
     if q.shape[2] % k.shape[2] or q.shape[3] != k.shape[3]:
         return f"expected N a multiple of G and one D, got {tuple(q.shape)} and {tuple(k.shape)}"
     return None
-
-
-def _weight(
-    name: str, weight: Tensor, bias: Tensor | None, scale: Tensor | None, held: list[Tensor]
-) -> tuple[int, int, int, int, int]:
-    N = weight.shape[0]
-    if weight.dtype not in PRECISIONS:
-        raise ValueError(f"{name}: expected fp32, bf16, fp16 or int8, got {weight.dtype}")
-    if (weight.dtype is torch.int8) != (scale is not None):
-        raise ValueError(f"{name}: int8 goes with a scale, and no other dtype does")
-    addresses = []
-    for part in (bias, scale):
-        if part is not None:
-            _expect(part.shape == (N,), f"{name}'s bias or scale", (N,), tuple(part.shape))
-            held.append(_wide(part))
-        addresses.append(0 if part is None else held[-1].data_ptr())
-    held.append(weight.contiguous())
-    return held[-1].data_ptr(), PRECISIONS[weight.dtype], addresses[0], addresses[1], 0
-
-
-def _wide(x: Tensor) -> Tensor:
-    if x.dtype is torch.float32 and x.is_contiguous():
-        return x
-    return x.detach().float().contiguous()
-
-
-def _expect(ok: bool, name: str, expected: object, got: object) -> None:
-    if not ok:
-        raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
 def plain_reason(*tensors: Tensor | None) -> str | None:

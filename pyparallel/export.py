@@ -23,7 +23,7 @@ from pyparallel.checkpoint_files import set_dtype, source_of, write_files
 from pyparallel.checkpoint_names import unwrap
 from pyparallel.checkpoint_storage import appear, unfinished
 from pyparallel.mesh import Mesh
-from pyparallel.models.load import IGNORED
+from pyparallel.models.fill import IGNORED
 from pyparallel.save import save, together
 from pyparallel.shard import REPLICATED
 

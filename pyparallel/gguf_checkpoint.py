@@ -7,7 +7,7 @@ put back into Hugging Face's order here.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,14 @@ import torch
 from torch import Tensor
 
 from pyparallel.checkpoint_format import Checkpoint, CheckpointError
-from pyparallel.shard import REPLICATED, Range
+from pyparallel.quantize import BLOCK, BLOCK_BYTES, block_row_bytes
+from pyparallel.shard import REPLICATED, Range, Sharding
 
 # Bytes of one piece that is dequantised at a time; bounds the temporary fp32 copies.
 PIECE_BYTES = 4 << 20
+
+# The kinds of blocks that can be held as they are stored.
+BLOCK_KINDS = {gguf.GGMLQuantizationType[kind.upper()]: kind for kind in BLOCK_BYTES}
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class GGUFCheckpoint(Checkpoint):
         found = {
             "vocab_size": embedding[0],
             "tied": "lm_head.weight" not in self.shapes,
-            "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self.shapes,
+            "attention_bias": "model.layers.0.self_attn.o_proj.bias" in self.shapes,
         }
         if "rope_freqs.weight" in self.shapes:
             factors = self.read("rope_freqs.weight", REPLICATED, 0)
@@ -113,54 +117,87 @@ class GGUFCheckpoint(Checkpoint):
     def dtype(self, name: str) -> torch.dtype:
         return torch.float32
 
+    def block_kind(self, name: str, sharding: Sharding, rank: int) -> str | None:
+        shape = self._shape(name, sharding)
+        held = sharding.ranges[rank] if sharding.dim == 1 else ()
+        whole = not any(edge % BLOCK for piece in held for edge in piece)
+        return BLOCK_KINDS.get(self._entries[name].kind) if len(shape) == 2 and whole else None
+
+    def read_blocks_into(self, out: Tensor, name: str, sharding: Sharding, rank: int) -> None:
+        kind = self.block_kind(name, sharding, rank)
+        if kind is None:
+            return super().read_blocks_into(out, name, sharding, rank)
+        rows, columns = self.shapes[name]
+        wanted = out.shape[0], out.shape[1] // BLOCK_BYTES[kind] * BLOCK
+        self._check_gives(wanted, name, sharding, rank)
+        filled = 0
+        for start, stop in ((0, rows),) if sharding.dim is None else sharding.ranges[rank]:
+            if sharding.dim == 1:
+                size = block_row_bytes(stop - start, kind)
+                pieces = self._pieces(name, (0, rows), (start, stop))
+            else:
+                size = stop - start
+                pieces = self._pieces(name, (start, stop), (0, columns))
+            part = out.narrow(sharding.dim or 0, filled, size)
+            for held, piece in pieces:
+                part[held] = piece
+            filled += size
+
     def _copy(self, name: str, dim: int, start: int, out: Tensor) -> None:
         entry = self._entries[name]
         if out.dim() == 1:
-            values = self._rows(entry, 0, 1, None)[0]
+            values = _dequantized(self._stored(entry, 0, 1), entry)[0]
             values = _deinterleave(values, self._head_dim) if entry.interleaved else values
             out.copy_(values[start : start + out.shape[0]])
             return
         first_row, first_column = (start, 0) if dim == 0 else (0, start)
+        rows = (first_row, first_row + out.shape[0])
         columns = (first_column, first_column + out.shape[1])
+        block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(entry.kind)]
+        skip = first_column % block
+        for held, piece in self._pieces(name, rows, columns):
+            out[held] = _dequantized(piece, entry)[:, skip : skip + out.shape[1]]
+
+    def _pieces(self, name: str, rows: Range, columns: Range) -> Iterator[tuple[slice, Tensor]]:
+        """A matrix's rows as they are stored, in Hugging Face's order, some at a time: their place
+        among the rows, and of each the blocks that have the columns."""
+        entry = self._entries[name]
+        block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(entry.kind)]
+        held = slice(columns[0] // block * block_bytes, -(-columns[1] // block) * block_bytes)
         grain = self._head_dim if entry.interleaved else 1
-        if first_row % grain or out.shape[0] % grain:
+        if rows[0] % grain or rows[1] % grain:
             raise CheckpointError(f"{self.path}: tensor {name} is only read by whole heads")
         step = max(grain, PIECE_BYTES // max(1, entry.row_bytes) // grain * grain)
-        for row in range(0, out.shape[0], step):
-            stop = min(out.shape[0], row + step)
-            piece = self._rows(entry, first_row + row, first_row + stop, columns)
+        for start in range(*rows, step):
+            stop = min(rows[1], start + step)
+            piece = self._stored(entry, start, stop)[:, held]
             piece = _deinterleave(piece, self._head_dim) if entry.interleaved else piece
-            out[row:stop] = piece
+            yield slice(start - rows[0], stop - rows[0]), piece
 
-    def _rows(self, entry: _Entry, start: int, stop: int, columns: Range | None) -> Tensor:
-        """Rows in fp32; of the columns only the blocks that are asked for are dequantised."""
-        kind = gguf.GGMLQuantizationType(entry.kind)
-        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        data = np.fromfile(
-            self.path,
-            np.uint8,
-            (stop - start) * entry.row_bytes,
-            offset=entry.offset + start * entry.row_bytes,
-        ).reshape(stop - start, entry.row_bytes)
-        skip = 0
-        if columns is not None:
-            first, last = columns[0] // block, -(-columns[1] // block)
-            data = np.ascontiguousarray(data[:, first * block_bytes : last * block_bytes])
-            skip = first * block
-        if kind == gguf.GGMLQuantizationType.F32:
-            values = data.view(np.float32)
-        elif kind == gguf.GGMLQuantizationType.F16:
-            values = data.view(np.float16).astype(np.float32)
-        else:
-            values = gguf.quants.dequantize(data, kind)
-        tensor = torch.from_numpy(values)
-        return tensor if columns is None else tensor[:, columns[0] - skip : columns[1] - skip]
+    def _stored(self, entry: _Entry, start: int, stop: int) -> Tensor:
+        """The bytes of whole rows."""
+        offset = entry.offset + start * entry.row_bytes
+        data = np.fromfile(self.path, np.uint8, (stop - start) * entry.row_bytes, offset=offset)
+        return torch.from_numpy(data).view(stop - start, entry.row_bytes)
 
     @property
     def _head_dim(self) -> int:
         heads = self._metadata[f"{self._architecture}.attention.head_count"]
         width = self._metadata[f"{self._architecture}.embedding_length"]
         return self._metadata.get(f"{self._architecture}.attention.key_length", width // heads)
+
+
+def _dequantized(rows: Tensor, entry: _Entry) -> Tensor:
+    """Rows as they are stored, in fp32."""
+    kind = gguf.GGMLQuantizationType(entry.kind)
+    data = rows.contiguous().numpy()
+    if kind == gguf.GGMLQuantizationType.F32:
+        values = data.view(np.float32)
+    elif kind == gguf.GGMLQuantizationType.F16:
+        values = data.view(np.float16).astype(np.float32)
+    else:
+        values = gguf.quants.dequantize(data, kind)
+    return torch.from_numpy(values)
 
 
 def _deinterleave(rows: Tensor, head_dim: int) -> Tensor:

@@ -17,52 +17,25 @@ from pyparallel.launch import RankError, launch
 from pyparallel.mesh import init_mesh
 from pyparallel.models.load import load
 from pyparallel.shard import REPLICATED, HeadLayout, even_parts, features
+from tests.gguf_files import Model
 from tests.transformers_models import build
 
 HEADS, HEAD_DIM, HIDDEN = 6, 32, 192
-
-
-def weights(*shape: int) -> np.ndarray:
-    return np.random.default_rng(shape[0]).standard_normal(shape).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
 def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
     """A one-layer Llama in several quantisations, and what its tensors hold after rounding."""
     path = tmp_path_factory.mktemp("gguf") / "small.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(64)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(256)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(3)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_token_list([f"token{i}" for i in range(40)])
-    kinds = gguf.GGMLQuantizationType
-    stored = {
-        "token_embd.weight": (weights(40, HIDDEN), kinds.Q8_0),
-        "output_norm.weight": (weights(HIDDEN), kinds.F32),
-        "blk.0.attn_norm.weight": (weights(HIDDEN), kinds.F32),
-        "blk.0.ffn_norm.weight": (weights(HIDDEN), kinds.F32),
-        "blk.0.attn_q.weight": (weights(HIDDEN, HIDDEN), kinds.Q4_0),
-        "blk.0.attn_k.weight": (weights(3 * HEAD_DIM, HIDDEN), kinds.F16),
-        "blk.0.attn_v.weight": (weights(3 * HEAD_DIM, HIDDEN), kinds.Q8_0),
-        "blk.0.attn_output.weight": (weights(HIDDEN, HIDDEN), kinds.Q4_1),
-        "blk.0.ffn_gate.weight": (weights(256, HIDDEN), kinds.Q5_0),
-        "blk.0.ffn_up.weight": (weights(256, HIDDEN), kinds.BF16),
-        "blk.0.ffn_down.weight": (weights(HIDDEN, 256), kinds.Q8_0),
+    kinds = {
+        "attn_q": "Q4_0",
+        "attn_k": "F16",
+        "attn_output": "Q4_1",
+        "ffn_gate": "Q5_0",
+        "ffn_up": "BF16",
     }
-    rounded = {}
-    for name, (values, kind) in stored.items():
-        data = gguf.quants.quantize(values, kind)
-        writer.add_tensor(name, data, raw_dtype=kind)
-        rounded[name] = gguf.quants.dequantize(data, kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path, rounded
+    sizes = {"hidden": HIDDEN, "heads": HEADS, "kv_heads": 3, "intermediate": 256, "layers": 1}
+    return path, Model("Q8_0", **sizes, vocab=40, tied=True, kinds=kinds).write(path)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3])
@@ -229,7 +202,7 @@ def test_unknown_gguf_architecture(tmp_path: Path) -> None:
     path = tmp_path / "other.gguf"
     writer = gguf.GGUFWriter(path, "mamba")
     writer.add_block_count(1)
-    writer.add_tensor("token_embd.weight", weights(4, 32))
+    writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -239,15 +212,15 @@ def test_unknown_gguf_architecture(tmp_path: Path) -> None:
     assert "got 'mamba'" in str(failure.value.__cause__)
 
 
-def peak_of(path: str) -> tuple[int, int, int]:
+def peak_of(tiny: Path, big: Path, weights: str | None = None) -> tuple[int, int, int]:
     """Peak memory before and after loading, and this rank's weights, in bytes."""
     mesh = init_mesh(tp=torch.distributed.get_world_size())
     # What the loading code itself takes is not the weights'.
-    load(Path(path) / "tiny", mesh)
+    load(tiny, mesh, weights=weights)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
     before = _peak()
-    model = load(Path(path) / "big", mesh)
+    model = load(big, mesh, weights=weights)
     share = sum(p.numel() * p.itemsize for p in model.parameters())
     return before, _peak(), share
 
@@ -264,6 +237,20 @@ def test_peak_memory_is_the_share_and_one_tensor(tmp_path: Path, ranks: int) -> 
     sizes = {"hidden_size": 576, "intermediate_size": 2048, "vocab_size": 3640, "head_dim": 64}
     build("llama", num_hidden_layers=5, **sizes).save_pretrained(tmp_path / "big")
     largest = 3640 * 576 * 4
-    for before, after, share in launch(peak_of, ranks, str(tmp_path), threads=1):
+    folders = tmp_path / "tiny", tmp_path / "big"
+    for before, after, share in launch(peak_of, ranks, *folders, threads=1):
         assert after - before <= share + largest + 6e6
+        assert after - before >= 0.9 * share
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_peak_memory_with_blocks_is_the_blocks(tmp_path: Path, ranks: int) -> None:
+    """A model of 100 MB in fp32 and 15.7 MB in blocks, whose largest tensor is 2.6 MB."""
+    tiny, big = tmp_path / "tiny.gguf", tmp_path / "big.gguf"
+    Model("Q4_1", hidden=64, heads=3, kv_heads=3, intermediate=96).write(tiny)
+    sizes = {"hidden": 1024, "heads": 32, "kv_heads": 32, "intermediate": 2048, "vocab": 4000}
+    Model("Q4_1", **sizes, tied=True).write(big)
+    for before, after, share in launch(peak_of, ranks, tiny, big, "blocks", threads=1):
+        assert share < 16e6
+        assert after - before <= share + 2.6e6 + 6e6
         assert after - before >= 0.9 * share

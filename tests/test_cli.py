@@ -15,6 +15,7 @@ import pytest
 import tokenizers
 
 from pyparallel.models import dense
+from tests.gguf_files import Model
 from tests.transformers_models import build
 
 
@@ -75,6 +76,21 @@ def test_int8_weights_match_the_dense_model_rounded_alike(folder: Path) -> None:
     whole = sum(p.numel() * p.itemsize for p in build("llama").parameters())
     # The matrices are all of it but for a table that is only looked up, and vectors.
     assert sum(row["weight_bytes"] for row in report["ranks"]) < 0.4 * whole
+
+
+def test_a_gguf_is_held_as_its_blocks(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "small.gguf"
+    Model("Q4_0", hidden=96, heads=3, kv_heads=3, intermediate=160).write(path)
+    result = run(
+        *("generate", "--model", path, "--tokenizer", folder, "--tp", 2, "--check", "--json"),
+        *("--prompt", "w5 w9 w2", "--max-new-tokens", 7),
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["matches_dense"] is True
+    assert report["max_abs_logit_diff"] < 1e-4
+    # The file, with its header; the norms are on both ranks.
+    assert sum(row["weight_bytes"] for row in report["ranks"]) < path.stat().st_size + 5 * 96 * 4
 
 
 def test_the_context_is_cut_too(folder: Path) -> None:
@@ -158,6 +174,7 @@ def test_streamed_text_is_the_whole_text(folder: Path) -> None:
         (["--max-new-tokens", "0"], "max_new_tokens: expected at least 1"),
         (["--temperature", "-1"], "temperature: expected 0 or more"),
         (["--threads", "0"], "--threads: expected at least 1"),
+        (["--weights", "blocks"], "--weights: expected dense or int8 for a model in no GGUF file"),
         (["--prompt", ""], "expected at least one token"),
     ],
 )

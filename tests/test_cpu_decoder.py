@@ -18,6 +18,7 @@ from pyparallel.layers.rotary_embedding import RopeScaling
 from pyparallel.models.config import DecoderConfig
 from pyparallel.models.decoder import Decoder
 from pyparallel.testing import poisoned_empty, run_ranks
+from tests.decoder_checks import ISAS, engine_logits, instruction_set, instruction_sets
 
 LLAMA = DecoderConfig(
     family="llama",
@@ -90,17 +91,6 @@ def module_logits(model: Decoder, ids: list[int]) -> Tensor:
         return model.head.local_logits(hidden)[0].float()
 
 
-def engine_logits(decoder: CPUDecoder, ids: list[int], prefilled: int) -> Tensor:
-    """This rank's logits after token ``prefilled`` - 1 and every later one."""
-    decoder.start(1, len(ids))
-    decoder.prefill(ids[:prefilled])
-    rows = [decoder.logits().clone()]
-    for position in range(prefilled, len(ids)):
-        decoder.decode([ids[position]], rows=[0], positions=[position])
-        rows.append(decoder.logits().clone())
-    return torch.cat(rows)
-
-
 def random_ids(count: int) -> list[int]:
     return torch.randint(203, (count,), generator=torch.Generator().manual_seed(1)).tolist()
 
@@ -132,17 +122,12 @@ def test_logits_with_several_threads() -> None:
     run_ranks(check_logits, 2, ["llama", "parallel residual"], 40, 33, 2)
 
 
-@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa: str) -> None:
-    names = ["plain", "avx2", "avx512", "avx512_bf16"]
-    if names.index(isa) > names.index(_C.isa()):
+    if isa not in instruction_sets():
         pytest.skip(f"this processor has {_C.isa()}")
-    before = _C.isa_in_use()
-    _C.use_isa(isa)
-    try:
+    with instruction_set(isa):
         check_logits(Group.single(), ["llama"], 70, 60, 1)
-    finally:
-        _C.use_isa(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

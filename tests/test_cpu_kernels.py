@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pyparallel import _C, backend, cpu_ops, reference
-from pyparallel.quantize import quantize_rows
+from pyparallel.quantize import PackedWeight, quantize_rows
 
 ISAS = ["plain", "avx2", "avx512", "avx512_bf16"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -114,7 +114,7 @@ def test_int8_weights_are_within_half_a_step() -> None:
     assert ((read - weight.double()).abs() <= scale.unsqueeze(1) * (0.5 + 1e-4)).all()
     for M in (1, 7, 40):
         x = torch.randn(M, 203)
-        y = cpu_ops.linear(x, data, scale=scale)
+        y = cpu_ops.linear(x, PackedWeight(data, "int8", torch.float32, scale))
         assert ((y.double() - x.double() @ read.t()).abs() <= 2 * sum_bound(x, read)).all()
 
 
@@ -311,7 +311,7 @@ def test_bad_calls_say_what_was_expected() -> None:
         cpu_ops.linear(x[:, :7], weight)
     with pytest.raises(ValueError, match="thin: expected at most 16 rows, got 17"):
         cpu_ops.linear(torch.randn(17, 8), weight, thin=True)
-    with pytest.raises(ValueError, match="int8 goes with a scale"):
+    with pytest.raises(ValueError, match=r"weight: expected .* a PackedWeight, got torch\.int8"):
         cpu_ops.linear(x, weight.to(torch.int8))
     with pytest.raises(ValueError, match=r"up: expected torch\.float32, got torch\.bfloat16"):
         cpu_ops.linear(x, weight, up=weight.bfloat16())

@@ -34,7 +34,7 @@ PYTHON_FLOORS = (
         "huge_pages",
     }
     | {"shard", "context", "attention_blocks", "reference", "backend", "cpu_ops", "quantize"}
-    | {"symmetric_regions"}
+    | {"cpu_weights", "symmetric_regions"}
     | {
         "cuda_extension",
         "cuda_checks",

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from pyparallel import _C, backend
 from pyparallel.cpu_decoder import CPUDecoder
@@ -15,12 +14,12 @@ from pyparallel.group import Group
 from pyparallel.launch import launch
 from pyparallel.layers import ParallelMLP, RowParallelLinear
 from pyparallel.mesh import init_mesh
-from pyparallel.models.decoder import Decoder
 from pyparallel.models.dense import round_to_int8
 from pyparallel.models.load import load
 from pyparallel.models.logits import teacher_forced_logits
-from pyparallel.quantize import dequantized, quantize_rows
+from pyparallel.quantize import PackedWeight, quantize_rows
 from pyparallel.testing import normals, poisoned_empty, run_ranks
+from tests.decoder_checks import ISAS, engine_logits, instruction_set, instruction_sets
 from tests.transformers_models import build
 
 # Biases, tied and untied, transposed weights, heads cut unevenly; 3 KV heads on 4 ranks are replicated.
@@ -39,18 +38,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return made
 
 
-def engine_logits(model: Decoder) -> Tensor:
-    """This rank's logits after token 5 and every later one, prefilled and decoded in C++."""
-    decoder = CPUDecoder(model, threads=1)
-    decoder.start(1, len(IDS))
-    decoder.prefill(IDS[:5])
-    rows = [decoder.logits().clone()]
-    for position in range(5, len(IDS)):
-        decoder.decode([IDS[position]], rows=[0], positions=[position])
-        rows.append(decoder.logits().clone())
-    return torch.cat(rows)
-
-
 def against_rounded(folders: dict[str, str]) -> None:
     mesh = init_mesh(tp=torch.distributed.get_world_size())
     for family, folder in folders.items():
@@ -62,7 +49,8 @@ def against_rounded(folders: dict[str, str]) -> None:
             begin = model.head._start
             own = truth[4:, begin : begin + model.head.weight.shape[0]]
             # The same rounded weights: what is left is fp32 sums in another order.
-            torch.testing.assert_close(engine_logits(model), own, rtol=1e-4, atol=1e-5)
+            ours = engine_logits(CPUDecoder(model, threads=1), IDS, 5)
+            torch.testing.assert_close(ours, own, rtol=1e-4, atol=1e-5)
             for name in ("torch", "reference"):
                 with backend.use(name):
                     got = model(torch.tensor([IDS]))[0]
@@ -122,7 +110,8 @@ def shards_of_rows(group: Group) -> None:
     x = normals(5, 53, seed=2)
     with torch.inference_mode():
         y = module(part.split(x.t().contiguous().t(), group.rank))
-    truth = x.double() @ dequantized(data, scale).double().t()
+    rounded = PackedWeight(data, "int8", dense.dtype, scale).dequantized()
+    truth = x.double() @ rounded.double().t()
     torch.testing.assert_close(y.double(), truth, rtol=1e-5, atol=1e-4)
 
 
@@ -131,24 +120,18 @@ def test_row_cut_matrices_have_the_whole_rows_scales() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(folders: dict[str, str], isa: str, dtype: torch.dtype) -> None:
-    names = ["plain", "avx2", "avx512", "avx512_bf16"]
-    if names.index(isa) > names.index(_C.isa()):
+    if isa not in instruction_sets():
         pytest.skip(f"this processor has {_C.isa()}")
     dense = build("llama tied").eval()
     # Rounded to int8 as the checkpoint is read: in dtype first.
     dense = dense.to(dtype).float()
     round_to_int8(dense)
-    before = _C.isa_in_use()
-    _C.use_isa(isa)
-    try:
-        mesh = init_mesh(tp=1)
-        with torch.inference_mode():
-            ours = engine_logits(load(folders["llama tied"], mesh, dtype=dtype, weights="int8"))
-            truth = dense(torch.tensor([IDS])).logits[0, 4:]
-    finally:
-        _C.use_isa(before)
+    with instruction_set(isa), torch.inference_mode():
+        model = load(folders["llama tied"], init_mesh(tp=1), dtype=dtype, weights="int8")
+        ours = engine_logits(CPUDecoder(model, threads=1), IDS, 5)
+        truth = dense(torch.tensor([IDS])).logits[0, 4:]
     # The cache keeps dtype, and bf16's prefill rounds what it multiplies.
     unit = 1e-5 if dtype is torch.float32 else torch.finfo(dtype).eps
     assert (ours - truth).abs().max() < 4 * unit * truth.abs().max()
@@ -167,7 +150,9 @@ def test_memory_falls(folders: dict[str, str]) -> None:
 
 def test_what_int8_is_not_for(folders: dict[str, str], tmp_path: Path) -> None:
     mesh = init_mesh(tp=1)
-    with pytest.raises(ValueError, match=r"weights: expected None .* or 'int8', got 'int4'"):
+    with pytest.raises(
+        ValueError, match=r"weights: expected None .* 'int8' or 'blocks', got 'int4'"
+    ):
         load(folders["llama"], mesh, weights="int4")
     with pytest.raises(ValueError, match="weights: expected None with sequence_parallel"):
         load(folders["llama"], mesh, weights="int8", sequence_parallel=True)

@@ -50,13 +50,18 @@ def truth() -> tuple[list[list[int]], list[list[int]], list[torch.Tensor]]:
 
 def answer(
     checkpoint: Checkpoint, prompts: list[list[int]], expected: list[torch.Tensor]
-) -> tuple[list[list[int]], float, int]:
-    model = load(checkpoint, init_mesh(tp=torch.distributed.get_world_size()))
-    made = generate(model, prompts, max_new_tokens=NEW_TOKENS, stop_ids=())
-    logits = teacher_forced_logits(model, prompts, made.tokens)
-    errors = [(got - want).abs().max() for got, want in zip(logits, expected, strict=True)]
-    weights = sum(p.numel() * p.itemsize for p in model.parameters())
-    return made.tokens, float(max(errors)), weights
+) -> list[tuple[list[list[int]], float, int]]:
+    """With dense weights, then with the file's blocks."""
+    mesh = init_mesh(tp=torch.distributed.get_world_size())
+    told = []
+    for weights in (None, "blocks"):
+        model = load(checkpoint, mesh, weights=weights)
+        made = generate(model, prompts, max_new_tokens=NEW_TOKENS, stop_ids=())
+        logits = teacher_forced_logits(model, prompts, made.tokens)
+        errors = [(got - want).abs().max() for got, want in zip(logits, expected, strict=True)]
+        held = sum(p.numel() * p.itemsize for p in model.parameters())
+        told.append((made.tokens, float(max(errors)), held))
+    return told
 
 
 def answer_int8(checkpoint: Checkpoint, prompts: list[list[int]]) -> list[list[int]]:
@@ -90,10 +95,13 @@ def test_int8_tokens_are_those_of_the_dense_model_rounded_alike(truth: tuple) ->
 def test_greedy_tokens_are_the_dense_models(truth: tuple, ranks: int) -> None:
     prompts, tokens, logits = truth
     results = launch(answer, ranks, open_checkpoint(MODEL), prompts, logits)
-    for made, error, _ in results:
-        assert made == tokens
-        # 30 layers of fp32 matmuls with up to 1536 terms, summed in another order.
-        assert error < 1e-3
     # All weights but the norms, which every rank holds, are cut without a remainder.
     norms = 61 * 576 * 4
-    assert sum(weights for *_, weights in results) == 538_060_032 + (ranks - 1) * norms
+    for held, num_bytes in zip(zip(*results, strict=True), (538_060_032, 96_576_768), strict=True):
+        for made, error, _ in held:
+            assert made == tokens
+            # 30 layers of fp32 matmuls with up to 1536 terms, summed in another order.
+            assert error < 1e-3
+        assert sum(weights for *_, weights in held) == num_bytes + (ranks - 1) * norms
+    for (_, dense_error, _), (_, blocks_error, _) in results:
+        assert blocks_error == dense_error

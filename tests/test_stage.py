@@ -14,7 +14,8 @@ from pyparallel.launch import launch
 from pyparallel.mesh import init_mesh
 from pyparallel.models.config import DecoderConfig, from_hugging_face
 from pyparallel.models.decoder import Decoder
-from pyparallel.models.load import decoder_config, fill, load, load_stages
+from pyparallel.models.fill import fill
+from pyparallel.models.load import decoder_config, load, load_stages
 from pyparallel.models.stage import Stage, partition, stages_of, stages_of_rank, tied_copies
 from pyparallel.testing import assert_equal, poisoned_empty
 from tests.transformers_models import build, config_of

@@ -14,11 +14,12 @@ import torch
 from pyparallel.checkpoint import Checkpoint, open_checkpoint
 from pyparallel.functional.next_token import Sampling
 from pyparallel.generate import check_micro_batches, check_prompts, generate
+from pyparallel.gguf_checkpoint import GGUFCheckpoint
 from pyparallel.launch import launch, report
 from pyparallel.mesh import init_mesh
 from pyparallel.models.config import DecoderConfig, UnknownArchitectureError
 from pyparallel.models.dense import compare, load_tokenizer
-from pyparallel.models.load import decoder_config, load, stored_dtype
+from pyparallel.models.load import WEIGHTS, decoder_config, load, stored_dtype
 from pyparallel.models.logits import teacher_forced_logits
 from pyparallel.models.stage import stages_of
 from pyparallel.shard import HeadLayout, part_sizes
@@ -64,8 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, help="of weights and activations; default: the checkpoint's")
     add(
         "--weights",
-        choices=("int8",),
-        help="round the matrices to int8 with a scale a row: fewer bytes to hold and read",
+        choices=("dense", *WEIGHTS),
+        help="of the matrices. dense: in --dtype. int8: rounded, with a scale a row, to a quarter of "
+        "fp32's bytes. blocks: a GGUF's Q4_0, Q4_1 and Q8_0 tensors as they are stored, which says the "
+        "same words as dense with a seventh to a quarter of fp32's bytes to hold and read. Default: "
+        "blocks for a GGUF on the CPU, else dense",
     )
     add("--temperature", type=float, default=0.0, help="0: the likeliest token (default)")
     add("--top-k", type=int, default=0, help="0: all (default)")
@@ -98,9 +102,13 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(
                 f"--{axis}: expected 1 for a model that transformers runs, got {getattr(args, axis)}"
             )
-    if config is None and args.weights is not None:
+    if config is None and args.weights not in (None, "dense"):
         raise ValueError(
-            f"--weights: expected none for a model that transformers runs, got {args.weights}"
+            f"--weights: expected dense for a model that transformers runs, got {args.weights}"
+        )
+    if args.weights == "blocks" and not isinstance(checkpoint, GGUFCheckpoint):
+        raise ValueError(
+            "--weights: expected dense or int8 for a model in no GGUF file, got blocks"
         )
     dtype = getattr(torch, args.dtype) if args.dtype else stored_dtype(checkpoint)
     tokenizer = load_tokenizer(args.tokenizer or args.model)
@@ -179,8 +187,12 @@ def _rank(
     """What each rank does: load its share, generate, tell."""
     mesh = init_mesh(**axes)
     first = mesh.world.rank == 0
+    on_cpu = mesh.device_mesh.device_type == "cpu"
+    if weights is None and on_cpu and isinstance(checkpoint, GGUFCheckpoint):
+        weights = "blocks"
+    held = None if weights == "dense" else weights
     with _progress_bar(show_progress and first) as progress:
-        model = load(checkpoint, mesh, dtype=dtype, progress=progress, weights=weights)
+        model = load(checkpoint, mesh, dtype=dtype, progress=progress, weights=held)
     on_token = (lambda row, token: report(token)) if first and len(prompts) == 1 else None
     made = generate(
         model,

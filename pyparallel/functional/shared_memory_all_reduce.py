@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pyparallel import _C, backend
 from pyparallel.collectives import record_collective
-from pyparallel.cpu_ops import MAX_THIN_ROWS, PRECISIONS, plain_reason
+from pyparallel.cpu_ops import MAX_THIN_ROWS, plain_reason
+from pyparallel.cpu_weights import PRECISIONS
 from pyparallel.group import Group
 from pyparallel.shared_memory import SharedMemoryCommunicator
 

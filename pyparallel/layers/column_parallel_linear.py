@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pyparallel.collectives import all_gather
 from pyparallel.functional.all_gather_linear import all_gather_linear
 from pyparallel.functional.column_parallel_linear import column_parallel_linear
-from pyparallel.functional.int8_linear import int8_linear
+from pyparallel.functional.packed_linear import packed_linear
 from pyparallel.functional.replicated_parameter import sum_over_replicas
 from pyparallel.group import Group
 from pyparallel.layers.parameters import ShardedModule, init_linear
@@ -108,8 +108,8 @@ class ColumnParallelLinear(ShardedModule):
     def _multiply(self, x: Tensor, length: int | None) -> Tensor:
         """This rank's features."""
         weight, bias = self.weight, self.bias
-        if self.weight_scale is not None:
-            return int8_linear(x, weight, self.weight_scale, bias)
+        if (packed := self.packed) is not None:
+            return packed_linear(x, packed, bias)
         if self.replicas is not None:
             first_row, sharding = self.replicas
             weight = sum_over_replicas(weight, sharding, self.group, first_row=first_row)

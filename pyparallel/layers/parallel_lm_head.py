@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pyparallel.functional.column_parallel_linear import column_parallel_linear
-from pyparallel.functional.int8_linear import int8_linear
 from pyparallel.functional.next_token import Sampling, greedy, sample
+from pyparallel.functional.packed_linear import packed_linear
 from pyparallel.group import Group
 from pyparallel.layers.column_parallel_linear import ColumnParallelLinear
 from pyparallel.layers.vocab_parallel_embedding import vocab_sharding
@@ -50,8 +50,8 @@ class ParallelLMHead(ColumnParallelLinear):
 
     def local_logits(self, x: Tensor) -> Tensor:
         """This rank's logits [..., V_r] of a replicated ``x [..., K]``."""
-        if self.weight_scale is not None:
-            return int8_linear(x, self.weight, self.weight_scale, self.bias)
+        if (packed := self.packed) is not None:
+            return packed_linear(x, packed, self.bias)
         return column_parallel_linear(x, self.weight, self.bias, group=self.group)
 
     def greedy(self, x: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ class ParallelMLP(nn.Module):
         """``act(gate) * up`` where a backend has a kernel for both at once."""
         up = self.up_proj
         plain = up.bias is None and not up.sequence_parallel and not up.input_is_gathered
-        if not plain or self.activation not in GATED or up.weight_scale is not None:
+        if not plain or self.activation not in GATED or up.packed is not None:
             return None
         arguments = x, up.weight, GATED[self.activation], up.group
         run = backend.offered("gated_mlp", *arguments)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyparallel.collectives import all_reduce_raw
 from pyparallel.group import Group
-from pyparallel.quantize import largest_of_rows, quantize_rows
+from pyparallel.quantize import PackedWeight, largest_of_rows, quantize_rows
 from pyparallel.shard import Sharding
 
 
@@ -21,8 +21,10 @@ class ShardedModule(nn.Module):
         group: the ranks the parameters are cut over.
         shardings: for each of the module's own parameters, which ranges of the dense one it holds.
         dense_shapes: the dense parameters' shapes.
-        weight_scale: [M], fp32, where ``weight`` is held as int8 (:meth:`quantize_weight`); or None.
-        dtype: of the activations, and of ``weight`` where that is not int8.
+        weight_kind: what ``weight`` is packed into (:meth:`quantize_weight`, :meth:`hold_blocks`), as
+            :class:`~pyparallel.quantize.PackedWeight` names it; or None.
+        weight_scale: [M], fp32, where that is int8; or None.
+        dtype: of the activations, and of ``weight`` where that is not packed.
     """
 
     weight_scale: Tensor | None
@@ -32,12 +34,25 @@ class ShardedModule(nn.Module):
         self.group = group
         self.shardings: dict[str, Sharding] = {}
         self.dense_shapes: dict[str, tuple[int, ...]] = {}
+        self.weight_kind: str | None = None
         self.register_buffer("weight_scale", None)
         self._dtype: torch.dtype | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         return self.weight.dtype if self._dtype is None else self._dtype
+
+    @property
+    def packed(self) -> PackedWeight | None:
+        """The weight, where it is held in fewer bits."""
+        if self.weight_kind is None:
+            return None
+        return PackedWeight(self.weight, self.weight_kind, self.dtype, self.weight_scale)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """This rank's part of the dense weight's shape, whatever holds it."""
+        return self.shardings["weight"].local_shape(self.dense_shapes["weight"], self.group.rank)
 
     def quantize_weight(self) -> None:
         """Hold ``weight [M, K]`` as int8 with one fp32 scale a row, for inference; half of bf16's bytes.
@@ -47,22 +62,52 @@ class ShardedModule(nn.Module):
         Communication: one all-reduce of M numbers where the rows are cut.
 
         Raises:
-            ValueError: the module is sequence-parallel.
+            ValueError: the module is sequence-parallel, or the weight is packed already.
         """
-        if getattr(self, "sequence_parallel", False):
-            raise ValueError(
-                "sequence_parallel: expected False for int8 weights, which are for inference"
-            )
+        self._check_packable("int8")
         largest = None
         if self.shardings["weight"].dim == 1 and self.group.size > 1:
             largest = all_reduce_raw(largest_of_rows(self.weight), self.group, op="max")
-        self._dtype = self.weight.dtype
-        data, self.weight_scale = quantize_rows(self.weight, largest)
-        self.weight = nn.Parameter(data, requires_grad=False)
+        data, scale = quantize_rows(self.weight, largest)
+        self._hold(PackedWeight(data, "int8", self.dtype, scale))
+
+    def hold_blocks(self, data: Tensor, kind: str) -> None:
+        """Hold ``weight [M, K]`` as a GGUF's blocks, for inference.
+
+        The weight is then what the blocks' numbers are in the module's dtype.
+
+        Args:
+            data: [M, K / 32 * bytes of a block], uint8.
+            kind: "q4_0", "q4_1" or "q8_0".
+
+        Raises:
+            ValueError: as :meth:`quantize_weight`; another kind or shape.
+        """
+        self._check_packable(kind)
+        packed = PackedWeight(data, kind, self.dtype)
+        if packed.shape != self.weight_shape:
+            raise ValueError(f"data: expected blocks of {self.weight_shape}, got {packed.shape}")
+        self._hold(packed)
 
     def share_weight(self, other: ShardedModule) -> None:
         """Take another's weight as one's own, in the form in which it holds it."""
-        self.weight, self.weight_scale, self._dtype = other.weight, other.weight_scale, other._dtype
+        self.weight, self.weight_scale = other.weight, other.weight_scale
+        self.weight_kind, self._dtype = other.weight_kind, other._dtype
+
+    def _check_packable(self, kind: str) -> None:
+        if getattr(self, "sequence_parallel", False):
+            raise ValueError(
+                f"sequence_parallel: expected False for {kind} weights, which are for inference"
+            )
+        if self.weight_kind is not None:
+            raise ValueError(
+                f"weight: expected a dense one to hold as {kind}, got {self.weight_kind}"
+            )
+
+    def _hold(self, packed: PackedWeight) -> None:
+        self._dtype, self.weight_kind = packed.dtype, packed.kind
+        self.weight_scale = packed.scale
+        self.weight = nn.Parameter(packed.data, requires_grad=False)
 
     def add_shard(
         self,
@@ -93,6 +138,7 @@ class ShardedModule(nn.Module):
         Raises:
             ValueError: a parameter is missing or has another shape.
         """
+        self.weight_kind = self.weight_scale = self._dtype = None
         for name in self.shardings:
             value = dense.get(name) if isinstance(dense, Mapping) else getattr(dense, name, None)
             if value is None:

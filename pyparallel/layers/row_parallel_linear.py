@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from pyparallel import backend
 from pyparallel.collectives import all_reduce_raw, split
-from pyparallel.functional.int8_linear import int8_linear
 from pyparallel.functional.linear_reduce_scatter import linear_reduce_scatter
+from pyparallel.functional.packed_linear import packed_linear
 from pyparallel.functional.row_parallel_linear import row_parallel_linear
 from pyparallel.group import Group
 from pyparallel.layers.norm import RMSNorm
@@ -86,8 +86,8 @@ class RowParallelLinear(ShardedModule):
     def forward(self, x: Tensor) -> Tensor:
         if not self.input_is_parallel:
             x = split(x, self.group, dim=-1, sizes=self.shardings["weight"].sizes)
-        if self.weight_scale is not None:
-            y = int8_linear(x, self.weight, self.weight_scale)
+        if (packed := self.packed) is not None:
+            y = packed_linear(x, packed)
             y = all_reduce_raw(y, self.group) if self.group.size > 1 else y
             return y if self.bias is None else y + self.bias
         if self.sequence_parallel:
@@ -103,8 +103,8 @@ class RowParallelLinear(ShardedModule):
         if plain and one_dtype and type(norm) is RMSNorm and norm.weight is not None:
             rest = residual, norm.weight, norm.epsilon(x), self.group
             run = backend.offered("all_reduce_residual_rms_norm", residual, *rest)
-            if run is not None and self.weight_scale is not None:
-                return run(int8_linear(x, self.weight, self.weight_scale), *rest)
+            if run is not None and (packed := self.packed) is not None:
+                return run(packed_linear(x, packed), *rest)
             if run is not None:
                 return run(backend.call("linear", x, self.weight), *rest)
         h = residual + self(x)
@@ -113,5 +113,5 @@ class RowParallelLinear(ShardedModule):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"local={self.weight.shape[1]}, bias={self.bias is not None}, {self.group}"
+            f"local={self.weight_shape[1]}, bias={self.bias is not None}, {self.group}"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyparallel.functional.int8_linear import int8_embedding
+from pyparallel.functional.packed_linear import packed_embedding
 from pyparallel.functional.vocab_parallel_embedding import vocab_parallel_embedding
 from pyparallel.group import Group
 from pyparallel.layers.parameters import ShardedModule
@@ -105,15 +105,8 @@ class VocabParallelEmbedding(ShardedModule):
             # An id that no rank holds would come back as zeros. Asynchronous: no device waits for it.
             held = (ids >= 0) & (ids < self.num_embeddings)
             torch._assert_async(held.all(), f"ids: expected 0 <= id < {self.num_embeddings}")
-        if self.weight_scale is not None:
-            return int8_embedding(
-                ids,
-                self.weight,
-                self.weight_scale,
-                start=self.start,
-                group=self.group,
-                dtype=self.dtype,
-            )
+        if (packed := self.packed) is not None:
+            return packed_embedding(ids, packed, start=self.start, group=self.group)
         return vocab_parallel_embedding(
             ids,
             self.weight,

@@ -13,7 +13,7 @@ import torch
 from pyparallel.checkpoint import CheckpointError
 from pyparallel.functional.next_token import Sampling, sample
 from pyparallel.group import Group
-from pyparallel.quantize import dequantized, quantize_rows
+from pyparallel.quantize import PackedWeight, quantize_rows
 
 
 def _transformers() -> Any:
@@ -77,7 +77,8 @@ def round_to_int8(model: torch.nn.Module) -> None:
         transposed = type(module).__name__ == "Conv1D"
         if transposed or isinstance(module, torch.nn.Linear):
             weight = module.weight.t() if transposed else module.weight
-            weight.copy_(dequantized(*quantize_rows(weight)))
+            data, scale = quantize_rows(weight)
+            weight.copy_(PackedWeight(data, "int8", weight.dtype, scale).dequantized())
 
 
 @torch.inference_mode()

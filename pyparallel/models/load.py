@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pyparallel.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from pyparallel.checkpoint import Checkpoint, open_checkpoint
 from pyparallel.gguf_checkpoint import GGUFCheckpoint
-from pyparallel.huge_pages import HugePages, taken_bytes
 from pyparallel.mesh import Mesh
 from pyparallel.models.config import (
     DecoderConfig,
@@ -20,21 +17,11 @@ from pyparallel.models.config import (
 )
 from pyparallel.models.context_decoder import ContextDecoder
 from pyparallel.models.decoder import Decoder
+from pyparallel.models.fill import Progress, fill
 from pyparallel.models.gguf_config import from_gguf
 from pyparallel.models.stage import Stage, stages_of, stages_of_rank
-from pyparallel.models.weights import Source, Sources, sources
 
-# Tensors that checkpoints carry and that hold nothing a model has to load.
-IGNORED = (
-    "rotary_emb.inv_freq",
-    ".attn.bias",
-    ".attn.masked_bias",
-    ".attention.bias",
-    ".attention.masked_bias",
-    "rope_freqs.weight",
-)
-
-Progress = Callable[[int, int], None]
+WEIGHTS = ("int8", "blocks")
 
 
 def load(
@@ -68,23 +55,40 @@ def load(
             model recomputes by its own ``gradient_checkpointing_enable()``.
         stage: which part of a :class:`Decoder`; by default stage ``mesh.pp.rank`` of ``mesh.pp.size``.
         weights: "int8" rounds every matrix (a tied embedding too) to int8 with a scale a row as it is
-            read: half of bf16's bytes to hold and to read a token. For inference with a decoder; all
-            numbers of ranks round alike. Activations, cache, norms and biases stay in ``dtype``.
+            read: half of bf16's bytes to hold and to read a token. "blocks" holds every matrix that a
+            GGUF stores as Q4_0, Q4_1 or Q8_0 as it is stored, on the CPU; its numbers are those that it
+            has in ``dtype`` without. A matrix of another type, of several types (q, k and v; gate and
+            up) or whose columns are cut inside a block of 32 is read densely, as ever; a module's
+            ``packed`` says. Both are for inference with a decoder, and the weights are the same numbers
+            at every number of ranks. Activations, cache, norms and biases stay in ``dtype``.
 
     Raises:
         CheckpointError: a file is missing or broken; a tensor is missing, extra or mis-shaped.
         ValueError: an unknown architecture, one that can't be cut over ``mesh.cp`` or ``mesh.pp``, or
-            more ranks than its heads or layers can be cut into; int8 weights with
-            ``sequence_parallel`` or a transformers model.
+            more ranks than its heads or layers can be cut into; ``weights`` with
+            ``sequence_parallel`` or a transformers model; blocks of another file or device.
     """
-    if weights not in (None, "int8"):
-        raise ValueError(f"weights: expected None (as dtype says) or 'int8', got {weights!r}")
+    if weights is not None and weights not in WEIGHTS:
+        raise ValueError(
+            f"weights: expected None (as dtype says), 'int8' or 'blocks', got {weights!r}"
+        )
     if weights is not None and sequence_parallel:
         raise ValueError(
-            "weights: expected None with sequence_parallel, since int8 is for inference; got 'int8'"
+            f"weights: expected None with sequence_parallel, since {weights} is for inference; got "
+            f"{weights!r}"
         )
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     device = device or mesh.device_mesh.device_type
+    if weights == "blocks" and not isinstance(checkpoint, GGUFCheckpoint):
+        raise ValueError(
+            f"weights: expected None or 'int8' for {checkpoint.path}, since only a GGUF file has "
+            f"blocks; got 'blocks'"
+        )
+    if weights == "blocks" and torch.device(device).type != "cpu":
+        raise ValueError(
+            f"weights: expected None or 'int8' on {device}, since only CPU kernels read blocks; got "
+            f"'blocks'"
+        )
     try:
         config = decoder_config(checkpoint)
     except UnknownArchitectureError:
@@ -134,7 +138,7 @@ def load(
     else:
         model = Decoder(config, "meta", dtype, **options)
     model.pipeline = mesh.pp
-    fill(model, checkpoint, device=device, progress=progress, int8=weights == "int8")
+    fill(model, checkpoint, device=device, progress=progress, weights=weights)
     model.loaded_from = checkpoint.path
     return model.eval()
 
@@ -189,92 +193,3 @@ def decoder_config(checkpoint: Checkpoint) -> DecoderConfig:
     if isinstance(checkpoint, GGUFCheckpoint):
         return from_gguf(checkpoint.config())
     return from_hugging_face(checkpoint.config())
-
-
-def fill(
-    model: Decoder,
-    checkpoint: Checkpoint,
-    *,
-    device: torch.device | str,
-    progress: Progress | None = None,
-    int8: bool = False,
-) -> None:
-    """Read every parameter of a decoder, or of a stage of one, on the meta device; with ``int8`` round
-    its matrices.
-
-    Raises:
-        CheckpointError: a tensor is missing, extra or mis-shaped; the message names it.
-    """
-    wanted = _as_stored(sources(model.config, model.group.size), checkpoint)
-    extra = set(checkpoint.shapes) - {source.name for found in wanted.values() for source in found}
-    extra = {name for name in extra if not name.endswith(IGNORED)}
-    if model.config.tied:
-        extra -= {"lm_head.weight", "embed_out.weight"}
-    if extra:
-        raise CheckpointError(
-            f"{checkpoint.path}: tensor {min(extra)} is not one of a {model.config.family} model"
-            + (f" (nor are {len(extra) - 1} others)" if len(extra) > 1 else "")
-        )
-    parameters = dict(model.named_parameters())
-    total = sum(p.numel() * p.itemsize for p in parameters.values())
-    done = 0
-    held = {
-        n: torch.int8 if int8 and _is_matrix(model, n) else p.dtype for n, p in parameters.items()
-    }
-    block = None
-    if torch.device(device).type == "cpu":
-        block = HugePages(sum(taken_bytes(p.numel(), held[n]) for n, p in parameters.items()))
-    for name, parameter in parameters.items():
-        # Allocated before anything is read, so that what reading takes is given back on top of it.
-        if block is not None and held[name] == parameter.dtype:
-            value = block.zeros(parameter.shape, parameter.dtype)
-        else:
-            value = torch.empty_like(parameter, device="cpu", requires_grad=False)
-        source = wanted[model.tied_copies.get(name, name)]
-        _read(value, checkpoint, source, model.group.rank)
-        _assign(model, name, value.to(device))
-        if held[name] != parameter.dtype:
-            module = model.get_submodule(name.removesuffix(".weight"))
-            module.quantize_weight()
-            if block is not None:
-                module.weight.data = block.zeros(parameter.shape, torch.int8).copy_(module.weight)
-        done += value.numel() * value.itemsize
-        if progress is not None:
-            progress(done, total)
-    model.tie()
-
-
-def _is_matrix(model: Decoder, name: str) -> bool:
-    """Whether matmuls read the parameter: not norms, biases, and tables that are only looked up."""
-    if name == "embedding.weight":
-        return model.config.tied
-    return name == "head.weight" or name.endswith("_proj.weight")
-
-
-def _read(out: Tensor, checkpoint: Checkpoint, found: tuple[Source, ...], rank: int) -> None:
-    """Fill a parameter from its sources, one after another along its axis 0."""
-    filled = 0
-    for source in found:
-        rows = out.shape[0]
-        if source.sharding.dim is not None and source.sharding.dim == int(source.transposed):
-            rows = source.sharding.sizes[rank]
-        part = out.narrow(0, filled, rows)
-        part = part.t() if source.transposed else part
-        checkpoint.read_into(part, source.name, source.sharding, rank)
-        filled += rows
-
-
-def _as_stored(wanted: Sources, checkpoint: Checkpoint) -> Sources:
-    """The sources under this checkpoint's names: a bare base model's lack the first part."""
-    base = next(iter(wanted.values()))[0].name.split(".")[0] + "."
-    if any(name.startswith(base) for name in checkpoint.shapes):
-        return wanted
-    return {
-        parameter: tuple(replace(source, name=source.name.removeprefix(base)) for source in found)
-        for parameter, found in wanted.items()
-    }
-
-
-def _assign(model: nn.Module, name: str, value: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, nn.Parameter(value))

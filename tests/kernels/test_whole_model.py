@@ -14,7 +14,8 @@ from pyparallel.kernels.launch import INTERPRETING
 from pyparallel.launch import launch
 from pyparallel.mesh import init_mesh
 from pyparallel.models.decoder import Decoder
-from pyparallel.models.load import decoder_config, fill
+from pyparallel.models.fill import fill
+from pyparallel.models.load import decoder_config
 from pyparallel.models.weights import sources
 from pyparallel.testing import poisoned_empty
 from tests.transformers_models import build

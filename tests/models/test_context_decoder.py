@@ -17,7 +17,8 @@ from pyparallel.group import Group
 from pyparallel.launch import launch
 from pyparallel.mesh import Mesh, init_mesh
 from pyparallel.models.context_decoder import ContextDecoder
-from pyparallel.models.load import decoder_config, fill, load
+from pyparallel.models.fill import fill
+from pyparallel.models.load import decoder_config, load
 from pyparallel.models.weights import sources
 from pyparallel.testing import poisoned_empty
 from tests.transformers_models import build
