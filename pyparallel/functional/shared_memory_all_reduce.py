@@ -18,7 +18,7 @@ from torch import Tensor
 from pyparallel import _C, backend
 from pyparallel.collectives import record_collective
 from pyparallel.cpu_ops import MAX_THIN_ROWS, plain_reason
-from pyparallel.cpu_weights import PRECISIONS
+from pyparallel.cpu_weights import PRECISIONS, weight_argument
 from pyparallel.group import Group
 from pyparallel.shared_memory import SharedMemoryCommunicator
 
@@ -58,6 +58,7 @@ def linear_all_reduce(x: Tensor, weight: Tensor, bias: Tensor | None, group: Gro
     wide = x.detach().float().contiguous()
     in_place = x.dtype is torch.float32
     partial = None if in_place else torch.empty(M, N)
+    held: list[Tensor] = []
     if y.numel():
         _C.cpu_linear(
             wide.data_ptr(),
@@ -65,7 +66,7 @@ def linear_all_reduce(x: Tensor, weight: Tensor, bias: Tensor | None, group: Gro
             M,
             K,
             N,
-            (weight.data_ptr(), precision, 0, 0),
+            weight_argument("weight", weight, None, held),
             (),
             0,
             0,
