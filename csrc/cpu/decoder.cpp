@@ -117,8 +117,8 @@ void Decoder::prefill(const int64_t* tokens, int64_t M, int64_t sequence, int64_
 }
 
 void Decoder::decode(const int64_t* tokens, const int64_t* sequences, const int64_t* positions, int64_t M) {
-  expect(M > 0 && M <= min_of(cache_.batch, kChunkRows), "tokens",
-         "expected 1 to " + std::to_string(min_of(cache_.batch, kChunkRows)) + ", got " + std::to_string(M));
+  expect(M > 0 && M <= min_of(cache_.batch, kExchangeRows), "tokens",
+         "expected 1 to " + std::to_string(min_of(cache_.batch, kExchangeRows)) + ", got " + std::to_string(M));
   const Rows rows{tokens, sequences, positions, M, false};
   check(rows);
   forward(rows, true);
@@ -130,57 +130,9 @@ void Decoder::forward(const Rows& rows, bool want_logits) {
   if (kernels_now != kernels_) reserved_rows_ = 0;
   kernels_ = kernels_now;
   reserve(rows.M);
-  const int64_t bytes = rows.M * shape_.hidden * 4;
-  partial_ = ranks() == 1 ? local_partial_.get() : static_cast<float*>(peers_->mine(bytes));
+  partial_ = ranks() == 1 ? local_partial_.get() : static_cast<float*>(peers_->mine(0));
   logit_rows_ = want_logits ? (rows.one_sequence ? 1 : rows.M) : 0;
   team_->run([&](int thread) { pass(rows, want_logits, thread); });
-}
-
-void Decoder::pass(const Rows& rows, bool want_logits, int thread) {
-  embed(rows, thread);
-  const size_t layers = weights_.layers.size();
-  // Of a chunk only the last row is read after the last layer, and only if logits are wanted.
-  const bool chunk = layers > 0 && rows.one_sequence && rows.M > max_of(kMaxThinRows, team_->size());
-  for (size_t l = 0; l < layers - chunk; ++l) layer(rows, l, thread);
-  if (!chunk) {
-    if (want_logits) head(rows, thread);
-    return;
-  }
-  keys_and_values(rows, layers - 1, thread);
-  if (!want_logits) return;
-  const Rows last = keep_last(rows, thread);
-  layer(last, layers - 1, thread);
-  head(last, thread);
-}
-
-void Decoder::layer(const Rows& rows, size_t l, int thread) {
-  const DecoderShape& s = shape_;
-  const DecoderLayer& layer = weights_.layers[l];
-  const int64_t M = rows.M;
-  attention(rows, l, thread);
-  linear(call_of(layer.out, attended_.get(), M, s.heads * s.head_dim, partial_, s.hidden), s.hidden, thread);
-  if (s.parallel_residual) {
-    normalise_rows(rows, layer.mlp_norm, thread);
-    mlp(rows, layer, partial_, thread);
-  } else {
-    show_partial(M, thread);
-    add_sum(rows, layer.out.bias, nullptr, &layer.mlp_norm, thread);
-    mlp(rows, layer, nullptr, thread);
-  }
-  show_partial(M, thread);
-  const bool last = l + 1 == weights_.layers.size();
-  add_sum(rows, layer.down.bias, s.parallel_residual ? layer.out.bias : nullptr,
-          last ? nullptr : &weights_.layers[l + 1].attention_norm, thread);
-}
-
-// The last row alone, of which every thread now has its own x and normed. No other row is read again.
-Decoder::Rows Decoder::keep_last(const Rows& rows, int thread) const {
-  const int64_t before = rows.M - 1, H = shape_.hidden;
-  const Rows last{rows.tokens + before, rows.sequences + before, rows.positions + before, 1, true};
-  for (float* all : {x_.get(), normed_.get()}) {
-    std::memcpy(all + thread * H, all + before * H, size_t(H) * sizeof(float));
-  }
-  return last;
 }
 
 Part Decoder::rows_of(const Rows& rows, int thread) const {
@@ -188,11 +140,11 @@ Part Decoder::rows_of(const Rows& rows, int thread) const {
 }
 
 float* Decoder::x_of(const Rows& rows, int thread) const {
-  return x_.get() + (rows.few() ? thread * rows.M * shape_.hidden : 0);
+  return x_.get() + (rows.few() ? thread * rows.M : rows.first) * shape_.hidden;
 }
 
 float* Decoder::normed_of(const Rows& rows, int thread) const {
-  return normed_.get() + (rows.few() ? thread * rows.M * shape_.hidden : 0);
+  return normed_.get() + (rows.few() ? thread * rows.M : rows.first) * shape_.hidden;
 }
 
 // partial = act(normed Wup^T) Wdown^T (+ residual)
@@ -240,19 +192,6 @@ void Decoder::linear(LinearCall call, int64_t N, int thread, int64_t first) {
   call.workspace = scratch_[size_t(thread)].get();
   if (part.size() == 0) return;
   (call.M <= kMaxThinRows ? kernels_->thin_linear : kernels_->block_linear)(call);
-}
-
-// All ranks' partials are there: parts_.
-void Decoder::show_partial(int64_t M, int thread) {
-  team_->barrier(thread, [&] {
-    if (ranks() == 1) {
-      parts_[0] = partial_;
-      return;
-    }
-    const int64_t bytes = M * shape_.hidden * 4;
-    peers_->exchange(bytes, parts_);
-    partial_ = static_cast<float*>(peers_->mine(bytes));
-  });
 }
 
 // x += sum_r parts_r + biases; normed = norm(x), one pass over each row.

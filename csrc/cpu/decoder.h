@@ -78,8 +78,9 @@ struct DecoderCache {
   const float* sin = nullptr;
 };
 
-// Rows that go through the layers at once; longer calls are cut.
-constexpr int64_t kChunkRows = 512;
+// Rows that go through the layers at once; longer calls are cut. Of several ranks' they go in two halves.
+constexpr int64_t kChunkRows = 1024;
+constexpr int64_t kExchangeRows = kChunkRows / 2;
 // Keys an attention task reads, whatever the number of threads: the order of the sums is fixed by it.
 constexpr int64_t kSplitKeys = 256;
 
@@ -90,7 +91,7 @@ class Decoder {
           std::shared_ptr<Team> team);
 
   // The bytes an exchange of peers must be able to hold.
-  static int64_t exchange_bytes(const DecoderShape& shape) { return kChunkRows * shape.hidden * 4; }
+  static int64_t exchange_bytes(const DecoderShape& shape) { return kExchangeRows * shape.hidden * 4; }
 
   // Where keys and values are kept from now on; belongs to the caller.
   void use_cache(DecoderCache cache);
@@ -121,6 +122,8 @@ class Decoder {
     const int64_t* positions;
     int64_t M;
     bool one_sequence;
+    // Where they begin in x and normed, if they are part of a chunk.
+    int64_t first = 0;
     // So few that every thread keeps an x of its own and does all rows' sums and norms itself, which
     // is sooner done than waited for.
     bool few() const { return M <= kMaxThinRows; }
@@ -132,7 +135,12 @@ class Decoder {
   void check(const Rows& rows) const;
   void forward(const Rows& rows, bool want_logits);
   void pass(const Rows& rows, bool want_logits, int thread);
-  void layer(const Rows& rows, size_t l, int thread);
+  int64_t steps_of(size_t layers) const { return 1 + int64_t(layers) * (shape_.parallel_residual ? 1 : 2); }
+  size_t layer_of(int64_t step) const { return size_t(step - 1) / (shape_.parallel_residual ? 1 : 2); }
+  void run(const Rows& rows, int64_t from, int64_t to, int thread);
+  void take_turns(const Rows& rows, int64_t steps, int thread);
+  void compute(const Rows& rows, int64_t step, int thread);
+  void add_step(const Rows& rows, int64_t step, int thread);
   Rows keep_last(const Rows& rows, int thread) const;
   void embed(const Rows& rows, int thread);
   void mlp(const Rows& rows, const DecoderLayer& layer, const float* residual, int thread);
@@ -140,6 +148,7 @@ class Decoder {
   void linear(LinearCall call, int64_t N, int thread, int64_t first = 0);
   LinearCall call_of(const Weight& weight, const float* x, int64_t M, int64_t K, float* y, int64_t N) const;
   void show_partial(int64_t M, int thread);
+  void offer_partial(int64_t M, bool offered_before, int thread);
   void add_sum(const Rows& rows, const float* bias, const float* other_bias, const Norm* norm, int thread);
   void normalise(const Norm& norm, const float* x, float* y) const;
   void normalise_rows(const Rows& rows, const Norm& norm, int thread);

@@ -7,7 +7,7 @@
 
 namespace pyparallel::cpu {
 
-// x = sum_r embedding_r[token] (+ positions), normed = norm_0(x)
+// partial = embedding_r[token], x = positions or 0
 void Decoder::embed(const Rows& rows, int thread) {
   const int64_t H = shape_.hidden;
   const Part shown = share(rows.M, team_->size(), thread, 1);
@@ -29,9 +29,6 @@ void Decoder::embed(const Rows& rows, int thread) {
       std::memset(x, 0, size_t(H) * sizeof(float));
     }
   }
-  show_partial(rows.M, thread);
-  const Norm* norm = weights_.layers.empty() ? nullptr : &weights_.layers.front().attention_norm;
-  add_sum(rows, nullptr, nullptr, norm, thread);
 }
 
 void Decoder::head(const Rows& rows, int thread) {

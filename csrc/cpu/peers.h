@@ -13,9 +13,15 @@ class Peers {
   virtual int size() const = 0;
   // Where this rank writes the `bytes` of its next exchange, at most what was promised at construction.
   virtual void* mine(int64_t bytes) = 0;
-  // Shows them, and waits for those of all ranks: parts[r] is rank r's, readable until the next but one
-  // call. Throws PeerError.
-  virtual void exchange(int64_t bytes, const void** parts) = 0;
+  // Shows them; mine() is then the next exchange's. Throws PeerError, as does await().
+  virtual void announce(int64_t bytes) = 0;
+  // Waits for those of all ranks: parts[r] is rank r's, readable until the next but one announce().
+  // One exchange at a time: the next is announced after this.
+  virtual void await(const void** parts) = 0;
+  void exchange(int64_t bytes, const void** parts) {
+    announce(bytes);
+    await(parts);
+  }
 };
 
 }  // namespace pyparallel::cpu

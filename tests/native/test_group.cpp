@@ -1,10 +1,13 @@
 // Groups as they are used: SIMD lanes, algorithms by size, several groups with shared members at
 // once, ranks as threads; every result against the rank-ordered sum computed beside it.
 #include <algorithm>
+#include <chrono>
 #include <memory>
+#include <thread>
 #include <vector>
 
 #include "core/pack.h"
+#include "cpu/group_peers.h"
 #include "ranks.h"
 
 namespace pyparallel::test {
@@ -84,6 +87,34 @@ void check_exchange(Group& group, uint64_t seed) {
   }
 }
 
+// Exchanges as the halves of a prefill make them: the next is written before the last is awaited, and read
+// late. With fewer slots than GroupPeers has, a rank would find a peer's later numbers.
+void check_turns(Group& group) {
+  const int64_t n = 300;
+  cpu::GroupPeers peers(group, n * int64_t(sizeof(float)));
+  Random random(uint64_t(group.rank()));
+  const auto idle = [&] {
+    const int64_t micros = random.below(4) == 0 ? random.below(200) : 0;
+    std::this_thread::sleep_for(std::chrono::microseconds(micros));
+  };
+  for (int k = 0; k <= 60; ++k) {
+    if (k < 60) {
+      const std::vector<float> own = made<float>(group.rank(), uint64_t(k), n);
+      std::copy(own.begin(), own.end(), static_cast<float*>(peers.mine(n * 4)));
+    }
+    idle();
+    const void* parts[kMaxRanks];
+    if (k > 0) peers.await(parts);
+    if (k < 60) peers.announce(n * 4);
+    idle();
+    for (int r = 0; k > 0 && r < group.size(); ++r) {
+      const std::vector<float> theirs = made<float>(r, uint64_t(k - 1), n);
+      const auto* seen = static_cast<const float*>(parts[r]);
+      expect(std::equal(theirs.begin(), theirs.end(), seen, same<float>), "turns");
+    }
+  }
+}
+
 // Everybody sends first, more than a ring holds, and other calls come between.
 void check_messages(Group& group, uint64_t seed, int64_t n) {
   const int size = group.size();
@@ -127,6 +158,7 @@ int main() {
     run_ranks(size, "group of " + std::to_string(size),
               [](pyparallel::cpu::Group& group) {
                 random_calls(group, 30);
+                if (group.size() > 1) check_turns(group);
                 group.flush();
               });
   }

@@ -1,0 +1,70 @@
+"""Long prompts in the C++ decoder: chunks of which only the last row goes on, and halves in turns."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from pyparallel.cpu_decoder import CPUDecoder
+from pyparallel.group import Group
+from pyparallel.models.config import mlp_sharding
+from pyparallel.shard import HeadLayout
+from pyparallel.testing import run_ranks
+from tests.test_cpu_decoder import CONFIGS, LLAMA, build, check_logits, engine_logits, random_ids
+
+# From 512 rows on the rows of several ranks go in two halves; over 1024 are several chunks.
+LONG = 531
+
+
+def check_long(group: Group, names: list[str], threads: int) -> None:
+    check_logits(group, names, LONG + 3, LONG, threads)
+
+
+def test_halves_in_turns_give_the_modules_logits() -> None:
+    run_ranks(check_long, 2, list(CONFIGS), 1)
+    run_ranks(check_long, 3, ["llama", "parallel residual"], 1)
+    run_ranks(check_long, 2, ["windows and biases"], 2)
+
+
+def cached(group: Group, threads: int, pieces: list[int]) -> list[torch.Tensor]:
+    """Keys, values and logits after a prompt that is read in pieces."""
+    with torch.inference_mode():
+        decoder = CPUDecoder(build(LLAMA, group), threads=threads)
+        ids, start = random_ids(sum(pieces)), 0
+        decoder.start(1, len(ids))
+        for piece in pieces:
+            decoder.prefill(ids[start : start + piece], start=start)
+            start += piece
+        found = [part for layer in decoder.cache for part in (layer.keys, layer.values)]
+        return [*(part[:, :, : len(ids)].clone() for part in found), decoder.logits().clone()]
+
+
+def test_the_cache_holds_every_layers_keys_and_values() -> None:
+    """Also the last layer's, of whose rows only one goes on; whatever the pieces of the prompt."""
+    for ranks in (1, 2):
+        whole = run_ranks(cached, ranks, 1, [LONG])
+        for pieces in ([LONG - 200, 200], [1] * 3 + [LONG - 3], [LONG - 1, 1]):
+            for a, b in zip(whole, run_ranks(cached, ranks, 1, pieces), strict=True):
+                for x, y in zip(a, b, strict=True):
+                    torch.testing.assert_close(x, y, rtol=1e-4, atol=2e-4)
+
+
+def test_bits_of_a_long_prompt_do_not_depend_on_threads() -> None:
+    for a, b in zip(run_ranks(cached, 2, 1, [LONG]), run_ranks(cached, 2, 3, [LONG]), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_prompt_of_several_chunks_decodes_on() -> None:
+    ids = random_ids(1105)
+    with torch.inference_mode():
+        model = build(LLAMA, Group.single())
+        once = engine_logits(CPUDecoder(model, threads=2), ids, 1100)
+        again = engine_logits(CPUDecoder(model, threads=1), ids, 1100)
+    assert torch.equal(once, again)
+
+
+def test_the_mlp_evens_out_uneven_heads() -> None:
+    wide = replace(LLAMA, hidden_size=576, intermediate_size=1536, num_heads=9, head_dim=64)
+    sizes = [mlp_sharding(wide, HeadLayout.of(9, 3, ranks)).sizes for ranks in (1, 2, 3)]
+    assert sizes == [[1536], [640, 896], [512, 512, 512]]
