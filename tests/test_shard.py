@@ -173,6 +173,7 @@ def test_features_beside_other_work_even_it_out(length, work, feature_work):
     if length >= ranks:
         assert min(sharding.sizes) > 0
     # Who has more than one grain has no more to do than another would have with one grain more.
-    load = [own + n * feature_work for own, n in zip(work, sharding.sizes, strict=True)]
-    for mine, n in zip(load, sharding.sizes, strict=True):
-        assert n <= grain or mine <= min(load) + grain * feature_work
+    grains = [-(-n // grain) for n in sharding.sizes]
+    load = [own + n * grain * feature_work for own, n in zip(work, grains, strict=True)]
+    for mine, n in zip(load, grains, strict=True):
+        assert n <= 1 or mine <= min(load) + grain * feature_work

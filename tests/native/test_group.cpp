@@ -152,6 +152,7 @@ void random_calls(Group& group, int calls) {
 }  // namespace pyparallel::test
 
 int main() {
+  using pyparallel::test::check_turns;
   using pyparallel::test::random_calls;
   using pyparallel::test::run_ranks;
   for (int size = 1; size <= 5; ++size) {
