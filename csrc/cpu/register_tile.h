@@ -84,6 +84,13 @@ inline void pack_rows(const T* from, int64_t from_stride, int64_t rows, int64_t 
       for (int r = 0; r < W; ++r) {
         block[r] = Dot::load_units(from + r * from_stride + u * Dot::kPerUnit, W * Dot::kPerUnit);
       }
+    } else if (rows == kTileRows && left >= W * Dot::kPerUnit) {
+#pragma GCC unroll 16
+      for (int r = 0; r < W; ++r) {
+        block[r] = r < kTileRows
+                       ? Dot::load_units(from + r * from_stride + u * Dot::kPerUnit, W * Dot::kPerUnit)
+                       : zero();
+      }
     } else {
       for (int r = 0; r < W; ++r) {
         block[r] = r < rows ? Dot::load_units(from + r * from_stride + u * Dot::kPerUnit, left) : zero();
