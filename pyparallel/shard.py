@@ -155,32 +155,6 @@ def features(length: int, parts: int, *, dim: int = 0) -> Sharding:
     return even_parts(length, parts, unit=grain_for(length, parts), dim=dim)
 
 
-def features_beside(
-    length: int, work: Sequence[int], feature_work: int, *, dim: int = 0
-) -> Sharding:
-    """The cut of an axis over ranks that have ``work`` of their own, a feature being ``feature_work``.
-
-    Each grain goes to the rank that has least to do, and every rank gets one if there are enough. Where
-    all have as much to do the cut is that of :func:`features`.
-
-    >>> features_beside(256, [500, 100], 2).sizes
-    [32, 224]
-    """
-    parts = len(work)
-    grain = grain_for(length, parts)
-    units = -(-length // grain)
-    held = [1 if units >= parts else 0] * parts
-    for _ in range(units - sum(held)):
-        load = [own + n * grain * feature_work for own, n in zip(work, held, strict=True)]
-        held[load.index(min(load))] += 1
-    ranges, start = [], 0
-    for n in held:
-        stop = min(length, start + n * grain)
-        ranges.append(((start, stop),))
-        start = stop
-    return Sharding(dim, length, tuple(ranges))
-
-
 def fuse(*shardings: Sharding) -> Sharding:
     """The sharding of tensors stored one after another along their common axis (QKV, gate-up)."""
     dim = shardings[0].dim

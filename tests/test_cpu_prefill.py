@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from pyparallel.cpu_decoder import CPUDecoder
 from pyparallel.group import Group
-from pyparallel.models.config import mlp_sharding
-from pyparallel.shard import HeadLayout
 from pyparallel.testing import run_ranks
 from tests.test_cpu_decoder import CONFIGS, LLAMA, build, check_logits, engine_logits, random_ids
 
@@ -62,9 +58,3 @@ def test_a_prompt_of_several_chunks_decodes_on() -> None:
         once = engine_logits(CPUDecoder(model, threads=2), ids, 1100)
         again = engine_logits(CPUDecoder(model, threads=1), ids, 1100)
     assert torch.equal(once, again)
-
-
-def test_the_mlp_evens_out_uneven_heads() -> None:
-    wide = replace(LLAMA, hidden_size=576, intermediate_size=1536, num_heads=9, head_dim=64)
-    sizes = [mlp_sharding(wide, HeadLayout.of(9, 3, ranks)).sizes for ranks in (1, 2, 3)]
-    assert sizes == [[1536], [640, 896], [512, 512, 512]]

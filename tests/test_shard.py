@@ -14,7 +14,6 @@ from pyparallel.shard import (
     Sharding,
     even_parts,
     features,
-    features_beside,
     fuse,
     grain_for,
     part_sizes,
@@ -157,23 +156,3 @@ def test_errors_name_what_does_not_fit():
         cut.join([torch.zeros(4), torch.zeros(3)])
     with pytest.raises(ValueError, match="parts >= 1"):
         part_sizes(4, 0)
-
-
-@given(
-    length=st.integers(1, 2000),
-    work=st.lists(st.integers(0, 10**6), min_size=1, max_size=8),
-    feature_work=st.integers(1, 5000),
-)
-def test_features_beside_other_work_even_it_out(length, work, feature_work):
-    ranks = len(work)
-    sharding = features_beside(length, work, feature_work)
-    check_inverse(sharding, ranks)
-    assert features_beside(length, [work[0]] * ranks, feature_work) == features(length, ranks)
-    grain = grain_for(length, ranks)
-    if length >= ranks:
-        assert min(sharding.sizes) > 0
-    # Who has more than one grain has no more to do than another would have with one grain more.
-    grains = [-(-n // grain) for n in sharding.sizes]
-    load = [own + n * grain * feature_work for own, n in zip(work, grains, strict=True)]
-    for mine, n in zip(load, grains, strict=True):
-        assert n <= 1 or mine <= min(load) + grain * feature_work

@@ -149,6 +149,16 @@ float* Decoder::normed_of(const Rows& rows, int thread) const {
 
 // partial = act(normed Wup^T) Wdown^T (+ residual)
 void Decoder::mlp(const Rows& rows, const DecoderLayer& layer, const float* residual, int thread) {
+  const int64_t M = rows.M, H = shape_.hidden;
+  linear(up_call(rows, layer, thread));
+  team_->barrier(thread);
+  LinearCall down = call_of(layer.down, inner_.get(), M, shape_.intermediate, partial_, H);
+  down.residual = residual;
+  down.residual_stride = H;
+  linear(part_of(down, H, thread));
+}
+
+LinearCall Decoder::up_call(const Rows& rows, const DecoderLayer& layer, int thread) const {
   const int64_t M = rows.M, H = shape_.hidden, F = shape_.intermediate;
   LinearCall up = call_of(layer.up, normed_of(rows, thread), M, H, inner_.get(), F);
   up.act = shape_.activation;
@@ -160,12 +170,7 @@ void Decoder::mlp(const Rows& rows, const DecoderLayer& layer, const float* resi
     if (up.up.scale != nullptr) up.up.scale += F;
     if (up.up.bias != nullptr) up.up.bias += F;
   }
-  linear(up, F, thread);
-  team_->barrier(thread);
-  LinearCall down = call_of(layer.down, inner_.get(), M, F, partial_, H);
-  down.residual = residual;
-  down.residual_stride = H;
-  linear(down, H, thread);
+  return part_of(up, F, thread);
 }
 
 LinearCall Decoder::call_of(const Weight& weight, const float* x, int64_t M, int64_t K, float* y,
@@ -185,12 +190,16 @@ LinearCall Decoder::call_of(const Weight& weight, const float* x, int64_t M, int
 }
 
 // This thread's part of the outputs [first, N).
-void Decoder::linear(LinearCall call, int64_t N, int thread, int64_t first) {
+LinearCall Decoder::part_of(LinearCall call, int64_t N, int thread, int64_t first) const {
   const Part part = share(N - first, team_->size(), thread, kOutputGrain);
   call.begin = first + part.begin;
   call.end = first + part.end;
   call.workspace = scratch_[size_t(thread)].get();
-  if (part.size() == 0) return;
+  return call;
+}
+
+void Decoder::linear(const LinearCall& call) const {
+  if (call.begin == call.end) return;
   (call.M <= kMaxThinRows ? kernels_->thin_linear : kernels_->block_linear)(call);
 }
 

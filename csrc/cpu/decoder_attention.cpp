@@ -29,12 +29,16 @@ void Decoder::keys_and_values(const Rows& rows, size_t l, int thread) {
 
 // Outputs [first, (Nq + 2 Nk) D) of normed's projections.
 void Decoder::project(const Rows& rows, size_t l, int64_t first, int thread) {
+  linear(qkv_call(rows, l, thread, first));
+  team_->barrier(thread);
+}
+
+LinearCall Decoder::qkv_call(const Rows& rows, size_t l, int thread, int64_t first) const {
   const Weight& qkv = weights_.layers[l].qkv;
   LinearCall call =
       call_of(qkv, normed_of(rows, thread), rows.M, shape_.hidden, projected_.get(), projected());
   call.weight.bias = qkv.bias;
-  linear(call, projected(), thread, first);
-  team_->barrier(thread);
+  return part_of(call, projected(), thread, first);
 }
 
 // One head of row m: a query is normalised, rotated and scaled in place; a key normalised, rotated and

@@ -32,7 +32,7 @@ void Decoder::embed(const Rows& rows, int thread) {
 }
 
 void Decoder::head(const Rows& rows, int thread) {
-  const int64_t H = shape_.hidden, V = shape_.vocab_rows;
+  const int64_t H = shape_.hidden;
   const int64_t first = rows.M - logit_rows_;
   const Part part = rows.few() ? Part{0, logit_rows_} : share(logit_rows_, team_->size(), thread, 1);
   float* normed = normed_of(rows, thread);
@@ -40,9 +40,14 @@ void Decoder::head(const Rows& rows, int thread) {
     normalise(weights_.final_norm, x_of(rows, thread) + (first + m) * H, normed + m * H);
   }
   if (!rows.few()) team_->barrier(thread);
-  LinearCall call = call_of(weights_.head, normed, logit_rows_, H, logits_.get(), V);
+  linear(head_call(rows, thread));
+}
+
+LinearCall Decoder::head_call(const Rows& rows, int thread) const {
+  const int64_t H = shape_.hidden, V = shape_.vocab_rows;
+  LinearCall call = call_of(weights_.head, normed_of(rows, thread), logit_rows_, H, logits_.get(), V);
   call.weight.bias = weights_.head.bias;
-  linear(call, V, thread);
+  return part_of(call, V, thread);
 }
 
 void Decoder::greedy(int64_t* tokens) {
@@ -62,7 +67,7 @@ void Decoder::greedy(int64_t* tokens) {
   parts_[0] = local.data();
   if (ranks() > 1) {
     std::memcpy(peers_->mine(bytes), local.data(), size_t(bytes));
-    peers_->exchange(bytes, parts_);
+    peers_->exchange(bytes, parts_, Ahead());
   }
   for (int64_t m = 0; m < logit_rows_; ++m) {
     Best best = static_cast<const Best*>(parts_[0])[m];

@@ -8,6 +8,7 @@
 
 #include "core/pack.h"
 #include "cpu/kernels.h"
+#include "cpu/thin_streams.h"
 
 // Set after every shared header, so that no inline function of theirs is compiled for this set only.
 #pragma GCC push_options

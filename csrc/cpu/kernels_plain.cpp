@@ -5,6 +5,7 @@
 
 #include "core/pack.h"
 #include "cpu/kernels.h"
+#include "cpu/thin_streams.h"
 
 namespace pyparallel::cpu {
 namespace {

@@ -6,7 +6,6 @@
 // overtake each other. Four chains of sums are also what hides the latency of an fma. With a gate two
 // of the streams are the gate's. Each sum is one chain over k in any tile, so its bits do not depend on M.
 
-constexpr int kStreams = 4;
 constexpr int64_t kPrefetchBytes = 1024;
 
 // How rows of plain numbers are read, and rows of blocks: sums[(m * kStreams + n) * W] = x[m] . w[n].
@@ -125,22 +124,20 @@ inline void thin_linear_of(const LinearCall& call) {
   const bool gated = call.up.data != nullptr;
   const T* const weight = static_cast<const T*>(call.weight.data);
   const T* const up = static_cast<const T*>(call.up.data);
-  // The outputs are cut into as many runs as there are streams, or pairs of streams; the last may be
-  // shorter, or there may be fewer outputs than runs: then a stream repeats the last row.
-  const int per_run = gated ? 2 : 1;
-  const int64_t length = ceil_div(call.end - call.begin, kStreams / per_run);
-  for (int64_t i = 0; i < length; i += W) {
-    const int64_t rows = min_of(W, length - i);
+  const ThinStreams streams(call);
+  const int per_run = streams.per_run;
+  for (int64_t i = 0; i < streams.length; i += W) {
+    const int64_t rows = min_of(W, streams.length - i);
     for (int64_t j = 0; j < rows; ++j) {
       const T* w[kStreams];
       for (int s = 0; s < kStreams; ++s) {
-        const int64_t n = min_of(call.begin + s / per_run * length + i + j, call.end - 1);
-        w[s] = (gated && s % 2 == 1 ? up : weight) + n * Rows::length(call.K);
+        const T* const matrix = gated && s % 2 == 1 ? up : weight;
+        w[s] = matrix + streams.output(s, i + j) * Rows::length(call.K);
       }
       dot_streams<Rows>(call, w, sums + j);
     }
     for (int s = 0; s < kStreams; s += per_run) {
-      const int64_t n = call.begin + s / per_run * length + i;
+      const int64_t n = call.begin + s / per_run * streams.length + i;
       const int64_t count = min_of(rows, call.end - n);
       if (count <= 0) break;
       for (int64_t m = 0; m < call.M; ++m) {

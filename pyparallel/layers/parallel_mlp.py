@@ -9,7 +9,7 @@ from pyparallel import backend
 from pyparallel.group import Group
 from pyparallel.layers.column_parallel_linear import ColumnParallelLinear
 from pyparallel.layers.row_parallel_linear import RowParallelLinear
-from pyparallel.shard import Sharding, features, fuse
+from pyparallel.shard import features, fuse
 
 # What the MLP applies to the gate, by the name of the gated unit (Shazeer 2020).
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
@@ -25,7 +25,6 @@ class ParallelMLP(nn.Module):
         bias: whether the projections add biases.
         device, dtype: as in ``nn.Linear``.
         group: the ranks.
-        sharding: which of the F features each rank holds; by default even parts.
         sequence_parallel: x and y are this rank's tokens.
 
     Shapes:
@@ -47,7 +46,6 @@ class ParallelMLP(nn.Module):
         dtype: torch.dtype | None = None,
         *,
         group: Group,
-        sharding: Sharding | None = None,
         sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
@@ -55,7 +53,7 @@ class ParallelMLP(nn.Module):
             raise ValueError(
                 f"activation: expected one of {', '.join((*GATED, *POINTWISE))}, got {activation!r}"
             )
-        cut = sharding or features(intermediate_size, group.size)
+        cut = features(intermediate_size, group.size)
         gated = activation in GATED
         self.activation = activation
         self.up_proj = ColumnParallelLinear(

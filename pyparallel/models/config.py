@@ -7,10 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyparallel.layers.rotary_embedding import RopeScaling
-from pyparallel.shard import HeadLayout, Sharding, features_beside
-
-# How many keys a query is taken to meet where attention's work is weighed against the matmuls'.
-NOMINAL_KEYS = 512
 
 GATED = {
     "silu": "swiglu",
@@ -100,20 +96,6 @@ def from_hugging_face(config: Mapping[str, Any]) -> DecoderConfig:
         return readers[model_type](config)
     except KeyError as error:
         raise ValueError(f"config of a {model_type}: {error} is missing") from None
-
-
-def mlp_sharding(config: DecoderConfig, layout: HeadLayout) -> Sharding:
-    """The MLP's features, cut so that the ranks multiply alike in a layer where their heads do not.
-
-    Of SmolLM2-135M's 9 heads in 3 KV groups one of two ranks has 6: it takes 640 of 1536 features.
-    """
-    work = []
-    for (query, query_end), (kv, kv_end) in zip(layout.query, layout.kv, strict=True):
-        projections = 2 * (query_end - query + kv_end - kv) * config.hidden_size
-        attention = 2 * (query_end - query) * NOMINAL_KEYS
-        work.append((projections + attention) * config.head_dim)
-    matrices = 3 if config.activation in GATED.values() else 2
-    return features_beside(config.intermediate_size, work, matrices * config.hidden_size)
 
 
 def _ids(value: int | list[int] | None) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from pyparallel.layers import (
 )
 from pyparallel.layers.kv_cache import KVCache
 from pyparallel.layers.span import Span
-from pyparallel.models.config import DecoderConfig, mlp_sharding
+from pyparallel.models.config import DecoderConfig
 from pyparallel.models.decoder_norm import norm_of
 from pyparallel.models.stage import Layers, Stage
 from pyparallel.sequence import sequence_sizes, split_sequence
@@ -73,7 +73,6 @@ class DecoderLayer(nn.Module):
             device,
             dtype,
             group=group,
-            sharding=mlp_sharding(config, self.attention.qkv_proj.layout),
             sequence_parallel=sequence_parallel,
         )
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pyparallel.layers.vocab_parallel_embedding import vocab_sharding
-from pyparallel.models.config import DecoderConfig, mlp_sharding
-from pyparallel.shard import REPLICATED, HeadLayout, Sharding
+from pyparallel.models.config import DecoderConfig
+from pyparallel.shard import REPLICATED, HeadLayout, Sharding, features
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def _replicated(name: str) -> tuple[Source, ...]:
 def _llama(config: DecoderConfig, parts: int) -> Sources:
     layout = HeadLayout.of(config.num_heads, config.num_kv_heads, parts)
     query, kv = layout.query_sharding(config.head_dim), layout.kv_sharding(config.head_dim)
-    cut = mlp_sharding(config, layout)
+    cut = features(config.intermediate_size, parts)
     vocab = vocab_sharding(config.vocab_size, parts)
     found: Sources = {
         "embedding.weight": (Source("model.embed_tokens.weight", vocab),),
@@ -88,7 +88,7 @@ def _norms(found: Sources, ours: str, theirs: str) -> None:
 def _gpt2(config: DecoderConfig, parts: int) -> Sources:
     layout = HeadLayout.of(config.num_heads, config.num_kv_heads, parts)
     qkv, heads = layout.qkv_sharding(config.head_dim), layout.query_sharding(config.head_dim)
-    cut = mlp_sharding(config, layout)
+    cut = features(config.intermediate_size, parts)
     vocab = vocab_sharding(config.vocab_size, parts)
     found: Sources = {
         "embedding.weight": (Source("transformer.wte.weight", vocab),),
@@ -122,7 +122,7 @@ def _gpt_neox(config: DecoderConfig, parts: int) -> Sources:
     layout = HeadLayout.of(config.num_heads, config.num_kv_heads, parts)
     qkv = interleaved_qkv(layout, config.head_dim)
     heads = layout.query_sharding(config.head_dim, dim=1)
-    cut = mlp_sharding(config, layout)
+    cut = features(config.intermediate_size, parts)
     vocab = vocab_sharding(config.vocab_size, parts)
     found: Sources = {"embedding.weight": (Source("gpt_neox.embed_in.weight", vocab),)}
     _norms(found, "norm", "gpt_neox.final_layer_norm")
