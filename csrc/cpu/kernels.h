@@ -1,9 +1,9 @@
 // The compute kernels of one CPU rank: what each takes, and the table of them for each instruction set.
 //
 // M rows of activations, N outputs, K inputs, D head size. Activations are fp32 throughout; weights and
-// the KV cache are fp32, bf16, fp16 (weights also int8 or GGUF's blocks) and are widened as they are read. Every sum is
-// carried in fp32 in an order that depends on neither the number of threads nor the other rows, so a
-// token's bits are the same alone and in a batch of up to kMaxThinRows.
+// the KV cache are fp32, bf16, fp16 (weights also int8 or GGUF's blocks) and are widened as they are
+// read. Every sum is carried in fp32 in an order that depends on neither the number of threads nor the
+// other rows, so a token's bits are the same alone and in a batch of up to kMaxThinRows.
 //
 // Kernels know raw pointers only: no threads, no ranks, no torch. A caller that shares work over threads
 // gives each its own range.
@@ -17,7 +17,7 @@ namespace pyparallel::cpu {
 
 enum class Precision : int32_t { f32 = 0, bf16 = 1, f16 = 2, i8 = 3, q4_0 = 4, q4_1 = 5, q8_0 = 6 };
 
-// The q formats hold weights in blocks of as many, of a row (gguf_blocks.h).
+// How many weights of a row a block of the q formats holds (gguf_blocks.h).
 constexpr int64_t kBlockWeights = 32;
 
 constexpr bool in_blocks(Precision precision) { return precision >= Precision::q4_0; }

@@ -2,8 +2,8 @@
 //
 // kQueryBlock positions of all G heads of one KV head go together, so that each block of keys, packed
 // for the register tile, serves kQueryBlock * G rows. For each tile of kTileRows rows:
-//   S = Q K^T; masked; m' = max(m, rowmax S); P = 2^(S - m'); O = 2^(m - m') O + P V; l likewise
-// and O / l at the end. Q is multiplied by log2 e first, so that powers of two do. fp32 throughout.
+//   S = Q K^T; masked; m' = max(m, rowmax S); P = exp(S - m'); O = exp(m - m') O + P V; l likewise
+// and O / l at the end. fp32 throughout.
 
 constexpr int64_t kQueryBlock = 96;
 constexpr int64_t kKeyBlock = 128;
@@ -44,20 +44,6 @@ struct PrefillSpace {
 
 int64_t prefill_attention_bytes(int64_t G, int64_t D) { return PrefillSpace(nullptr, G, D).bytes; }
 
-// 2^x for x <= 0: 2^n 2^r, n = round(x), |r| <= 1/2, 2^r by the polynomial of degree 5 of the least relative
-// error, 1e-7. Below -150 the result is 0, as it must be for masked scores.
-inline Vec power_of_two(Vec x) {
-  const Vec clamped = max(x, set1(-150.0f));
-  const Vec n = nearest(clamped), r = sub(clamped, n);
-  Vec p = set1(1.3264727e-3f);
-  p = fma(p, r, set1(9.671513e-3f));
-  p = fma(p, r, set1(5.5507336e-2f));
-  p = fma(p, r, set1(2.4022242e-1f));
-  p = fma(p, r, set1(6.93147e-1f));
-  p = fma(p, r, set1(1.0f));
-  return scale_by_power(p, n);
-}
-
 // scores = Q K^T of one tile; keys past `count` give zeros.
 inline void score_tile(const PrefillSpace& s, const float* q, int64_t rows, int64_t count, int64_t D) {
   for (int64_t n = 0; n < count; n += 2 * W) {
@@ -92,10 +78,10 @@ inline float soften(float* row, int64_t count, int64_t low, int64_t high, float*
   }
   Vec sums = zero();
   for_each_vec(count, [&](int64_t i, int64_t left) {
-    store_up_to(row + i, power_of_two(sub(load_up_to(row + i, left), set1(next))), left);
+    store_up_to(row + i, exp(sub(load_up_to(row + i, left), set1(next))), left);
     sums = add(sums, load_up_to(row + i, left));
   });
-  const float factor = lane_max(power_of_two(set1(*maximum - next)));
+  const float factor = exp_of(*maximum - next);
   *maximum = next;
   *total = *total * factor + sum(sums);
   return factor;
@@ -141,9 +127,8 @@ inline void attend_block(const AttentionCall& call, int64_t row, int64_t M, int6
   for (int64_t g = 0; g < call.G; ++g) {
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const float* q = call.q + (row + tile * kTileRows) * call.q_row_stride + g * call.q_head_stride;
-      float* to = s.q + (g * tiles + tile) * call.D * kTileRows;
-      pack_rows<FloatDot>(q, call.q_row_stride, rows_of(tile), call.D, to, kTileRows);
-      scale(to, 1.44269504088896f, call.D * kTileRows);
+      pack_rows<FloatDot>(q, call.q_row_stride, rows_of(tile), call.D,
+                          s.q + (g * tiles + tile) * call.D * kTileRows, kTileRows);
     }
   }
   const int64_t all = call.G * tiles * kTileRows;

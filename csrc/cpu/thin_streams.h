@@ -55,7 +55,7 @@ class Ahead {
   }
 
  private:
-  // What second-level caches hold beside everything else.
+  // 384 KiB was no better; docs/cpu.md has the figures.
   static constexpr int64_t kMostBytes = 128 * 1024;
   static constexpr int64_t kTurnBytes = 256;
 
