@@ -61,21 +61,28 @@ def test_generate_of_transformers(family: str, cache: str, ranks: int) -> None:
         # The prompt and every step but the last token's own.
         assert calls["attention"] == layers * NEW_TOKENS
         assert calls["linear"] > NEW_TOKENS and calls[row_layers] >= 2 * layers * NEW_TOKENS
-        # Padding is hidden by a mask, which is SDPA's part.
+        # A row of each length at a time.
         assert padded_tokens == padded
-        assert "attention" not in padded_calls
+        assert padded_calls["attention"] == 2 * layers * NEW_TOKENS
 
 
 def beside_sdpa(_: int) -> list[float]:
-    """Largest differences of logits with a mask, without one, and with a longer cache."""
+    """Largest differences of logits without a mask, padded on the left, and with a hole besides."""
     model = build("llama").eval()
     ids = torch.randint(3, 60, (2, 40))
     mask = torch.ones_like(ids)
     mask[0, :9] = 0
+    hole = mask.clone()
+    hole[1, 5] = 0
+
+    def logits() -> list[torch.Tensor]:
+        found = [model(ids).logits]
+        return found + [model(ids, attention_mask=m).logits[:, 9:] for m in (mask, hole)]
+
     with torch.no_grad():
-        truth = [model(ids).logits, model(ids, attention_mask=mask).logits[:, 9:]]
+        truth = logits()
         model = parallelize(model, init_mesh(tp=1))
-        ours = [model(ids).logits, model(ids, attention_mask=mask).logits[:, 9:]]
+        ours = logits()
     assert model.config._attn_implementation == "pyparallel"
     return [(a - b).abs().max().item() for a, b in zip(ours, truth, strict=True)]
 

@@ -6,7 +6,9 @@ a mask where a backend has a kernel for it. Every other call is transformers' SD
 before.
 
 A static cache hands out all its slots, and a mask that hides those still empty. :func:`own_mask` notes
-on such a mask how many slots it shows; attention then reads these alone.
+on such a mask how many slots it shows; attention then reads these alone. Prompts of several lengths are
+padded on the left: the note then also says where each row starts, and every row is read from there, by
+itself. Padding queries, whose results nobody reads, get zeros.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from pyparallel.functional.attention import attention as torch_attention
 
 NAME = "pyparallel"
 
-# The attribute of a mask that says how many slots it shows.
+# The attributes of a mask that say how many slots it shows, and where each row's first one is.
 FILLED = "pyparallel_filled_slots"
+STARTS = "pyparallel_first_slots"
 
 # Arguments that change what attention computes.
 OTHER = ("softcap", "position_bias", "cache", "s_aux", "output_attentions")
@@ -49,8 +52,11 @@ def own_attention(
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     if plain and filled is not None:
         k, v = k[:, :filled], v[:, :filled]
-        o = backend.call("attention", q, k, v, causal=query.shape[2] > 1, scale=scaling)
-        return o.contiguous(), None
+        how = {"causal": query.shape[2] > 1, "scale": scaling}
+        starts = getattr(attention_mask, STARTS, None)
+        if starts is not None:
+            return _padded_on_the_left(q, k, v, starts, **how), None
+        return backend.call("attention", q, k, v, **how).contiguous(), None
     if plain and attention_mask is not None:
         # transformers' masks are complete: they have the causal one and the window in them.
         masked = {"scale": scaling, "mask": attention_mask[..., : key.shape[2]]}
@@ -60,6 +66,21 @@ def own_attention(
             return run(q, k, v, **masked).contiguous(), None
     options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options, **kwargs)
+
+
+def _padded_on_the_left(
+    q: Tensor, k: Tensor, v: Tensor, starts: tuple[int, ...], **how: Any
+) -> Tensor:
+    """[B, S, N_r, D]: row b attends to its keys from ``starts[b]`` on; padding queries give zeros."""
+    o = q.new_zeros(q.shape)
+    before = k.shape[1] - q.shape[1]
+    for row, start in enumerate(starts):
+        first = max(start - before, 0)
+        rows = slice(row, row + 1)
+        o[rows, first:] = backend.call(
+            "attention", q[rows, first:], k[rows, start:], v[rows, start:], **how
+        )
+    return o
 
 
 def _filled_slots(length: int, slots: int, mask: Tensor | None, causal: bool) -> int | None:
@@ -102,11 +123,25 @@ def own_mask(
         return mask
     plain = mask_function in (None, causal_mask_function) and not use_vmap and kv_offset == 0
     filled = int(q_offset) + q_length
-    if plain and (attention_mask is None or bool(attention_mask[:, :filled].all())):
+    starts = _first_slots(attention_mask, filled) if plain else None
+    if starts is not None:
         # generate() makes masks contiguous, which would be another tensor.
         mask = mask.contiguous()
         setattr(mask, FILLED, filled)
+        if any(starts):
+            setattr(mask, STARTS, starts)
     return mask
+
+
+def _first_slots(padding: Tensor | None, filled: int) -> tuple[int, ...] | None:
+    """Where each row of a [B, T] mask starts; None if it hides anything after that, or a whole row."""
+    if padding is None:
+        return ()
+    seen = padding[:, :filled].bool()
+    starts = seen.int().argmax(1)
+    if bool((seen.sum(1) + starts == seen.shape[1]).all()) and bool(seen.any(1).all()):
+        return tuple(starts.tolist())
+    return None
 
 
 def use_own_attention(model: nn.Module) -> None:
