@@ -1,5 +1,5 @@
 # The CUDA extension: `make cuda` compiles csrc/cuda for every architecture and links pyparallel/_cuda*.so.
-# It needs nvcc, NCCL (the wheel nvidia-nccl-cu13, or NCCL_HOME) and any torch >= 2.13, the CPU build too:
+# It needs nvcc, NCCL (the wheel nvidia-nccl-cu13, or NCCL_HOME) and any torch >= 2.10, the CPU build too:
 # the ops go through torch's stable ABI. Warnings and register spills are errors.
 CUDA_PYTHON ?= .venv/bin/python
 NVCC ?= nvcc
@@ -30,8 +30,8 @@ empty :=
 space := $(empty) $(empty)
 CUDA_CXX_FLAGS = -std=c++17 -O2 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas \
   -Icsrc -isystem $(NCCL_HOME)/include -isystem $(CUDA_HOME)/include \
-  -isystem $(CUDA_TORCH)/include $(CUDA_PYTHON_INCLUDES) \
-  -DTORCH_TARGET_VERSION=0x020d000000000000 \
+  $(CUDA_PYTHON_INCLUDES) -isystem $(CUDA_TORCH)/include \
+  -DTORCH_TARGET_VERSION=0x020a000000000000 \
   -DPYPARALLEL_CUDA_ARCHITECTURES='"$(subst $(space),$(empty) ,$(addprefix sm_,$(CUDA_ARCHITECTURES)))"'
 
 .PHONY: cuda cuda-report cuda-clean

@@ -34,6 +34,11 @@ NUM_FLAGS = 65536
 _NUM_FLAGS = tl.constexpr(NUM_FLAGS)
 FLAG_BYTES = 2 * 4 * NUM_FLAGS
 _FLAG_BYTES = tl.constexpr(FLAG_BYTES)
+# Triton before 3.8 has no polling wait with a clock. A polling atomic takes longer than this many
+# nanoseconds (on a GPU; in the interpreter), so that counting them waits at least as long as asked for.
+HAS_POLL = hasattr(tl, "atomic_poll")
+_HAS_POLL = tl.constexpr(HAS_POLL)
+_POLL_NS = tl.constexpr(20_000 if INTERPRETING else 250)
 
 
 @triton.jit
@@ -57,13 +62,27 @@ def signal(addresses_ptr, rank, epoch, index):
 
 
 @triton.jit
+def _poll(flag, epoch, budget):
+    """Whether the flag came to equal the epoch within about `budget` nanoseconds."""
+    polls = budget // _POLL_NS
+    seen = tl.atomic_cas(flag, epoch, epoch, sem="acquire", scope="sys") == epoch
+    while (not seen) & (polls > 0):
+        seen = tl.atomic_cas(flag, epoch, epoch, sem="acquire", scope="sys") == epoch
+        polls -= 1
+    return seen
+
+
+@triton.jit
 def wait(addresses_ptr, own_rank, epoch, index, missing, state_ptr, timeout_ns):
     """Wait for this rank's flag `index`, which rank `missing` raises; at most timeout_ns."""
     # After a first failure nobody waits again: one timeout bounds the whole kernel.
     failed = tl.load(state_ptr + 2, volatile=True)
     budget = tl.where(failed == 0, timeout_ns, 0).to(tl.int64)
     flag = _flag(addresses_ptr, own_rank, epoch, index)
-    seen = tl.atomic_poll(flag, epoch, sem="acquire", scope="sys", timeout_ns=budget)
+    if _HAS_POLL:
+        seen = tl.atomic_poll(flag, epoch, sem="acquire", scope="sys", timeout_ns=budget)
+    else:
+        seen = _poll(flag, epoch, budget)
     if not seen:
         if failed == 0:
             tl.store(state_ptr + 3, epoch)

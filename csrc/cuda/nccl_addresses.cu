@@ -5,7 +5,7 @@
 
 #include "nccl_communicator.h"
 
-#if NCCL_VERSION_CODE >= NCCL_VERSION(2, 28, 0)
+#if NCCL_VERSION_CODE >= NCCL_VERSION(2, 29, 0)
 #include <nccl_device.h>
 #define PP_NCCL_DEVICE_API 1
 #endif
@@ -76,7 +76,7 @@ std::vector<uintptr_t> NcclCommunicator::window_addresses(uint64_t window, uintp
   return addresses;
 #else
   (void)window, (void)multicast;
-  throw std::runtime_error("window_addresses: needs NCCL 2.28 or later, built with " +
+  throw std::runtime_error("window_addresses: needs NCCL 2.29 or later, built with " +
                            std::to_string(NCCL_VERSION_CODE));
 #endif
 }

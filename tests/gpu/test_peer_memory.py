@@ -12,7 +12,7 @@ from pyparallel.communicator import PeerError
 from pyparallel.cuda_communicator import NcclCommunicator
 from pyparallel.cuda_extension import NCCL_TYPES
 
-from .ranks import run_on_gpus, several, world_sizes
+from .ranks import apart, run_on_gpus, several, world_sizes
 from .test_communicator import inputs, ordered_sum
 
 pytestmark = [pytest.mark.gpu, several]
@@ -170,6 +170,7 @@ def multicast(c: NcclCommunicator) -> bool:
     return True
 
 
+@apart
 def test_multimem() -> None:
     if torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("NVLink multicast needs compute capability 9.0")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+
+from .ranks import gpu_of, several
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]
@@ -17,8 +20,10 @@ EPOCHS = 6
 
 def test_the_tests_of_the_interpreter_pass_compiled():
     """In a process of its own, because the choice is made when triton is imported."""
+    # Most of the time goes to the compiler; pytest-xdist shares that out where it is installed.
+    several_workers = ["-n", str(os.cpu_count())] if find_spec("xdist") else []
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "tests/kernels", "-m", "not slow"],
+        [sys.executable, "-m", "pytest", "-q", *several_workers, "tests/kernels", "-m", "not slow"],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
@@ -57,7 +62,7 @@ def communicate(rank: int, size: int, port: int) -> None:
     from pyparallel.kernels.matmul_reduce_scatter import matmul_reduce_scatter
     from pyparallel.kernels.norm import rms_norm
 
-    torch.cuda.set_device(rank)
+    torch.cuda.set_device(gpu_of(rank))
     dist.init_process_group(
         "nccl", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size
     )
@@ -104,17 +109,18 @@ def communicate(rank: int, size: int, port: int) -> None:
 
 def through_the_table(rank: int, size: int, port: int, folder: str, expected: dict) -> None:
     """What tests/kernels does over shared memory, over GPUs: every op, and a whole model."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = str(port)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(gpu_of(rank))}
+    # Ranks that share a GPU: to init_mesh each is alone on a machine, and so takes it.
+    local = str(min(size, torch.cuda.device_count()))
+    os.environ |= {"LOCAL_WORLD_SIZE": local, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     sys.path.insert(0, str(ROOT / "tests" / "kernels"))
     import test_parallel_ops
     import test_whole_model
 
     from pyparallel.mesh import init_mesh
 
-    torch.cuda.set_device(rank)
-    device = f"cuda:{rank}"
+    torch.cuda.set_device(gpu_of(rank))
+    device = f"cuda:{gpu_of(rank)}"
     test_parallel_ops.everything(init_mesh(tp=size).tp, device)
     for sequence_parallel, dense in expected.items():
         model = f"{folder}/{sequence_parallel}"
@@ -128,11 +134,8 @@ def on_all_gpus(fn, *args: object) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    size = torch.cuda.device_count()
+    size = max(torch.cuda.device_count(), 2)
     torch.multiprocessing.spawn(fn, (size, port, *args), nprocs=size)
-
-
-several = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs or more")
 
 
 @several

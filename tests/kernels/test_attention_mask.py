@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import DTYPES, normal
+from helpers import DTYPES, UNIT, normal
 from test_attention import check as check_forward
 from test_attention import inputs
 from test_attention_backward import check as check_backward
@@ -87,13 +87,17 @@ def test_the_lowest_number_counts_as_unseen(dtype, device):
     lowest = lowest.masked_fill(~seen, torch.finfo(dtype).min)
     got = attention(q, k, v, mask=lowest)
     expected = attention(q, k, v, mask=seen)
-    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
-    for a, b in zip(
-        attention_backward(do, q, k, v, *got, mask=lowest),
-        attention_backward(do, q, k, v, *expected, mask=seen),
-        strict=True,
-    ):
-        assert torch.equal(a, b)
+    gradients = [
+        attention_backward(do, q, k, v, *forward, mask=mask)
+        for forward, mask in ((got, lowest), (expected, seen))
+    ]
+    # Compiled, the scale is joined by fma to what follows it, which is another operation in each: a
+    # rounding of a score of up to 8, and its exponential is in error by as much.
+    apart = 0.0 if device == "cpu" else 8 * UNIT[torch.float32] + 2 * UNIT[dtype]
+    for a, b in zip((*got, *gradients[0]), (*expected, *gradients[1]), strict=True):
+        torch.testing.assert_close(
+            a, b, rtol=apart, atol=apart * float(b[b.isfinite()].abs().max())
+        )
 
 
 def test_the_reference_adds_what_the_boolean_mask_hides(device):

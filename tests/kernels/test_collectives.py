@@ -3,9 +3,11 @@ import time
 
 import pytest
 import torch
+import triton.language as tl
 from helpers import DTYPES, normal
 from ranks import run_ranks
 
+from pyparallel.kernels import symmetric
 from pyparallel.kernels.collectives import (
     all_gather,
     all_reduce,
@@ -31,9 +33,17 @@ def ordered_sum(parts):
     return total.to(parts[0].dtype)
 
 
+@pytest.fixture(params=[True, False], ids=["poll", "counted polls"])
+def polling(request, monkeypatch):
+    """Both ways to wait: with Triton's clock, where it has one, and by counting."""
+    if request.param and not symmetric.HAS_POLL:
+        pytest.skip("this Triton has no atomic_poll")
+    monkeypatch.setattr(symmetric, "_HAS_POLL", tl.constexpr(request.param))
+
+
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
-def test_all_reduce_over_epochs(size, algorithm):
+def test_all_reduce_over_epochs(size, algorithm, polling):
     def body(memory):
         for epoch in range(EPOCHS):
             dtype = DTYPES[epoch % 3]
@@ -119,7 +129,7 @@ def test_mixed_operations_share_the_flags():
 
 
 @pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
-def test_a_rank_that_never_comes_is_named_in_time(algorithm):
+def test_a_rank_that_never_comes_is_named_in_time(algorithm, polling):
     def body(memory):
         x = torch.ones(300)
         all_reduce(x, memory, algorithm=algorithm)

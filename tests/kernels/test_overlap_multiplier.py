@@ -42,8 +42,9 @@ def guarded(linear: Linear) -> Linear:
     return run
 
 
-def randn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+def randn(*shape: int, seed: int, device: str) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).bfloat16().to(device)
 
 
 def run(build, pieces: int, transport: str) -> list[tuple[Tensor, ...]]:
@@ -55,12 +56,12 @@ def run(build, pieces: int, transport: str) -> list[tuple[Tensor, ...]]:
     return [p.results for p in pipelines]
 
 
-def test_pieces_have_the_bits_of_the_unfused_kernel() -> None:
-    bias, total = randn(N, seed=9), sum(ROWS)
-    x = [randn(rows, K, seed=r) for r, rows in enumerate(ROWS)]
-    full = [randn(total, K, seed=20 + r) for r in range(2)]
-    weight = [randn(N, K, seed=10 + r) for r in range(2)]
-    dy = [randn(rows, N, seed=30 + r) for r, rows in enumerate(ROWS)]
+def test_pieces_have_the_bits_of_the_unfused_kernel(device: str) -> None:
+    bias, total = randn(N, seed=9, device=device), sum(ROWS)
+    x = [randn(rows, K, seed=r, device=device) for r, rows in enumerate(ROWS)]
+    full = [randn(total, K, seed=20 + r, device=device) for r in range(2)]
+    weight = [randn(N, K, seed=10 + r, device=device) for r in range(2)]
+    dy = [randn(rows, N, seed=30 + r, device=device) for r, rows in enumerate(ROWS)]
 
     def gather(r: int, **how):
         linear = guarded(forward_linear("triton", bias))
@@ -81,7 +82,7 @@ def test_pieces_have_the_bits_of_the_unfused_kernel() -> None:
     parts = [[matmul(s, w) for s in f.split(ROWS)] for f, w in zip(full, weight, strict=True)]
     want_scatter = []
     for r in range(2):
-        out = torch.empty(ROWS[r], N, dtype=torch.bfloat16)
+        out = torch.empty(ROWS[r], N, dtype=torch.bfloat16, device=device)
         rank_ordered_sum(torch.stack([parts[q][r] for q in range(2)]), out)
         want_scatter.append(out)
     want_back = [torch.cat([matmul(d, w.t()) for d in dy]) for w in weight]

@@ -14,8 +14,8 @@ from pyparallel.testing import normals
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seed", [0, 5, -3, 2**62 + 1])
-def test_dropout_drops_the_same_elements(seed, dtype):
-    x = normals(2, 5, 9, seed=1, dtype=dtype)
+def test_dropout_drops_the_same_elements(seed, dtype, device):
+    x = normals(2, 5, 9, seed=1, dtype=dtype).to(device)
     results = []
     for name in ("triton", "torch"):
         with backend.use(name):
@@ -28,9 +28,9 @@ def test_dropout_drops_the_same_elements(seed, dtype):
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-def test_cross_entropy(label_smoothing, z_loss):
-    logits = normals(5, 33, seed=1, scale=4.0)
-    targets = torch.tensor([0, 32, -100, 7, 16])
+def test_cross_entropy(label_smoothing, z_loss, device):
+    logits = normals(5, 33, seed=1, scale=4.0).to(device)
+    targets = torch.tensor([0, 32, -100, 7, 16], device=device)
     results = []
     for name in ("triton", "torch"):
         with backend.use(name):

@@ -15,6 +15,11 @@
 
 #include "core/pack.h"
 
+// Of torch's C shim; weak, since a CPU build of torch has no such symbol and the extension
+// loads there too. Stream::nativeHandle() would ask for torch 2.13.
+extern "C" __attribute__((weak, visibility("default"))) int32_t
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
 namespace pyparallel::cuda {
 
 using torch::headeronly::ScalarType;
@@ -23,14 +28,19 @@ using OptionalTensor = std::optional<Tensor>;
 
 // Makes the tensor's device current for the scope of an op, and gives its current stream.
 struct OnDeviceOf {
-  explicit OnDeviceOf(const Tensor& tensor)
-      : guard(tensor.get_device_index()),
-        current(torch::stable::accelerator::getCurrentStream(tensor.get_device_index())) {}
+  explicit OnDeviceOf(const Tensor& tensor) : guard(tensor.get_device_index()) {
+    void* current = nullptr;
+    if (aoti_torch_get_current_cuda_stream == nullptr ||
+        aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &current) != 0) {
+      throw std::runtime_error("torch gives no CUDA stream; install a CUDA build of torch");
+    }
+    handle = static_cast<cudaStream_t>(current);
+  }
 
-  cudaStream_t stream() const { return static_cast<cudaStream_t>(current.nativeHandle()); }
+  cudaStream_t stream() const { return handle; }
 
   torch::stable::accelerator::DeviceGuard guard;
-  torch::stable::accelerator::Stream current;
+  cudaStream_t handle = nullptr;
 };
 
 inline std::string shape_text(const Tensor& tensor) {
