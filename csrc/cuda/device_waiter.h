@@ -38,7 +38,10 @@ struct DeviceWaiter {
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(nanoseconds));
     return nanoseconds;
   }
+  // Only of the first call that fails: those behind it fail because of it, and would hide why.
   __device__ void record(uint64_t* word, int peer) {
+    const uint64_t failed = load_relaxed(&fault->sequence);
+    if (failed != 0 && failed != sequence) return;
     atomicOr_system(reinterpret_cast<unsigned long long*>(word), 1ull << peer);
     atomicCAS_system(reinterpret_cast<unsigned long long*>(&fault->sequence), 0ull,
                      static_cast<unsigned long long>(sequence));

@@ -66,12 +66,11 @@ NcclCommunicator::NcclCommunicator(std::string name, const std::string& id, int 
     : NcclCommunicator(std::move(name), timeout_seconds) {
   ncclUniqueId unique;
   if (id.size() != sizeof unique.internal) {
-    throw std::invalid_argument("id: expected the " + std::to_string(sizeof unique.internal) +
-                                " bytes of unique_id(), got " + std::to_string(id.size()));
+    throw std::invalid_argument("id: expected the bytes of unique_id(), got " + std::to_string(id.size()));
   }
   if (size < 1 || rank < 0 || rank >= size) {
-    throw std::invalid_argument("rank: expected 0 to size - 1, got " + std::to_string(rank) +
-                                " of " + std::to_string(size));
+    const std::string got = std::to_string(rank) + " of " + std::to_string(size);
+    throw std::invalid_argument("rank: expected 0 to size - 1, got " + got);
   }
   std::memcpy(unique.internal, id.data(), id.size());
   rank_ = rank;
@@ -89,9 +88,9 @@ std::unique_ptr<NcclCommunicator> NcclCommunicator::split(int color, int key,
     Lock lock(mutex_);
     begin("split");
     ncclConfig_t config = non_blocking(child->name_);
-    complete(ncclCommSplit(communicator_, color < 0 ? NCCL_SPLIT_NOCOLOR : color, key,
-                           &child->communicator_, &config),
-             lock);
+    const int part = color < 0 ? NCCL_SPLIT_NOCOLOR : color;
+    complete(ncclCommSplit(communicator_, part, key, &child->communicator_, &config), lock);
+    if (color >= 0) await_handle(child, lock);
   }
   if (color < 0) return nullptr;
   child->open_stream();
@@ -101,6 +100,20 @@ std::unique_ptr<NcclCommunicator> NcclCommunicator::split(int color, int key,
   child->complete(ncclCommUserRank(child->communicator_, &child->rank_), lock);
   child->complete(ncclCommCount(child->communicator_, &child->size_), lock);
   return child;
+}
+
+// NCCL may call a split done, and store the child's handle from a thread of its own later.
+void NcclCommunicator::await_handle(std::unique_ptr<NcclCommunicator>& child, Lock& lock) {
+  const auto deadline = deadline_of(timeout_);
+  try {
+    while (__atomic_load_n(&child->communicator_, __ATOMIC_ACQUIRE) == nullptr) {
+      complete(ncclInProgress, lock);
+      pause(deadline, lock);
+    }
+  } catch (...) {
+    (void)child.release();  // NCCL may yet write there.
+    throw;
+  }
 }
 
 NcclCommunicator::~NcclCommunicator() {
@@ -140,31 +153,30 @@ void NcclCommunicator::begin(const char* operation) {
   ++sequence_;
 }
 
+void NcclCommunicator::pause(Clock::time_point deadline, Lock& lock) {
+  const std::string late = "not all ranks came within " + std::to_string(timeout_.count()) + " s";
+  if (Clock::now() > deadline) abort_with(late, {}, operation_, sequence_);
+  // poll() may abort meanwhile: then this wait ends with its reason.
+  lock.unlock();
+  std::this_thread::sleep_for(kPollEvery);
+  lock.lock();
+  if (failure_) throw *failure_;
+}
+
 // Waits for a call of a non-blocking communicator to be done with on the host.
 void NcclCommunicator::complete(ncclResult_t result, Lock& lock) {
   const auto deadline = deadline_of(timeout_);
   while (result == ncclInProgress) {
     if (ncclCommGetAsyncError(communicator_, &result) != ncclSuccess) result = ncclInternalError;
-    if (result != ncclInProgress) break;
-    if (Clock::now() > deadline) {
-      abort_with("not all ranks came within " + std::to_string(timeout_.count()) + " s", {},
-                 operation_, sequence_);
-    }
-    // poll() may abort meanwhile: then this wait ends with its reason.
-    lock.unlock();
-    std::this_thread::sleep_for(kPollEvery);
-    lock.lock();
-    if (failure_) throw *failure_;
+    if (result == ncclInProgress) pause(deadline, lock);
   }
   if (result == ncclSuccess) return;
+  const std::string why =
+      std::string("NCCL: ") + ncclGetErrorString(result) + ": " + ncclGetLastError(communicator_);
   if (result == ncclInvalidArgument || result == ncclInvalidUsage) {
-    throw std::invalid_argument(operation_ + " on group '" + name_ + "': NCCL: " +
-                                ncclGetErrorString(result) + ": " +
-                                ncclGetLastError(communicator_));
+    throw std::invalid_argument(operation_ + " on group '" + name_ + "': " + why);
   }
-  abort_with(std::string("NCCL: ") + ncclGetErrorString(result) + ": " +
-                 ncclGetLastError(communicator_),
-             {}, operation_, sequence_);
+  abort_with(why, {}, operation_, sequence_);
 }
 
 // Whether NCCL did what it may also refuse; a call that never ends is a lost peer as everywhere.

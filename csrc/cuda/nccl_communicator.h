@@ -101,8 +101,10 @@ class NcclCommunicator {
   void open_stream();
   void begin(const char* operation);
   void finish(ncclResult_t result, cudaStream_t stream, Lock& lock);
+  void pause(std::chrono::steady_clock::time_point deadline, Lock& lock);
   void complete(ncclResult_t result, Lock& lock);
   bool accepted(ncclResult_t result, Lock& lock);
+  void await_handle(std::unique_ptr<NcclCommunicator>& child, Lock& lock);
   void deregister(const Window& window, Lock& lock);
   void look(Lock& lock);
   [[noreturn]] void abort_with(const std::string& reason, const std::vector<int>& missing,

@@ -42,10 +42,17 @@ class Ranks:
             group.check()
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("n", [1, 777, 1 << 14, 300_001])
 def test_collectives_give_the_ordered_bits(size, dtype, n) -> None:
+    # A kernel is loaded at its first launch, which waits for what runs; here that would wait for a peer
+    # that this thread has not launched yet. One rank alone waits for nobody, and loads them all.
+    for ranks in (1, size):
+        collectives(ranks, dtype, n)
+
+
+def collectives(size: int, dtype: torch.dtype, n: int) -> None:
     ranks, code = Ranks(size), NCCL_TYPES[dtype]
     element = torch.empty(0, dtype=dtype).element_size()
     data = inputs(size, n, dtype)
@@ -81,6 +88,11 @@ def test_collectives_give_the_ordered_bits(size, dtype, n) -> None:
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("rows", [1, 5, 64])
 def test_reduction_residual_and_norm(size, rows) -> None:
+    for ranks in (1, size):
+        fused(ranks, rows)
+
+
+def fused(size: int, rows: int) -> None:
     from pyparallel import cuda_ops
 
     hidden, dtype, ranks = 4096, torch.bfloat16, Ranks(size)
@@ -108,7 +120,12 @@ def test_reduction_residual_and_norm(size, rows) -> None:
 
 
 def test_graph_replay_keeps_the_epochs() -> None:
-    size, ranks = 3, Ranks(3)
+    for ranks in (1, 3):
+        replayed(ranks)
+
+
+def replayed(size: int) -> None:
+    ranks = Ranks(size)
     xs = [torch.zeros(4096, device="cuda") for _ in range(size)]
     code, how = NCCL_TYPES[torch.float32], (ranks.sum, ranks.algorithms.two_shot)
 

@@ -6,11 +6,13 @@
 #include <nccl.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace fake {
@@ -26,6 +28,8 @@ struct Script {
   bool event_done = true;
   bool capturing = false;
   bool window_is_null = false;
+  // When split() stores the child's handle: at once, or so much later.
+  int late_child_ms = 0;
   int blocking = -1;
   int priority = 0;
 };
@@ -64,6 +68,7 @@ inline void reset() {
   s.outcome = ncclSuccess;
   s.event_done = true;
   s.capturing = s.window_is_null = false;
+  s.late_child_ms = 0;
 }
 
 // What a function of a non-blocking communicator answers.
@@ -147,7 +152,14 @@ ncclResult_t ncclCommInitRankConfig(ncclComm_t* c, int, ncclUniqueId, int, ncclC
   return fake::answer("init");
 }
 ncclResult_t ncclCommSplit(ncclComm_t, int color, int, ncclComm_t* child, ncclConfig_t*) {
-  *child = color == NCCL_SPLIT_NOCOLOR ? nullptr : fake::some_communicator();
+  const int late_ms = fake::script().late_child_ms;
+  *child = color == NCCL_SPLIT_NOCOLOR || late_ms > 0 ? nullptr : fake::some_communicator();
+  if (color != NCCL_SPLIT_NOCOLOR && late_ms > 0) {
+    std::thread([child, late_ms] {
+      std::this_thread::sleep_for(std::chrono::milliseconds(late_ms));
+      __atomic_store_n(child, fake::some_communicator(), __ATOMIC_RELEASE);
+    }).detach();
+  }
   return fake::answer("split");
 }
 ncclResult_t ncclCommAbort(ncclComm_t) { return fake::note("abort"), ncclSuccess; }

@@ -124,6 +124,11 @@ void sub_groups() {
   expect(c->split(-1, 0, "none") == nullptr, "no color, no group");
   const auto child = c->split(0, 0, "half");
   expect(child->rank() == 1 && child->size() == 2 && child->name() == "half", "the child");
+  // As NCCL 2.32 does: success at once, the handle later.
+  fake::script().late_child_ms = 20;
+  const auto late = c->split(0, 0, "late");
+  expect(late->rank() == 1 && late->size() == 2, "a child whose handle comes late");
+  fake::script().late_child_ms = 0;
 }
 
 void captured_calls_have_no_deadline() {
