@@ -17,8 +17,9 @@ from pyparallel.kernels.attention import attention
 from pyparallel.kernels.attention_backward import attention_backward
 from pyparallel.kernels.attention_decode import attention_decode
 from pyparallel.kernels.gated_mlp import gated_mlp
+from pyparallel.kernels.gated_mlp_descriptor import gated_mlp_on_best_path
 from pyparallel.kernels.matmul import matmul
-from pyparallel.kernels.matmul_descriptor import matmul_descriptor
+from pyparallel.kernels.matmul_descriptor import matmul_descriptor, matmul_on_best_path
 
 BACKENDS = {"sdpa": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 # attention: B, S, N, G, D; decode: B, T, N, G, D; rope: B, S, N, D; loss: T, V; limits: matmul, copy.
@@ -124,12 +125,16 @@ def matmul_cases(sizes: dict[str, Any], randn: Callable[..., Tensor]) -> Iterato
             f"matmul {m}x{n}x{k}",
             lambda m=m, n=n, k=k: (randn(m, k), randn(n, k)),
             lambda x, w: x.float() @ w.float().T,
-            {"triton": plain(matmul), "descriptor": plain(matmul_descriptor)},
+            {
+                "pointers": plain(matmul),
+                "descriptors": plain(matmul_descriptor),
+                "chosen": plain(matmul_on_best_path),
+            },
             {"cublas": plain(F.linear)},
             2 * m * n * k,
             2 * (m * k + n * k + m * n),
         )
-    silu = partial(gated_mlp, activation="silu")
+    silu, best = (partial(f, activation="silu") for f in (gated_mlp, gated_mlp_on_best_path))
     for m, f, k in sizes["gated_mlp"]:
 
         def unfused(x: Tensor, w: Tensor) -> Tensor:
@@ -140,7 +145,7 @@ def matmul_cases(sizes: dict[str, Any], randn: Callable[..., Tensor]) -> Iterato
             f"gated_mlp {m}x{f}x{k}",
             lambda m=m, f=f, k=k: (randn(m, k), randn(2 * f, k) / math.sqrt(k)),
             lambda x, w, unfused=unfused: unfused(x.float(), w.float()),
-            {"triton": plain(silu)},
+            {"pointers": plain(silu), "chosen": plain(best)},
             {"cublas+silu": plain(unfused)},
             4 * m * f * k,
             2 * (2 * f * k + m * k + m * f),

@@ -25,6 +25,7 @@ import triton.language as tl
 
 from .attention_configurations import AttentionConfig, attention_config
 from .attention_mask import apply_mask, mask_arguments, mask_places
+from .attention_tiles import key_runs, load_rows, seen_keys, sequence_bounds
 from .language import LN_2, LOG2_E, dot, narrow
 from .launch import (
     FLOATS,
@@ -39,28 +40,6 @@ from .launch import (
 
 
 @triton.jit
-def seen_keys(offs_m, offs_n, shift, S, T, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """[BLOCK_M, BLOCK_N] True where query offs_m sees key offs_n; shift = T - S."""
-    seen = (offs_n < T)[None, :] & (offs_m < S)[:, None]
-    behind = offs_m[:, None] + shift - offs_n[None, :]
-    if CAUSAL:
-        seen = seen & (behind >= 0)
-    if WINDOW:
-        seen = seen & (behind < window)
-    return seen
-
-
-@triton.jit
-def sequence_bounds(cu_ptr, b, length, VARLEN: tl.constexpr):
-    """(first token, number of tokens) of sequence b."""
-    if VARLEN:
-        start = tl.load(cu_ptr + b)
-        return start.to(tl.int64), tl.load(cu_ptr + b + 1) - start
-    else:
-        return tl.full((), 0, tl.int64), length
-
-
-@triton.jit
 def attend_keys(
     acc, maximum, total, q, k_ptr, v_ptr, mask_ptr, offs_m, start, stop, shift, S, T, window,
     scale_log2, stride_ks, stride_vs, stride_ms, stride_mt, D: tl.constexpr,
@@ -69,44 +48,33 @@ def attend_keys(
 ):
     """Fold keys start .. stop into the running (acc, maximum, total) of a block of queries.
 
-    MASKED False: every query of the block sees every one of these keys, and stop - start is
-    a multiple of BLOCK_N."""
-    offs_d = tl.arange(0, BLOCK_D)
-    lanes = tl.arange(0, BLOCK_N)
+    MASKED False: every query of the block sees every one of these keys, stop - start is a
+    multiple of BLOCK_N, and scale_log2 is not negative."""
+    zeros = tl.zeros((q.shape[0], BLOCK_N), tl.float32)
     for n in tl.range(start, stop, BLOCK_N):
-        offs_n = n + lanes
-        k_ptrs = k_ptr + offs_n[None, :].to(tl.int64) * stride_ks + offs_d[:, None]
-        v_ptrs = v_ptr + offs_n[:, None].to(tl.int64) * stride_vs + offs_d[None, :]
+        k = load_rows(k_ptr, n, stride_ks, T, D, MASKED, BLOCK_N, BLOCK_D)
+        scores = dot(q, tl.trans(k), zeros, PRECISION)
         if MASKED:
-            inside = offs_n < T
-            k = tl.load(k_ptrs, mask=inside[None, :] & (offs_d < D)[:, None], other=0.0)
-        elif D == BLOCK_D:
-            k = tl.load(k_ptrs)
-        else:
-            k = tl.load(k_ptrs, mask=(offs_d < D)[:, None], other=0.0)
-        scores = dot(q, k, tl.zeros((q.shape[0], BLOCK_N), tl.float32), PRECISION) * scale_log2
-        if MASKED:
+            offs_n = n + tl.arange(0, BLOCK_N)
+            scores *= scale_log2
             seen = seen_keys(offs_m, offs_n, shift, S, T, window, CAUSAL, WINDOW)
             if MASK != "none":
                 places = mask_places(mask_ptr, offs_m, offs_n, stride_ms, stride_mt)
                 scores, seen = apply_mask(scores, seen, places, MASK)
             scores = tl.where(seen, scores, float("-inf"))
-        higher = tl.maximum(maximum, tl.max(scores, axis=1))
-        if MASKED:
+            higher = tl.maximum(maximum, tl.max(scores, axis=1))
             # A row that has seen no key yet: -inf minus -inf would be NaN.
             base = tl.where(higher == float("-inf"), 0.0, higher)
+            p = tl.exp2(scores - base[:, None])
         else:
+            # The maximum alone is scaled, so that a score costs one fused multiply-add.
+            higher = tl.maximum(maximum, tl.max(scores, axis=1) * scale_log2)
             base = higher
-        p = tl.exp2(scores - base[:, None])
+            p = tl.exp2(scores * scale_log2 - base[:, None])
         shrink = tl.exp2(maximum - base)
         total = total * shrink + tl.sum(p, axis=1)
         acc = acc * shrink[:, None]
-        if MASKED:
-            v = tl.load(v_ptrs, mask=inside[:, None] & (offs_d < D)[None, :], other=0.0)
-        elif D == BLOCK_D:
-            v = tl.load(v_ptrs)
-        else:
-            v = tl.load(v_ptrs, mask=(offs_d < D)[None, :], other=0.0)
+        v = load_rows(v_ptr, n, stride_vs, T, D, MASKED, BLOCK_N, BLOCK_D)
         acc = dot(narrow(p, v.dtype), v, acc, PRECISION)
         maximum = higher
     return acc, maximum, total
@@ -123,10 +91,11 @@ def attention_kernel(
     MASK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """Grid (tiles of S, N, B or sequences). The longest rows of a causal mask start first."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    head = tl.program_id(1)
-    b = tl.program_id(2)
+    """Grid (N, B or sequences, tiles of S). The longest rows of a causal mask start first, of all
+    heads, so that the last programs to start are short."""
+    head = tl.program_id(0)
+    b = tl.program_id(1)
+    tile = tl.num_programs(2) - 1 - tl.program_id(2)
     q_first, num_queries = sequence_bounds(cu_q_ptr, b, S, VARLEN)
     k_first, num_keys = sequence_bounds(cu_k_ptr, b, T, VARLEN)
     first = tile * BLOCK_M
@@ -144,31 +113,14 @@ def attention_kernel(
     offs_m = first + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     rows = offs_m < num_queries
-    row_mask = rows[:, None] & (offs_d < D)[None, :]
-    q_ptrs = q_ptr + offs_m[:, None].to(tl.int64) * stride_qs + offs_d[None, :]
-    q = tl.load(q_ptrs, mask=row_mask, other=0.0)
+    q = load_rows(q_ptr, first, stride_qs, num_queries, D, True, BLOCK_M, BLOCK_D)
     shift = num_keys - num_queries
 
-    # Keys fall into three runs: a left edge and a right edge that the mask cuts, and a
-    # middle that every query of the block sees whole.
-    low = 0
-    high = num_keys
-    full_low = 0
-    full_high = num_keys // BLOCK_N * BLOCK_N
-    last = tl.minimum(first + BLOCK_M, num_queries) - 1
-    if CAUSAL:
-        high = tl.minimum(num_keys, tl.maximum(last + shift + 1, 0))
-        full_high = tl.minimum(full_high, tl.maximum(first + shift + 1, 0) // BLOCK_N * BLOCK_N)
-    if WINDOW:
-        low = tl.maximum(first + shift - window + 1, 0) // BLOCK_N * BLOCK_N
-        full_low = tl.cdiv(tl.maximum(last + shift - window + 1, 0), BLOCK_N) * BLOCK_N
-    full_low = tl.minimum(full_low, tl.cdiv(high, BLOCK_N) * BLOCK_N)
-    full_low = tl.maximum(full_low, low)
-    full_high = tl.maximum(full_high, full_low)
-    if MASK != "none":
-        # No run of keys is known to be seen whole: all of them are the right edge.
-        full_low = low
-        full_high = low
+    low, full_low, full_high, high = key_runs(
+        first, shift, num_queries, num_keys, window, CAUSAL, WINDOW, MASK, BLOCK_M, BLOCK_N
+    )
+    # A negative scale would make the largest score the smallest.
+    full_high = tl.where(scale_log2 < 0.0, full_low, full_high)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -189,14 +141,15 @@ def attention_kernel(
     acc, maximum, total = attend_keys(
         acc, maximum, total, q, k_ptr, v_ptr, mask_ptr, offs_m, full_high, high, shift,
         num_queries, num_keys, window, scale_log2, stride_ks, stride_vs, stride_ms, stride_mt,
-        D, CAUSAL, WINDOW, MASK, True, PRECISION, BLOCK_N, BLOCK_D,
+        D, CAUSAL, WINDOW and MASK != "none", MASK, True, PRECISION, BLOCK_N, BLOCK_D,
     )
     none = total == 0.0
     acc = acc / tl.where(none, 1.0, total)[:, None]
     lse = tl.where(none, float("-inf"), (maximum + tl.log2(tl.where(none, 1.0, total))) * LN_2)
     tl.store(lse_ptr + offs_m, lse, mask=rows)
     o_ptrs = o_ptr + offs_m[:, None].to(tl.int64) * stride_os + offs_d[None, :]
-    tl.store(o_ptrs, narrow(acc, o_ptr.dtype.element_ty), mask=row_mask)
+    o_mask = rows[:, None] & (offs_d < D)[None, :]
+    tl.store(o_ptrs, narrow(acc, o_ptr.dtype.element_ty), mask=o_mask)
 
 
 def check_attention(
@@ -251,7 +204,7 @@ def attention_out(
     sequences = cu_seqlens_q.shape[0] - 1 if varlen else b
     longest = (max_seqlen_q or s) if varlen else s
     config = config or attention_config(architecture(q), "forward", d, q.element_size(), precision)
-    attention_kernel[cdiv(longest, config.block_m), n, sequences](
+    attention_kernel[n, sequences, cdiv(longest, config.block_m)](
         q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, mask, s, k.shape[1], n, k.shape[2], window or 0,
         (1 / math.sqrt(d) if scale is None else scale) * float(LOG2_E.value),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], *lse.stride()[:2],

@@ -5,11 +5,10 @@ With p = exp(scale * q k^T - lse), delta = sum_d do * o - dlse:
     dv = p^T do,   dp = do v^T,   ds = p * (dp - delta),
     dq = scale * ds k,   dk = scale * ds^T q
 
-One pass holds a tile of keys and walks the queries of every query head of its group, so dk
-and dv of grouped heads are summed in head order in registers; a second pass holds a tile of
-queries and walks the keys. Each recomputes p. dlse [B, N, S] is what arrives at lse where
-context parallelism merges partial results. Layouts and masks as in attention.py; the mask gets
-no gradient.
+One pass (attention_backward_kv.py) holds a tile of keys and walks the queries of every query head
+of its group; a second pass holds a tile of queries and walks the keys. Each recomputes p. dlse
+[B, N, S] is what arrives at lse where context parallelism merges partial results. Layouts and
+masks as in attention.py; the mask gets no gradient.
 """
 
 from __future__ import annotations
@@ -20,20 +19,23 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import check_attention, seen_keys, sequence_bounds
+from .attention import check_attention
+from .attention_backward_kv import attention_backward_kv_kernel
 from .attention_configurations import attention_config
 from .attention_mask import apply_mask, mask_arguments, mask_places
+from .attention_tiles import key_runs, load_rows, seen_keys, sequence_bounds
 from .language import LOG2_E, dot, narrow
 from .launch import architecture, cdiv, check_last_contiguous, check_shape, next_power_of_two
 
 
 @triton.jit
 def attention_delta_kernel(
-    o_ptr, do_ptr, dlse_ptr, delta_ptr, S, stride_ob, stride_os, stride_on,
+    o_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr, base_ptr, S, stride_ob, stride_os, stride_on,
     stride_db, stride_ds, stride_dn, stride_lb, stride_ln,
     D: tl.constexpr, HAS_DLSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """Grid (tiles of S, N, B): delta [B, N, S] = sum over D of do * o, minus dlse."""
+    """Grid (tiles of S, N, B): delta [B, N, S] = sum over D of do * o, minus dlse; base [B, N, S] =
+    lse in log2 units, 0 where a query sees no key and lse is -inf."""
     offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
@@ -48,91 +50,43 @@ def attention_delta_kernel(
     place = b * stride_lb + head * stride_ln + offs_m
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + place, mask=rows, other=0.0)
+    lse = tl.load(lse_ptr + place, mask=rows, other=0.0)
     tl.store(delta_ptr + place, delta, mask=rows)
+    tl.store(base_ptr + place, tl.where(lse == float("-inf"), 0.0, lse * LOG2_E), mask=rows)
 
 
 @triton.jit
-def probabilities(scores, lse, seen):
-    """exp2(scores - lse) where seen, else 0; a row that saw nothing has lse = -inf."""
-    lse = tl.where(lse == float("-inf"), 0.0, lse)
-    return tl.where(seen, tl.exp2(scores - lse), 0.0)
-
-
-@triton.jit
-def attention_backward_kv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr, mask_ptr,
-    S, T, N, G, window, scale, stride_qb, stride_qs, stride_qn, stride_kb, stride_ks, stride_kg,
-    stride_vb, stride_vs, stride_vg, stride_ob, stride_os, stride_on,
-    stride_gb, stride_gs, stride_gg, stride_lb, stride_ln,
-    stride_mb, stride_mn, stride_ms, stride_mt,
-    D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, VARLEN: tl.constexpr,
-    MASK: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+def gather_keys(
+    dq, q, do, base, delta, k_ptr, v_ptr, mask_ptr, offs_m, start, stop, shift, S, T, window,
+    scale_log2, stride_ks, stride_vs, stride_ms, stride_mt, D: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """Grid (tiles of T, G, B or sequences)."""
-    first = tl.program_id(0) * BLOCK_N
-    kv_head = tl.program_id(1)
-    b = tl.program_id(2)
-    q_first, num_queries = sequence_bounds(cu_q_ptr, b, S, VARLEN)
-    k_first, num_keys = sequence_bounds(cu_k_ptr, b, T, VARLEN)
-    if first >= num_keys:
-        return
-    batch = tl.where(VARLEN, 0, b).to(tl.int64)
-    shift = num_keys - num_queries
-    offs_n = first + tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    keys_mask = (offs_n < num_keys)[:, None] & (offs_d < D)[None, :]
-    k_base = k_ptr + batch * stride_kb + k_first * stride_ks + kv_head * stride_kg
-    v_base = v_ptr + batch * stride_vb + k_first * stride_vs + kv_head * stride_vg
-    rows_n = offs_n[:, None].to(tl.int64)
-    k = tl.load(k_base + rows_n * stride_ks + offs_d[None, :], mask=keys_mask, other=0.0)
-    v = tl.load(v_base + rows_n * stride_vs + offs_d[None, :], mask=keys_mask, other=0.0)
-    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-
-    low = 0
-    high = num_queries
-    if CAUSAL:
-        low = tl.maximum(first - shift, 0) // BLOCK_M * BLOCK_M
-    if WINDOW:
-        high = tl.minimum(high, first + BLOCK_N - 1 + window - shift)
-    for group in range(0, N // G):
-        head = (kv_head * (N // G) + group).to(tl.int64)
-        q_base = q_ptr + batch * stride_qb + q_first * stride_qs + head * stride_qn
-        do_base = do_ptr + batch * stride_ob + q_first * stride_os + head * stride_on
-        row_base = batch * stride_lb + head * stride_ln + q_first
-        for m in tl.range(low, high, BLOCK_M):
-            offs_m = m + tl.arange(0, BLOCK_M)
-            rows = offs_m < num_queries
-            mask = rows[:, None] & (offs_d < D)[None, :]
-            rows_m = offs_m[:, None].to(tl.int64)
-            q = tl.load(q_base + rows_m * stride_qs + offs_d[None, :], mask=mask, other=0.0)
-            do = tl.load(do_base + rows_m * stride_os + offs_d[None, :], mask=mask, other=0.0)
-            lse = tl.load(lse_ptr + row_base + offs_m, mask=rows, other=0.0) * LOG2_E
-            delta = tl.load(delta_ptr + row_base + offs_m, mask=rows, other=0.0)
-            zeros = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            scores = dot(k, tl.trans(q), zeros, PRECISION) * (scale * LOG2_E)
-            seen = tl.trans(
-                seen_keys(offs_m, offs_n, shift, num_queries, num_keys, window, CAUSAL, WINDOW)
-            )
+    """Add what keys start .. stop give to dq / scale of a block of queries; MASKED as in
+    attend_keys."""
+    zeros = tl.zeros((q.shape[0], BLOCK_N), tl.float32)
+    for n in tl.range(start, stop, BLOCK_N):
+        k = load_rows(k_ptr, n, stride_ks, T, D, MASKED, BLOCK_N, BLOCK_D)
+        v = load_rows(v_ptr, n, stride_vs, T, D, MASKED, BLOCK_N, BLOCK_D)
+        scores = dot(q, tl.trans(k), zeros, PRECISION) * scale_log2
+        dp = dot(do, tl.trans(v), zeros, PRECISION)
+        if MASKED:
+            offs_n = n + tl.arange(0, BLOCK_N)
+            seen = seen_keys(offs_m, offs_n, shift, S, T, window, CAUSAL, WINDOW)
             if MASK != "none":
-                base = mask_ptr + batch * stride_mb + head * stride_mn
-                places = mask_places(base, offs_n, offs_m, stride_mt, stride_ms)
+                places = mask_places(mask_ptr, offs_m, offs_n, stride_ms, stride_mt)
                 scores, seen = apply_mask(scores, seen, places, MASK)
-            p = probabilities(scores, lse[None, :], seen)
-            dv = dot(narrow(p, do.dtype), do, dv, PRECISION)
-            dp = dot(v, tl.trans(do), zeros, PRECISION)
-            ds = p * (dp - delta[None, :])
-            dk = dot(narrow(ds, q.dtype), q, dk, PRECISION)
-    place = batch * stride_gb + k_first * stride_gs + kv_head * stride_gg
-    offsets = place + rows_n * stride_gs + offs_d[None, :]
-    tl.store(dk_ptr + offsets, narrow(dk * scale, dk_ptr.dtype.element_ty), mask=keys_mask)
-    tl.store(dv_ptr + offsets, narrow(dv, dv_ptr.dtype.element_ty), mask=keys_mask)
+            p = tl.where(seen, tl.exp2(scores - base[:, None]), 0.0)
+        else:
+            p = tl.exp2(scores - base[:, None])
+        ds = p * (dp - delta[:, None])
+        dq = dot(narrow(ds, k.dtype), k, dq, PRECISION)
+    return dq
 
 
 @triton.jit
 def attention_backward_q_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_q_ptr, cu_k_ptr, mask_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, base_ptr, delta_ptr, dq_ptr, cu_q_ptr, cu_k_ptr, mask_ptr,
     S, T, N, G, window, scale, stride_qb, stride_qs, stride_qn, stride_kb, stride_ks, stride_kg,
     stride_vb, stride_vs, stride_vg, stride_ob, stride_os, stride_on,
     stride_gb, stride_gs, stride_gn, stride_lb, stride_ln,
@@ -141,10 +95,10 @@ def attention_backward_q_kernel(
     MASK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """Grid (tiles of S, N, B or sequences)."""
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    head = tl.program_id(1)
-    b = tl.program_id(2)
+    """Grid (N, B or sequences, tiles of S), the longest rows first."""
+    head = tl.program_id(0)
+    b = tl.program_id(1)
+    first = (tl.num_programs(2) - 1 - tl.program_id(2)) * BLOCK_M
     q_first, num_queries = sequence_bounds(cu_q_ptr, b, S, VARLEN)
     k_first, num_keys = sequence_bounds(cu_k_ptr, b, T, VARLEN)
     if first >= num_queries:
@@ -155,47 +109,43 @@ def attention_backward_q_kernel(
     offs_m = first + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     rows = offs_m < num_queries
-    mask = rows[:, None] & (offs_d < D)[None, :]
-    rows_m = offs_m[:, None].to(tl.int64)
-    q_base = q_ptr + batch * stride_qb + q_first * stride_qs + head * stride_qn
-    do_base = do_ptr + batch * stride_ob + q_first * stride_os + head * stride_on
-    k_base = k_ptr + batch * stride_kb + k_first * stride_ks + kv_head * stride_kg
-    v_base = v_ptr + batch * stride_vb + k_first * stride_vs + kv_head * stride_vg
-    q = tl.load(q_base + rows_m * stride_qs + offs_d[None, :], mask=mask, other=0.0)
-    do = tl.load(do_base + rows_m * stride_os + offs_d[None, :], mask=mask, other=0.0)
-    row_base = batch * stride_lb + head.to(tl.int64) * stride_ln + q_first
-    lse = tl.load(lse_ptr + row_base + offs_m, mask=rows, other=0.0) * LOG2_E
-    delta = tl.load(delta_ptr + row_base + offs_m, mask=rows, other=0.0)
+    q_ptr += batch * stride_qb + q_first * stride_qs + head * stride_qn
+    do_ptr += batch * stride_ob + q_first * stride_os + head * stride_on
+    k_ptr += batch * stride_kb + k_first * stride_ks + kv_head * stride_kg
+    v_ptr += batch * stride_vb + k_first * stride_vs + kv_head * stride_vg
+    q = load_rows(q_ptr, first, stride_qs, num_queries, D, True, BLOCK_M, BLOCK_D)
+    do = load_rows(do_ptr, first, stride_os, num_queries, D, True, BLOCK_M, BLOCK_D)
+    row = batch * stride_lb + head.to(tl.int64) * stride_ln + q_first
+    base = tl.load(base_ptr + row + offs_m, mask=rows, other=0.0)
+    delta = tl.load(delta_ptr + row + offs_m, mask=rows, other=0.0)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if MASK != "none":
         mask_ptr += batch * stride_mb + head.to(tl.int64) * stride_mn
 
-    low = 0
-    high = num_keys
-    if CAUSAL:
-        last = tl.minimum(first + BLOCK_M, num_queries) - 1
-        high = tl.minimum(high, tl.maximum(last + shift + 1, 0))
-    if WINDOW:
-        low = tl.maximum(first + shift - window + 1, 0) // BLOCK_N * BLOCK_N
-    for n in tl.range(low, high, BLOCK_N):
-        offs_n = n + tl.arange(0, BLOCK_N)
-        keys_mask = (offs_n < num_keys)[:, None] & (offs_d < D)[None, :]
-        rows_n = offs_n[:, None].to(tl.int64)
-        k = tl.load(k_base + rows_n * stride_ks + offs_d[None, :], mask=keys_mask, other=0.0)
-        v = tl.load(v_base + rows_n * stride_vs + offs_d[None, :], mask=keys_mask, other=0.0)
-        zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        scores = dot(q, tl.trans(k), zeros, PRECISION) * (scale * LOG2_E)
-        seen = seen_keys(offs_m, offs_n, shift, num_queries, num_keys, window, CAUSAL, WINDOW)
-        if MASK != "none":
-            places = mask_places(mask_ptr, offs_m, offs_n, stride_ms, stride_mt)
-            scores, seen = apply_mask(scores, seen, places, MASK)
-        p = probabilities(scores, lse[:, None], seen)
-        dp = dot(do, tl.trans(v), zeros, PRECISION)
-        ds = p * (dp - delta[:, None])
-        dq = dot(narrow(ds, k.dtype), k, dq, PRECISION)
+    low, full_low, full_high, high = key_runs(
+        first, shift, num_queries, num_keys, window, CAUSAL, WINDOW, MASK, BLOCK_M, BLOCK_N
+    )
+    if WINDOW and MASK == "none":
+        dq = gather_keys(
+            dq, q, do, base, delta, k_ptr, v_ptr, mask_ptr, offs_m, low, full_low, shift,
+            num_queries, num_keys, window, scale * LOG2_E, stride_ks, stride_vs, stride_ms,
+            stride_mt, D, CAUSAL, WINDOW, MASK, True, PRECISION, BLOCK_N, BLOCK_D,
+        )
+    if MASK == "none":
+        dq = gather_keys(
+            dq, q, do, base, delta, k_ptr, v_ptr, mask_ptr, offs_m, full_low, full_high, shift,
+            num_queries, num_keys, window, scale * LOG2_E, stride_ks, stride_vs, stride_ms,
+            stride_mt, D, CAUSAL, WINDOW, MASK, False, PRECISION, BLOCK_N, BLOCK_D,
+        )
+    dq = gather_keys(
+        dq, q, do, base, delta, k_ptr, v_ptr, mask_ptr, offs_m, full_high, high, shift,
+        num_queries, num_keys, window, scale * LOG2_E, stride_ks, stride_vs, stride_ms,
+        stride_mt, D, CAUSAL, WINDOW, MASK, True, PRECISION, BLOCK_N, BLOCK_D,
+    )
     place = batch * stride_gb + q_first * stride_gs + head * stride_gn
-    dq_ptrs = dq_ptr + place + rows_m * stride_gs + offs_d[None, :]
-    tl.store(dq_ptrs, narrow(dq * scale, dq_ptr.dtype.element_ty), mask=mask)
+    dq_ptrs = dq_ptr + place + offs_m[:, None].to(tl.int64) * stride_gs + offs_d[None, :]
+    dq_mask = rows[:, None] & (offs_d < D)[None, :]
+    tl.store(dq_ptrs, narrow(dq * scale, dq_ptr.dtype.element_ty), mask=dq_mask)
 
 
 def attention_backward(
@@ -221,7 +171,7 @@ def attention_backward(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    delta = torch.empty_like(lse)
+    delta, base = torch.empty_like(lse), torch.empty_like(lse)
     varlen = cu_seqlens_q is not None
     kind, mask, strides_m = mask_arguments(q, k, mask, varlen)
     sequences = cu_seqlens_q.shape[0] - 1 if varlen else b
@@ -229,7 +179,7 @@ def attention_backward(
     scale = 1 / math.sqrt(d) if scale is None else scale
     if q.numel():
         attention_delta_kernel[cdiv(s, 32), n, b](
-            o, do, dlse, delta, s, *o.stride()[:3], *do.stride()[:3], *lse.stride()[:2],
+            o, do, lse, dlse, delta, base, s, *o.stride()[:3], *do.stride()[:3], *lse.stride()[:2],
             D=d, HAS_DLSE=dlse is not None, BLOCK_M=32, BLOCK_D=block_d, num_warps=4,
         )
     shared = dict(
@@ -242,16 +192,16 @@ def attention_backward(
     if k.numel():
         row = attention_config(arch, "backward_kv", d, itemsize, precision)
         longest = (max_seqlen_k or t) if varlen else t
-        attention_backward_kv_kernel[cdiv(longest, row.block_n), g, sequences](
-            q, k, v, do, lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, mask, *sizes, *strides,
+        attention_backward_kv_kernel[g, sequences, cdiv(longest, row.block_n)](
+            q, k, v, do, base, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, mask, *sizes, *strides,
             *dk.stride()[:3], *lse.stride()[:2], *strides_m, BLOCK_M=row.block_m,
             BLOCK_N=row.block_n, num_warps=row.num_warps, num_stages=row.num_stages, **shared,
         )
     if q.numel():
         row = attention_config(arch, "backward_q", d, itemsize, precision)
         longest = (max_seqlen_q or s) if varlen else s
-        attention_backward_q_kernel[cdiv(longest, row.block_m), n, sequences](
-            q, k, v, do, lse, delta, dq, cu_seqlens_q, cu_seqlens_k, mask, *sizes, *strides,
+        attention_backward_q_kernel[n, sequences, cdiv(longest, row.block_m)](
+            q, k, v, do, base, delta, dq, cu_seqlens_q, cu_seqlens_k, mask, *sizes, *strides,
             *dq.stride()[:3], *lse.stride()[:2], *strides_m, BLOCK_M=row.block_m,
             BLOCK_N=row.block_n, num_warps=row.num_warps, num_stages=row.num_stages, **shared,
         )

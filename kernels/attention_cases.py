@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from . import attention, attention_backward, attention_decode
+from . import attention, attention_backward, attention_backward_kv, attention_decode
 from .attention_configurations import attention_rows
 from .compile_kernel import Case
 from .launch import next_power_of_two
@@ -54,7 +54,7 @@ def attention_cases(arch: str) -> Iterator[Case]:
 
 def attention_backward_cases(arch: str) -> Iterator[Case]:
     for which, kernel, outputs in (
-        ("backward_kv", attention_backward.attention_backward_kv_kernel, ("dk_ptr", "dv_ptr")),
+        ("backward_kv", attention_backward_kv.attention_backward_kv_kernel, ("dk_ptr", "dv_ptr")),
         ("backward_q", attention_backward.attention_backward_q_kernel, ("dq_ptr",)),
     ):
         for operand, size, row in attention_rows(arch, which):
@@ -66,7 +66,7 @@ def attention_backward_cases(arch: str) -> Iterator[Case]:
                     varlen = "varlen" in mask
                     names = ("q_ptr", "k_ptr", "v_ptr", "do_ptr", *outputs)
                     pointers = dict.fromkeys(names, kind)
-                    pointers |= {"lse_ptr": "fp32", "delta_ptr": "fp32"}
+                    pointers |= {"base_ptr": "fp32", "delta_ptr": "fp32"}
                     pointers |= {"cu_q_ptr": "i32", "cu_k_ptr": "i32"} if varlen else {}
                     masking = _masking(mask)
                     pointers |= masking[0]
@@ -82,7 +82,8 @@ def attention_backward_cases(arch: str) -> Iterator[Case]:
                     )
     yield Case(
         "attention_delta", "bf16 d128", attention_backward.attention_delta_kernel,
-        {"o_ptr": "bf16", "do_ptr": "bf16", "delta_ptr": "fp32"},
+        dict.fromkeys(("o_ptr", "do_ptr"), "bf16")
+        | dict.fromkeys(("lse_ptr", "delta_ptr", "base_ptr"), "fp32"),
         dict(dlse_ptr=None, D=128, HAS_DLSE=False, BLOCK_M=32, BLOCK_D=128), 4,
         waiver="one fp32 a row: 128 bytes a program",
     )

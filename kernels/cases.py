@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 from . import (
@@ -13,10 +12,7 @@ from . import (
     cross_entropy,
     dropout,
     gated_activation,
-    gated_mlp,
-    matmul,
     matmul_all_reduce,
-    matmul_descriptor,
     matmul_reduce_scatter,
     norm,
     norm_backward,
@@ -24,88 +20,15 @@ from . import (
 )
 from .attention_cases import attention_backward_cases, attention_cases, attention_decode_cases
 from .compile_kernel import Case
-from .configurations import (
-    WIDE_ROW,
-    descriptor_rows,
-    elementwise_config,
-    gated_mlp_config,
-    matmul_rows,
-    row_warps,
-)
+from .configurations import WIDE_ROW, beside_flags, elementwise_config, matmul_rows, row_warps
 from .launch import next_power_of_two
-
-_TYPES = {"half": "bf16", "ieee": "fp32", "tf32": "fp32"}
-
-_TF32_WGRAD = "wgmma takes tf32 with K contiguous only: the transposing copies move one element"
-
-
-def _operand_type(arch: str, operand: str) -> str:
-    if operand == "fp8":
-        return "fp8e4b8" if arch.startswith("gfx9") else "fp8e4nv"
-    return _TYPES[operand]
-
-
-def matmul_cases(arch: str) -> Iterator[Case]:
-    for operand, shape, row in matmul_rows(arch):
-        kind = _operand_type(arch, operand)
-        out = "bf16" if operand == "fp8" else kind
-        pointers = {"x_ptr": kind, "w_ptr": kind, "out_ptr": out, "bias_ptr": out,
-                    "residual_ptr": out, "pre_ptr": out}
-        constants = dict(
-            x_scale_ptr=None, w_scale_ptr=None,
-            BLOCK_M=row.block_m, BLOCK_N=row.block_n, BLOCK_K=row.block_k, GROUP_M=row.group_m,
-            EVEN_K=True, SWAP=row.swap, SPLIT_K=1, HAS_SCALE=False, HAS_BIAS=True,
-            HAS_RESIDUAL=True, STORE_PRE=False, ACTIVATION="none",
-            PRECISION=operand if operand in ("ieee", "tf32") else "ieee",
-        )
-        yield Case(
-            "matmul", f"{operand} {shape} {row.label}", matmul.matmul_kernel, pointers,
-            constants | dict(stride_xk=1, stride_wk=1, stride_on=1, stride_rn=1),
-            row.num_warps, row.num_stages, tensor_core=operand != "ieee", waiver=row.note,
-        )
-
-
-def matmul_descriptor_cases(arch: str) -> Iterator[Case]:
-    for itemsize, row in descriptor_rows(arch):
-        kind = "bf16" if itemsize == 2 else "fp8e4nv"
-        blocks = {"x_desc": (kind, row.block_m, row.block_k),
-                  "w_desc": (kind, row.block_n, row.block_k),
-                  "out_desc": ("bf16", row.block_m, row.block_n)}
-        yield Case(
-            "matmul_descriptor", f"{'half' if itemsize == 2 else 'fp8'} wide {row.label}",
-            matmul_descriptor.matmul_descriptor_kernel,
-            {n: f"tensordesc<{t}[{a}, {b}]>" for n, (t, a, b) in blocks.items()}
-            | {"bias_ptr": "bf16"},
-            dict(BLOCK_M=row.block_m, BLOCK_N=row.block_n, BLOCK_K=row.block_k,
-                 GROUP_M=row.group_m, HAS_BIAS=True, ACTIVATION="none", PRECISION="ieee",
-                 dtype=matmul_descriptor.tl.bfloat16),
-            row.num_warps, row.num_stages, tensor_core=True,
-        )
-
-
-def matmul_transposed_cases(arch: str) -> Iterator[Case]:
-    """The two backward matmuls: the forward kernel on transposed views."""
-    for operand, shape, row in matmul_rows(arch):
-        if shape != "wide" or operand == "fp8":
-            continue
-        kind = _TYPES[operand]
-        for what, ones in (
-            ("dgrad", {"stride_xk": 1, "stride_wn": 1}), ("wgrad", {"stride_xm": 1, "stride_wn": 1})
-        ):
-            yield Case(
-                f"matmul_{what}", f"{operand} {shape} {row.label}", matmul.matmul_kernel,
-                {"x_ptr": kind, "w_ptr": kind, "out_ptr": kind},
-                ones | dict.fromkeys(
-                    ("x_scale_ptr", "w_scale_ptr", "bias_ptr", "residual_ptr", "pre_ptr")
-                ) | dict(
-                    stride_on=1, BLOCK_M=row.block_m, BLOCK_N=row.block_n, BLOCK_K=row.block_k,
-                    GROUP_M=row.group_m, EVEN_K=True, SWAP=row.swap, SPLIT_K=1, HAS_SCALE=False,
-                    HAS_BIAS=False, HAS_RESIDUAL=False, STORE_PRE=False, ACTIVATION="none",
-                    PRECISION=operand if operand in ("ieee", "tf32") else "ieee",
-                ), row.num_warps, row.num_stages, tensor_core=operand != "ieee",
-                waiver=row.note or (_TF32_WGRAD if operand == "tf32" else ""),
-            )
-
+from .matmul_cases import (
+    gated_mlp_cases,
+    gated_mlp_descriptor_cases,
+    matmul_cases,
+    matmul_descriptor_cases,
+    matmul_transposed_cases,
+)
 
 _DROP_FLOATS, _DROP_LONGS = ("eps", "keep_scale"), ("seed", "keep_threshold")
 
@@ -237,10 +160,10 @@ def collective_cases(arch: str) -> Iterator[Case]:
 
 
 def fused_matmul_cases(arch: str) -> Iterator[Case]:
-    for operand, shape, row in matmul_rows(arch):
+    for operand, shape, row in matmul_rows(arch, few=False):
         if operand != "half":
             continue
-        row = replace(row, block_n=min(row.block_n, 128))
+        row = beside_flags(row)
         tile = dict(
             BLOCK_M=row.block_m, BLOCK_N=row.block_n, BLOCK_K=row.block_k, GROUP_M=row.group_m,
             EVEN_K=True, SWAP=row.swap, PRECISION="ieee", R=_RANKS,
@@ -272,23 +195,9 @@ def fused_matmul_cases(arch: str) -> Iterator[Case]:
             )
 
 
-def gated_mlp_cases(arch: str) -> Iterator[Case]:
-    for operand, kind, itemsize in (("half", "bf16", 2), ("ieee", "fp32", 4)):
-        for shape, m in (("decode", 16), ("thin", 64), ("wide", 4096)):
-            row = gated_mlp_config(arch, m, itemsize)
-            yield Case(
-                "gated_mlp", f"{operand} {shape} {row.label}", gated_mlp.gated_mlp_kernel,
-                {"x_ptr": kind, "w_ptr": kind, "out_ptr": kind},
-                dict(gate_up_ptr=None, stride_xk=1, stride_wk=1, BLOCK_M=row.block_m,
-                     BLOCK_N=row.block_n, BLOCK_K=row.block_k, GROUP_M=row.group_m, EVEN_K=True,
-                     STORE_GATE_UP=False, ACTIVATION="silu", PRECISION="ieee"),
-                row.num_warps, row.num_stages, tensor_core=operand == "half", waiver=row.note,
-            )
-
-
 FAMILIES = (
     matmul_cases, matmul_transposed_cases, matmul_descriptor_cases, gated_mlp_cases,
-    attention_cases, attention_backward_cases,
+    gated_mlp_descriptor_cases, attention_cases, attention_backward_cases,
     attention_decode_cases, norm_cases, elementwise_cases, cross_entropy_cases,
     collective_cases, fused_matmul_cases,
 )

@@ -12,6 +12,11 @@ from dataclasses import dataclass, replace
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 SHARED_BYTES = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448,
                 "gfx942": 65536}
+# Multiprocessors (compute units) that choices count with, whatever part of them a device has.
+PROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+
+# Up to here matmul has tiles of its own for few rows.
+FEW_ROWS = 128
 
 
 def family(arch: str) -> str:
@@ -48,9 +53,14 @@ class MatmulConfig:
         return (f"{self.block_m}x{self.block_n}x{self.block_k} w{self.num_warps} "
                 f"s{self.num_stages}" + (" swap" if self.swap else ""))
 
+    def tiles(self, m: int, n: int) -> int:
+        """Tiles of an output [m, n]."""
+        return -(-m // self.block_m) * -(-n // self.block_n)
+
 
 # Shape classes by rows of x: decode up to 16, thin up to 64, wide above.
 # Operand classes: half (fp16, bf16), fp8, ieee (fp32 in full precision), tf32.
+_FEW_ON_MMA = "16 rows by mma.sync: memory is the limit, and wgmma would pad them to 64"
 _NO_TENSOR_CORE = "fp32 in full precision has no tensor core instruction: FMA units"
 _MATMUL: dict[str, dict[tuple[str, str], MatmulConfig]] = {
     "interpreter": {
@@ -71,7 +81,7 @@ _MATMUL: dict[str, dict[tuple[str, str], MatmulConfig]] = {
         # ("fp8", *) absent: sm_80 has no e4m3 conversion instruction.
     },
     "sm_90": {
-        ("half", "decode"): MatmulConfig(16, 128, 128, 4, 4, swap=True),
+        ("half", "decode"): MatmulConfig(16, 64, 128, 4, 6, swap=True),
         ("half", "thin"): MatmulConfig(64, 128, 64, 4, 5),
         ("half", "wide"): MatmulConfig(128, 128, 64, 8, 4),
         ("fp8", "decode"): MatmulConfig(16, 128, 128, 4, 5, swap=True),
@@ -99,6 +109,13 @@ _MATMUL: dict[str, dict[tuple[str, str], MatmulConfig]] = {
         ("tf32", "wide"): MatmulConfig(128, 64, 32, 4, 2),
     },
 }
+# Beside the row above, for up to FEW_ROWS rows and columns so few that its tiles would leave
+# multiprocessors idle. Measured on an H100; splits of K were slower wherever these fit.
+_FEW_ROWS: dict[tuple[str, str, str], tuple[MatmulConfig, ...]] = {
+    ("sm_90", "half", "thin"): (MatmulConfig(32, 64, 128, 4, 5, swap=True),),
+    ("sm_90", "half", "wide"): (MatmulConfig(128, 32, 128, 4, 5), MatmulConfig(128, 128, 128, 8, 3)),
+}
+_FEW_ROWS |= {("sm_100", *key[1:]): rows for key, rows in _FEW_ROWS.items()}
 _MATMUL["sm_100"] = dict(_MATMUL["sm_90"])
 # 99 KiB of shared memory: the same tiles as sm_80 with fewer stages in flight.
 _MATMUL["sm_86"] = {
@@ -107,12 +124,29 @@ _MATMUL["sm_86"] = {
 }
 
 
-def matmul_config(
-    arch: str, m: int, n: int, k: int, itemsize: int, precision: str = "ieee"
-) -> MatmulConfig:
-    """The configuration for x [m, k] @ w [n, k]^T with operands of itemsize bytes."""
+# A row or column that a tile reads at each step of K costs as much as so many of its sums.
+READ_COST = 32
+
+
+def least_rounds(rows: tuple[MatmulConfig, ...], arch: str, m: int, n: int) -> MatmulConfig:
+    """The row whose rounds of tiles over an output [m, n] take least."""
+    processors = PROCESSORS.get(family(arch), 1)
+
+    def cost(row: MatmulConfig) -> int:
+        rounds = -(-row.tiles(m, n) // processors)
+        return rounds * (row.block_m * row.block_n + READ_COST * (row.block_m + row.block_n))
+
+    return min(rows, key=cost)
+
+
+def _classes(m: int, itemsize: int, precision: str) -> tuple[str, str]:
+    """(operand, shape) class."""
     operand = {1: "fp8", 2: "half"}.get(itemsize) or ("ieee" if precision == "ieee" else "tf32")
-    shape = "decode" if m <= 16 else "thin" if m <= 64 else "wide"
+    return operand, "decode" if m <= 16 else "thin" if m <= 64 else "wide"
+
+
+def _shipped_row(arch: str, m: int, itemsize: int, precision: str) -> MatmulConfig:
+    operand, shape = _classes(m, itemsize, precision)
     row = _MATMUL[family(arch)].get((operand, shape))
     if row is None:
         raise ValueError(f"matmul: {operand} operands have no configuration on {arch}; "
@@ -120,50 +154,88 @@ def matmul_config(
     return row
 
 
+def matmul_config(
+    arch: str, m: int, n: int, k: int, itemsize: int, precision: str = "ieee"
+) -> MatmulConfig:
+    """The configuration for x [m, k] @ w [n, k]^T with operands of itemsize bytes."""
+    row = _shipped_row(arch, m, itemsize, precision)
+    few = _FEW_ROWS.get((family(arch), *_classes(m, itemsize, precision)), ())
+    return least_rounds((*few, row), arch, m, n) if few and m <= FEW_ROWS else row
+
+
 def fused_matmul_config(
     arch: str, m: int, n: int, k: int, itemsize: int, precision: str = "ieee"
 ) -> MatmulConfig:
-    """matmul's row for a kernel that also communicates: beside the flags' and peers' addresses
-    128 x 256 accumulators do not fit the registers."""
-    row = matmul_config(arch, m, n, k, itemsize, precision)
-    return replace(row, block_n=min(row.block_n, 128))
+    """matmul's row for a kernel that also communicates."""
+    return beside_flags(_shipped_row(arch, m, itemsize, precision))
 
 
-def matmul_rows(arch: str) -> list[tuple[str, str, MatmulConfig]]:
-    """Every shipped (operand, shape class, configuration) of an architecture."""
-    return [(operand, shape, row) for (operand, shape), row in _MATMUL[family(arch)].items()]
+def beside_flags(row: MatmulConfig) -> MatmulConfig:
+    """Beside the flags' and peers' addresses accumulators of 128 x 256 on 8 warps do not fit the
+    registers, and of 64 x 128 on 4 barely (Triton 3.6 spills)."""
+    block_n = min(row.block_n, 128)
+    warps = 8 if (row.block_m, block_n) == (64, 128) else row.num_warps
+    return replace(row, block_n=block_n, num_warps=warps)
 
 
-# (architecture, bytes of an operand's element) of the descriptor kernel. sm_80 and gfx942 have
-# no copy engine that takes tensor maps: descriptors become pointers there, which matmul has.
-_DESCRIPTOR: dict[tuple[str, int], MatmulConfig] = {
-    ("sm_90", 2): MatmulConfig(128, 256, 64, 8, 3),
-    ("sm_90", 1): MatmulConfig(128, 256, 128, 8, 3),
-    ("sm_100", 2): MatmulConfig(128, 256, 64, 8, 3),
-    ("sm_100", 1): MatmulConfig(128, 256, 128, 8, 3),
-    **{("interpreter", itemsize): MatmulConfig(32, 32, 32, 1, 1, 2) for itemsize in (1, 2, 4)},
+def matmul_rows(arch: str, *, few: bool = True) -> list[tuple[str, str, MatmulConfig]]:
+    """Every shipped (operand, shape class, configuration) of an architecture; few: also those that
+    only matmul has, for few rows."""
+    rows = [(operand, shape, row) for (operand, shape), row in _MATMUL[family(arch)].items()]
+    return rows + [(operand, shape, row) for (name, operand, shape), found in _FEW_ROWS.items()
+                   if few and name == family(arch) for row in found]
+
+
+# (kernel, architecture, bytes of an operand's element) of the kernels with descriptors. sm_80 and
+# gfx942 have no copy engine that takes tensor maps: descriptors become pointers there.
+_DESCRIPTOR: dict[tuple[str, str, int], tuple[MatmulConfig, ...]] = {
+    ("matmul", "sm_90", 2): (MatmulConfig(128, 256, 64, 8, 3), MatmulConfig(128, 128, 64, 8, 6),
+                             MatmulConfig(64, 128, 64, 4, 6)),
+    ("matmul", "sm_90", 1): (MatmulConfig(128, 256, 128, 8, 3),),
+    # Two accumulators: 128 x 128 each fill the registers as one of 128 x 256 does.
+    ("gated_mlp", "sm_90", 2): (MatmulConfig(128, 128, 64, 8, 3),),
+    **{(kernel, "interpreter", itemsize): (MatmulConfig(32, 32, 32, 1, 1, 2),)
+       for kernel in ("matmul", "gated_mlp") for itemsize in (1, 2, 4)},
 }
+# On sm_100 the gated one spills 24 bytes where it also stores gate and up; half the columns don't.
+_DESCRIPTOR |= {(kernel, "sm_100", itemsize): rows
+                for (kernel, arch, itemsize), rows in _DESCRIPTOR.items() if arch == "sm_90"}
+# Rows from which descriptors are faster than pointers: measured on an H100.
+DESCRIPTOR_ROWS = {"matmul": FEW_ROWS + 1, "gated_mlp": 1024}
 
 
-def descriptor_config(arch: str, itemsize: int) -> MatmulConfig:
-    """The configuration of matmul_descriptor; ValueError where the architecture has none."""
-    row = _DESCRIPTOR.get((family(arch), itemsize))
-    if row is None:
-        raise ValueError(f"matmul_descriptor: no configuration for {itemsize}-byte operands on "
-                         f"{arch}; call matmul")
-    return row
+def descriptor_config(kernel: str, arch: str, m: int, n: int, itemsize: int) -> MatmulConfig:
+    """The row for an output [m, n] whose rounds of tiles take least; ValueError where the
+    architecture has none. kernel: "matmul" or "gated_mlp"."""
+    rows = _DESCRIPTOR.get((kernel, family(arch), itemsize))
+    if rows is None:
+        raise ValueError(f"{kernel}_descriptor: no configuration for {itemsize}-byte operands on "
+                         f"{arch}; call {kernel}")
+    return least_rounds(rows, arch, m, n)
 
 
-def descriptor_rows(arch: str) -> list[tuple[int, MatmulConfig]]:
-    """Every shipped (bytes of an element, configuration) of the descriptor kernel."""
-    return [(size, row) for (name, size), row in _DESCRIPTOR.items() if name == family(arch)]
+def descriptors_pay(kernel: str, arch: str, m: int, n: int, itemsize: int) -> bool:
+    """Whether many rows give at least half of the multiprocessors a tile moved by descriptors."""
+    if m < DESCRIPTOR_ROWS[kernel] or (kernel, family(arch), itemsize) not in _DESCRIPTOR:
+        return False
+    row = descriptor_config(kernel, arch, m, n, itemsize)
+    # The interpreter has no copy engine: what it runs is chosen by name.
+    return 2 * row.tiles(m, n) >= PROCESSORS.get(family(arch), 1 << 62)
+
+
+def descriptor_rows(kernel: str, arch: str) -> list[tuple[int, MatmulConfig]]:
+    """Every shipped (bytes of an element, configuration) of the kernel with descriptors."""
+    return [(size, row) for (name, where, size), rows in _DESCRIPTOR.items()
+            if (name, where) == (kernel, family(arch)) for row in rows]
 
 
 def gated_mlp_config(
     arch: str, m: int, itemsize: int, precision: str = "ieee"
 ) -> MatmulConfig:
     """matmul's row with half the columns, because a tile has two accumulators."""
-    row = matmul_config(arch, m, 0, 0, itemsize, precision)
+    if itemsize == 2 and m <= 16 and family(arch) == "sm_90":
+        return MatmulConfig(16, 32, 256, 4, 3, note=_FEW_ON_MMA)
+    row = _shipped_row(arch, m, itemsize, precision)
     # Two accumulators can't be swapped to fill the 64-row instructions: x is padded to them.
     padded = itemsize < 4 and family(arch) in ("sm_90", "sm_100")
     thin = max(64, row.block_m) if padded else row.block_m

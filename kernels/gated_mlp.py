@@ -71,20 +71,18 @@ def gated_mlp_kernel(
     tl.store(out_ptrs, narrow(out, dtype), mask=mask)
 
 
-def gated_mlp_out(
-    x: torch.Tensor, w_gate_up: torch.Tensor, out: torch.Tensor, *, activation: str,
-    gate_up: torch.Tensor | None = None, precision: str = "ieee",
-    config: MatmulConfig | None = None,
-) -> torch.Tensor:
-    """Write act(gate) * up into out [M, F]; gate_up [M, 2F] receives both if given."""
+def check_gated(
+    x: torch.Tensor, w_gate_up: torch.Tensor, out: torch.Tensor, gate_up: torch.Tensor | None,
+    activation: str,
+) -> tuple[int, int, int]:
+    """(M, F, K); ValueError where the operands do not fit."""
     m, double, k = check_operands(x, w_gate_up, False)
     check_runnable("gated_mlp", x, w_gate_up, out, gate_up)
     check_dtype("x", x, FLOATS)
     if double % 2:
         raise ValueError(f"w_gate_up: expected [2F, K], got {tuple(w_gate_up.shape)}; "
                          "stack the gate's rows over up's")
-    f = double // 2
-    check_shape("out", out, (m, f))
+    check_shape("out", out, (m, double // 2))
     if gate_up is not None:
         check_shape("gate_up", gate_up, (m, double))
     for name, tensor in (("out", out), ("gate_up", gate_up)):
@@ -92,6 +90,16 @@ def gated_mlp_out(
             raise ValueError(f"{name}: expected contiguous rows; call .contiguous()")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
+    return m, double // 2, k
+
+
+def gated_mlp_out(
+    x: torch.Tensor, w_gate_up: torch.Tensor, out: torch.Tensor, *, activation: str,
+    gate_up: torch.Tensor | None = None, precision: str = "ieee",
+    config: MatmulConfig | None = None,
+) -> torch.Tensor:
+    """Write act(gate) * up into out [M, F]; gate_up [M, 2F] receives both if given."""
+    m, f, k = check_gated(x, w_gate_up, out, gate_up, activation)
     if out.numel() == 0:
         return out
     row = config or gated_mlp_config(architecture(x), m, x.element_size(), precision)

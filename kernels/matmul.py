@@ -5,8 +5,9 @@ residual and out [M, N]; any strides. fp32, fp16, bf16; fp8 operands with fp32 s
 x_scale [M] and w_scale [N]. One program computes one tile [BLOCK_M, BLOCK_N]; every
 element is summed over K in one fixed order, so the result does not depend on the grid.
 
-SPLIT_K > 1 (never chosen by itself) gives each split a slab of fp32 partials; a second
-kernel adds the slabs in split order and applies the epilogue: still one fixed order.
+SPLIT_K > 1 (never chosen by itself: smaller tiles were faster wherever it was measured) gives each
+split a slab of fp32 partials; a second kernel adds the slabs in split order and applies the
+epilogue: still one fixed order.
 """
 
 from __future__ import annotations
@@ -101,17 +102,17 @@ def matmul_kernel(
     stride_xm, stride_xk, stride_wn, stride_wk, stride_om, stride_on,
     stride_rm, stride_rn, stride_pm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, SPLIT_K: tl.constexpr,
+    GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, SPLIT: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     STORE_PRE: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Grid (tiles, SPLIT_K). With SPLIT_K > 1 out is the slab tensor [SPLIT_K, M, N] fp32."""
+    """Grid (tiles, splits). With SPLIT out is the slab tensor [splits, M, N] fp32."""
     tile_m, tile_n = grouped_tile(
         tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M
     )
     offs_m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    if SPLIT_K > 1:
+    if SPLIT:
         k_start = tl.program_id(1) * k_per_split
         k_stop = tl.minimum(k_start + k_per_split, K)
         out_ptr += tl.program_id(1).to(tl.int64) * M * N
@@ -124,7 +125,7 @@ def matmul_kernel(
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, SWAP, PRECISION,
     )
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-    if SPLIT_K == 1:
+    if not SPLIT:
         acc = epilogue(
             acc, offs_m, offs_n, mask, x_scale_ptr, w_scale_ptr, bias_ptr, residual_ptr,
             pre_ptr, stride_rm, stride_rn, stride_pm, M, N,
@@ -132,6 +133,10 @@ def matmul_kernel(
         )
     out_ptrs = out_ptr + offs_m[:, None] * stride_om + offs_n[None, :].to(tl.int64) * stride_on
     tl.store(out_ptrs, narrow(acc, out_ptr.dtype.element_ty), mask=mask)
+
+
+# 16 bytes of bf16 a thread, and a short row still has several programs.
+SUM_BLOCK, SUM_WARPS = 512, 2
 
 
 @triton.jit
@@ -219,14 +224,15 @@ def matmul_out(
         x, w, slabs, x_scale, w_scale, bias, residual, pre_activation, m, n, k, k_per_split,
         *x.stride(), *w.stride(), stride_om, stride_on, *strides_r, stride_pm,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        GROUP_M=config.group_m, EVEN_K=k % (config.block_k * split_k) == 0, SWAP=config.swap,
-        SPLIT_K=split_k, PRECISION=precision, num_warps=config.num_warps,
+        GROUP_M=config.group_m, EVEN_K=k % config.block_k == 0, SWAP=config.swap,
+        SPLIT=split_k > 1, PRECISION=precision, num_warps=config.num_warps,
         num_stages=config.num_stages, **flags,
     )
     if split_k > 1:
-        split_k_sum_kernel[m, cdiv(n, 1024)](
+        split_k_sum_kernel[m, cdiv(n, SUM_BLOCK)](
             slabs, out, x_scale, w_scale, bias, residual, pre_activation, m, n,
-            *out.stride(), *strides_r, stride_pm, BLOCK_N=1024, SPLIT_K=split_k, **flags,
+            *out.stride(), *strides_r, stride_pm, BLOCK_N=SUM_BLOCK, SPLIT_K=split_k,
+            num_warps=SUM_WARPS, **flags,
         )
     return out
 

@@ -16,7 +16,8 @@ import torch
 
 from .gated_activation import gated_activation_backward
 from .launch import check_shape
-from .matmul import matmul, matmul_out
+from .matmul import matmul_out
+from .matmul_descriptor import matmul_on_best_path
 from .norm_backward import column_sum_out
 
 
@@ -45,13 +46,13 @@ def matmul_backward(
         dout, _ = gated_activation_backward(
             dout.contiguous(), pre_activation, None, activation=activation
         )
-    dx = matmul(dout, w.T, precision=precision) if need_dx else None
+    dx = matmul_on_best_path(dout, w.T, precision=precision) if need_dx else None
     dw = None
     if need_dw and accumulate_into is not None:
         dw = matmul_out(dout.T, x.T, accumulate_into, residual=accumulate_into,
                         precision=precision)
     elif need_dw:
-        dw = matmul(dout.T, x.T, precision=precision)
+        dw = matmul_on_best_path(dout.T, x.T, precision=precision)
     dbias = None
     if need_dbias:
         dbias = torch.empty(w.shape[0], dtype=dout.dtype, device=dout.device)

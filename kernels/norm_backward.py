@@ -60,7 +60,8 @@ def norm_backward_kernel(
         n = tl.load(h_ptr + row * stride_hm + cols, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + row)
         if CENTER:
-            n = tl.where(mask, n - tl.load(mean_ptr + row), 0.0)
+            # Past H n is not zero, but dout is.
+            n -= tl.load(mean_ptr + row)
         n *= rstd
         if HAS_BIAS:
             dbias += dout

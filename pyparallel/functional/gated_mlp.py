@@ -33,11 +33,11 @@ def _triton_reason(x: Tensor, weight: Tensor, kind: str, group: Group) -> str | 
 
 
 def _run(x: Tensor, weight: Tensor, kind: str, gate_up: Tensor | None) -> Tensor:
-    from pyparallel.kernels.gated_mlp import gated_mlp_out
+    from pyparallel.kernels.gated_mlp_descriptor import gated_mlp_on_best_path
 
     flat = rows(x)
     out = x.new_empty(flat.shape[0], weight.shape[0] // 2)
-    return gated_mlp_out(flat, weight, out, activation=kind, gate_up=gate_up)
+    return gated_mlp_on_best_path(flat, weight, out, activation=kind, gate_up=gate_up)
 
 
 class _GatedMLP(Function):

@@ -47,8 +47,19 @@ def _matmul_reason(x: Tensor, *_: Any) -> str | None:
 
 
 def _attention_reason(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, **_: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    mask: Tensor | None = None,
+    **_: Any,
 ) -> str | None:
+    # On an H100 cuDNN takes 0.7 of our time forward, 0.8 backward and 0.9 in decoding (docs/gpu.md).
+    aligned = not causal or q.shape[1] in (1, k.shape[1])
+    if backend.chosen() != "triton" and mask is None and window is None and aligned:
+        return "what torch's fused attention is made for is left to it unless triton is asked for"
     if mask is not None and mask.requires_grad:
         return "the kernel gives the mask no gradient"
     if mask is not None and mask.dtype not in (torch.bool, *FLOATS):

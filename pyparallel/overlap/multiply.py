@@ -9,8 +9,9 @@ from torch import Tensor
 
 from pyparallel.overlap.pipelines import Linear, matmul_plain
 
-# Up to here our kernel has other tiles for few rows, and so may sum in another order.
-MOST_THIN_ROWS = 64
+# Up to here our kernel has other tiles for few rows, some of which multiply w @ x^T:
+# FEW_ROWS of `kernels/configurations.py`.
+MOST_THIN_ROWS = 128
 
 
 def reason_against_triton(like: Tensor, rows: tuple[int, ...]) -> str | None:
@@ -35,22 +36,18 @@ def library(bias: Tensor | None = None) -> Linear:
 
 
 def triton(bias: Tensor | None = None, *, transposed: bool = True) -> Linear:
-    """out = rows @ weight^T (+ bias), or rows @ weight, by `kernels/matmul.py`.
+    """out = rows @ weight^T (+ bias), or rows @ weight, by `matmul_on_best_path`.
 
-    Its tiles are those of many rows whatever it is given, and each row is summed over K in one order:
-    a shard in pieces has the bits of the shard in one, which are those of the unfused path on the
-    backend `triton`.
+    Its tiles are those of many rows whatever it is given, and each row is summed over K in one order,
+    with descriptors or without: a shard in pieces has the bits of the shard in one, which are those of
+    the unfused path on the backend `triton`.
     """
 
     def linear(rows: Tensor, weight: Tensor, out: Tensor) -> None:
-        from pyparallel.kernels.configurations import matmul_config
-        from pyparallel.kernels.launch import architecture
-        from pyparallel.kernels.matmul import matmul_out
+        from pyparallel.kernels.matmul_descriptor import matmul_on_best_path
 
         right = weight if transposed else weight.t()
-        many = (MOST_THIN_ROWS + 1, *right.shape)
-        config = matmul_config(architecture(rows), *many, rows.element_size())
-        matmul_out(rows, right, out, bias=bias, config=config)
+        matmul_on_best_path(rows, right, out, bias=bias, least_rows=MOST_THIN_ROWS + 1)
 
     return linear
 

@@ -23,7 +23,7 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
     ("matmul", "k_ok = tl.arange(0, BLOCK_K) < k_stop - k", "k_ok = offs_k >= 0", "test_matmul"),
     # The second split starts where the first one does.
     ("matmul", "k_start = tl.program_id(1) * k_per_split", "k_start = 0", "test_matmul"),
-    ("matmul_backward", "matmul(dout, w.T", "matmul(dout, w.T.flip(0)", "test_matmul_backward"),
+    ("matmul_backward", "path(dout, w.T", "path(dout, w.T.flip(0)", "test_matmul_backward"),
     ("matmul_descriptor", "acc += bias.to", "acc -= bias.to", "test_matmul_descriptor"),
     # Tiles of the last, shorter group of rows are visited twice, and others never.
     (
@@ -34,10 +34,12 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
     ),
     # bf16 is truncated, as the interpreter does by itself.
     ("language", "bits + 0x7FFF + ((bits >> 16) & 1)", "bits", "test_norm"),
+    # The gate's columns twice.
+    ("gated_mlp_descriptor", "w_up_desc.load", "w_gate_desc.load", "test_gated_mlp"),
     ("gated_mlp", "up_shift = F.to(tl.int64)", "up_shift = (F - 1).to(tl.int64)", "test_gated_mlp"),
     ("gated_activation", "dgate *= up", "dgate *= dup", "test_gated_activation"),
     # A query sees one key of the future.
-    ("attention", "seen & (behind >= 0)", "seen & (behind >= -1)", "test_attention"),
+    ("attention_tiles", "seen & (behind >= 0)", "seen & (behind >= -1)", "test_attention"),
     # The running sum is not rescaled to the new maximum.
     ("attention", "total = total * shrink + tl", "total = total + tl", "test_attention"),
     ("attention_mask", "seen & (mask != 0)", "seen | (mask != 0)", "test_attention_mask"),
@@ -49,16 +51,16 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
     ),
     # The transposed tile of the mask is read the wrong way round.
     (
-        "attention_backward",
-        "mask_places(base, offs_n, offs_m, stride_mt, stride_ms)",
-        "mask_places(base, offs_n, offs_m, stride_ms, stride_mt)",
+        "attention_backward_kv",
+        "mask_places(mask_head, offs_n, offs_m, stride_mt, stride_ms)",
+        "mask_places(mask_head, offs_n, offs_m, stride_ms, stride_mt)",
         "test_attention_mask",
     ),
     # Only the first query head of a group counts in dk and dv.
     (
-        "attention_backward",
-        "for group in range(0, N // G):",
-        "for group in range(0, 1):",
+        "attention_backward_kv",
+        "tl.range(0, heads * blocks)",
+        "tl.range(0, blocks)",
         "test_attention_backward",
     ),
     (

@@ -1,4 +1,4 @@
-"""A transformers model cut over two ranks, with padded prompts, through the Triton kernels."""
+"""A transformers model cut over two ranks, with a mask of its own, through the Triton kernels."""
 
 import torch
 from torch.nn import functional as F
@@ -11,7 +11,8 @@ from pyparallel.testing import assert_as_dense, poisoned_empty
 from tests.transformers_models import build
 
 IDS = torch.tensor([[0, 0, 0, 40, 33, 7, 18], [5, 9, 2, 11, 24, 3, 50]])
-SEEN = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7])
+# Padding, and a hole: padding alone would not need a mask.
+SEEN = torch.tensor([[0, 0, 0, 1, 1, 0, 1], [1] * 7])
 TARGETS = IDS.masked_fill(SEEN == 0, -100)
 
 
@@ -21,7 +22,7 @@ def step(model):
     return logits[SEEN == 1].detach(), model.get_input_embeddings().weight.grad
 
 
-def padded_step() -> tuple:
+def masked_step() -> tuple:
     model = parallelize(build("llama"), init_mesh(tp=torch.distributed.get_world_size()))
     row = backend._table["attention"]["triton"]
     masked = []
@@ -38,10 +39,10 @@ def padded_step() -> tuple:
     return logits, gradient, masked
 
 
-def test_a_padded_step_equals_dense():
+def test_a_masked_step_equals_dense():
     logits, gradient = step(build("llama"))
     exact, exact_gradient = step(build("llama").double())
-    parts = launch(padded_step, 2, threads=1)
+    parts = launch(masked_step, 2, threads=1)
     for ours, _, masked in parts:
         assert_as_dense(ours, logits, exact, 2, "logits")
         assert masked == [True, True]

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyparallel.kernels import launch
-from pyparallel.kernels import matmul as matmul_module
-from pyparallel.kernels.configurations import matmul_config
+from pyparallel.kernels import matmul_descriptor
+from pyparallel.kernels.configurations import FEW_ROWS, matmul_config
 from pyparallel.kernels.matmul import matmul
 from pyparallel.overlap.actions import rank_ordered_sum
 from pyparallel.overlap.links import Mailbox
@@ -29,7 +28,7 @@ from pyparallel.overlap.pipelines import (
 )
 from pyparallel.overlap.simulate import run_ranks
 
-ROWS, K, N = (65, 80), 40, 24
+ROWS, K, N = (MOST_THIN_ROWS + 1, 280), 40, 24
 # The interpreter runs one program of one kernel at a time.
 one_at_a_time = threading.Lock()
 
@@ -93,17 +92,24 @@ def test_pieces_have_the_bits_of_the_unfused_kernel(device: str) -> None:
 
 
 def test_the_tiles_do_not_depend_on_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As compiled, where few rows would have tiles of their own."""
+    """As compiled, where few rows would have tiles of their own and split K."""
     seen = []
-    monkeypatch.setattr(launch, "architecture", lambda x: "sm_90")
+    monkeypatch.setattr(matmul_descriptor, "architecture", lambda x: "sm_90")
     monkeypatch.setattr(
-        matmul_module, "matmul_out", lambda *args, config, **options: seen.append(config)
+        matmul_descriptor, "matmul_out", lambda *args, config, **options: seen.append(config)
     )
-    for rows in (1, 16, 20, 64, 65, 4096):
-        x, weight = torch.empty(rows, K).bfloat16(), torch.empty(N, K).bfloat16()
+    k = 4096
+    for rows in (1, 16, 20, 64, 256, 257, 4096):
+        x, weight = torch.empty(rows, k).bfloat16(), torch.empty(N, k).bfloat16()
         forward_linear("triton")(x, weight, torch.empty(rows, N).bfloat16())
-    wanted = matmul_config("sm_90", 4096, N, K, 2)
-    assert seen == [wanted] * 6 and matmul_config("sm_90", 16, N, K, 2) != wanted
+    wanted = matmul_config("sm_90", 4096, N, k, 2)
+    assert seen == [wanted] * 7
+    few = [matmul_config("sm_90", rows, N, k, 2) for rows in (16, FEW_ROWS)]
+    assert wanted not in few
+
+
+def test_both_files_mean_the_same_by_few_rows() -> None:
+    assert MOST_THIN_ROWS == FEW_ROWS
 
 
 def test_few_rows_are_left_to_the_library() -> None:
