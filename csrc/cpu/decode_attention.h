@@ -5,7 +5,10 @@
 // long context are merged afterwards (flash-decoding), in an order fixed by the parts.
 
 constexpr int64_t kDecodeKeys = 64;
-constexpr int kDecodeHeads = 4;
+// The sums of a pass stay in registers: of kDecodeRows keys, or of kDecodeColumns Vecs of a value, by heads.
+constexpr int kDecodeHeads = W == 16 ? 4 : 3;
+constexpr int kDecodeRows = 4;
+constexpr int kDecodeColumns = 4;
 
 inline float exp_of(float x) {
   float lanes[W];
@@ -13,50 +16,127 @@ inline float exp_of(float x) {
   return lanes[0];
 }
 
-// scores[h, t] = q[h] . keys[t]
-template <class T, int kHeads>
-inline void score_keys(const float* q, int64_t q_stride, const T* keys, int64_t key_stride, int64_t count,
-                       int64_t D, float* scores) {
+// Row scores [0, count) to weights, those outside [low, high) to zero; returns the factor for O and l.
+inline float soften(float* row, int64_t count, int64_t low, int64_t high, float* maximum, float* total) {
+  constexpr float kNever = -std::numeric_limits<float>::infinity();
+  for (int64_t i = 0; i < min_of(low, count); ++i) row[i] = kNever;
+  for (int64_t i = max_of(0, high); i < count; ++i) row[i] = kNever;
+  Vec largest = set1(*maximum);
+  for_each_vec(count, [&](int64_t i, int64_t left) {
+    // A partial load would bring zeros into the maximum.
+    if (left == W) {
+      largest = max(largest, load(row + i));
+    } else {
+      for (int64_t j = i; j < count; ++j) largest = max(largest, set1(row[j]));
+    }
+  });
+  const float next = lane_max(largest);
+  if (next == kNever) {
+    std::memset(row, 0, size_t(count) * sizeof(float));
+    return 1.0f;
+  }
+  Vec sums = zero();
+  for_each_vec(count, [&](int64_t i, int64_t left) {
+    store_up_to(row + i, exp(sub(load_up_to(row + i, left), set1(next))), left);
+    sums = add(sums, load_up_to(row + i, left));
+  });
+  const float factor = exp_of(*maximum - next);
+  *maximum = next;
+  *total = *total * factor + sum(sums);
+  return factor;
+}
+
+// Asks for rows that are read next: while keys are multiplied memory is idle, and so it is under values.
+template <class T>
+inline void fetch_rows(const T* rows, int64_t stride, int64_t count, int64_t D) {
   for (int64_t t = 0; t < count; ++t) {
-    const T* key = keys + t * key_stride;
-    Vec acc[kHeads];
-#pragma GCC unroll 4
-    for (int h = 0; h < kHeads; ++h) acc[h] = zero();
-    int64_t d = 0;
-    for (; d + W <= D; d += W) {
-      const Vec k = load(key + d);
-#pragma GCC unroll 4
-      for (int h = 0; h < kHeads; ++h) acc[h] = fma(load(q + h * q_stride + d), k, acc[h]);
-    }
-    if (d < D) {
-      const Vec k = load_part(key + d, D - d);
-#pragma GCC unroll 4
-      for (int h = 0; h < kHeads; ++h) acc[h] = fma(load_part(q + h * q_stride + d, D - d), k, acc[h]);
-    }
-#pragma GCC unroll 4
-    for (int h = 0; h < kHeads; ++h) scores[h * kDecodeKeys + t] = sum(acc[h]);
+    const char* row = reinterpret_cast<const char*>(rows + t * stride);
+    for (int64_t byte = 0; byte < D * int64_t(sizeof(T)); byte += 64) __builtin_prefetch(row + byte, 0, 2);
   }
 }
 
-// out[h] = out[h] * factor[h] + sum_t p[h, t] values[t]
+// scores[h, t] = q[h] . keys[t]; past count, up to a multiple of kDecodeRows, the last key's again. Fetches
+// as many rows at `next`.
 template <class T, int kHeads>
-inline void add_values(const float* p, const float* factor, const T* values, int64_t key_stride,
-                       int64_t count, int64_t D, float* out, int64_t out_stride) {
-  for (int64_t d = 0; d < D; d += W) {
-    const int64_t part = min_of(W, D - d);
-    Vec acc[kHeads];
+inline void score_keys(const float* q, int64_t q_stride, const T* keys, const T* next, int64_t key_stride,
+                       int64_t count, int64_t D, float* scores) {
+  for (int64_t t = 0; t < count; t += kDecodeRows) {
+    fetch_rows(next + t * key_stride, key_stride, min_of(kDecodeRows, count - t), D);
+    const T* key[kDecodeRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kDecodeRows; ++r) key[r] = keys + min_of(t + r, count - 1) * key_stride;
+    Vec acc[kHeads][kDecodeRows];
 #pragma GCC unroll 4
     for (int h = 0; h < kHeads; ++h) {
-      acc[h] = mul(load_up_to(out + h * out_stride + d, part), set1(factor[h]));
-    }
-    for (int64_t t = 0; t < count; ++t) {
-      const T* value = values + t * key_stride + d;
-      const Vec v = part == W ? load(value) : load_part(value, part);
 #pragma GCC unroll 4
-      for (int h = 0; h < kHeads; ++h) acc[h] = fma(set1(p[h * kDecodeKeys + t]), v, acc[h]);
+      for (int r = 0; r < kDecodeRows; ++r) acc[h][r] = zero();
+    }
+    for (int64_t d = 0; d < D; d += W) {
+      const int64_t part = min_of(W, D - d);
+      Vec k[kDecodeRows];
+#pragma GCC unroll 4
+      for (int r = 0; r < kDecodeRows; ++r) k[r] = part == W ? load(key[r] + d) : load_part(key[r] + d, part);
+#pragma GCC unroll 4
+      for (int h = 0; h < kHeads; ++h) {
+        const Vec x = load_up_to(q + h * q_stride + d, part);
+#pragma GCC unroll 4
+        for (int r = 0; r < kDecodeRows; ++r) acc[h][r] = fma(x, k[r], acc[h][r]);
+      }
     }
 #pragma GCC unroll 4
-    for (int h = 0; h < kHeads; ++h) store_up_to(out + h * out_stride + d, acc[h], part);
+    for (int h = 0; h < kHeads; ++h) {
+      store_sums(scores + h * kDecodeKeys + t, acc[h][0], acc[h][1], acc[h][2], acc[h][3]);
+    }
+  }
+}
+
+// out[h] = out[h] * factor[h] + sum_t p[h, t] values[t], kColumns Vecs wide; the last may be a part.
+template <class T, int kHeads, int kColumns>
+inline void add_columns(const float* p, const float* factor, const T* values, const T* next,
+                        int64_t key_stride, int64_t count, int64_t D, float* out, int64_t out_stride) {
+  const int64_t last = (kColumns - 1) * W, part = D - last;
+  Vec acc[kHeads][kColumns];
+  const auto each = [&](auto body) {
+#pragma GCC unroll 4
+    for (int h = 0; h < kHeads; ++h) {
+#pragma GCC unroll 4
+      for (int c = 0; c < kColumns; ++c) body(h, c, out + h * out_stride + c * W, c + 1 < kColumns ? W : part);
+    }
+  };
+  each([&](int h, int c, const float* at, int64_t n) { acc[h][c] = mul(load_up_to(at, n), set1(factor[h])); });
+  for (int64_t t = 0; t < count; ++t) {
+    const T* value = values + t * key_stride;
+    fetch_rows(next + t * key_stride, 0, 1, D);
+    Vec v[kColumns];
+#pragma GCC unroll 4
+    for (int c = 0; c + 1 < kColumns; ++c) v[c] = load(value + c * W);
+    v[kColumns - 1] = part >= W ? load(value + last) : load_part(value + last, part);
+#pragma GCC unroll 4
+    for (int h = 0; h < kHeads; ++h) {
+      const Vec weight = set1(p[h * kDecodeKeys + t]);
+#pragma GCC unroll 4
+      for (int c = 0; c < kColumns; ++c) acc[h][c] = fma(weight, v[c], acc[h][c]);
+    }
+  }
+  each([&](int h, int c, float* at, int64_t n) { store_up_to(at, acc[h][c], n); });
+}
+
+// The same for all of D, which fetches as many rows at `next`.
+template <class T, int kHeads>
+inline void add_values(const float* p, const float* factor, const T* values, const T* next,
+                       int64_t key_stride, int64_t count, int64_t D, float* out, int64_t out_stride) {
+  for (int64_t d = 0; d < D; d += kDecodeColumns * W) {
+    const int64_t left = min_of(kDecodeColumns * W, D - d);
+    const auto add = [&](auto columns) {
+      add_columns<T, kHeads, columns.value>(p, factor, values + d, next + d, key_stride, count, left, out + d,
+                                            out_stride);
+    };
+    switch (ceil_div(left, W)) {
+      case 1: add(std::integral_constant<int, 1>()); break;
+      case 2: add(std::integral_constant<int, 2>()); break;
+      case 3: add(std::integral_constant<int, 3>()); break;
+      default: add(std::integral_constant<int, 4>()); break;
+    }
   }
 }
 
@@ -75,25 +155,16 @@ inline void attend(const AttentionCall& call, int64_t head, int64_t begin, int64
   }
   for (int64_t t = begin; t < end; t += kDecodeKeys) {
     const int64_t count = min_of(kDecodeKeys, end - t);
-    score_keys<T, kHeads>(q, call.q_head_stride, static_cast<const T*>(call.keys) + t * call.key_stride,
-                          call.key_stride, count, call.D, scores);
+    const T* keys = static_cast<const T*>(call.keys) + t * call.key_stride;
+    const T* values = static_cast<const T*>(call.values) + t * call.key_stride;
+    // A row that is there, where there is no next one.
+    const T* next = end - t >= 2 * kDecodeKeys ? keys + kDecodeKeys * call.key_stride : keys;
+    score_keys<T, kHeads>(q, call.q_head_stride, keys, values, call.key_stride, count, call.D, scores);
     for (int h = 0; h < kHeads; ++h) {
-      float* row = scores + h * kDecodeKeys;
-      float largest = maximum[h];
-      for (int64_t i = 0; i < count; ++i) largest = row[i] > largest ? row[i] : largest;
-      Vec sums = zero();
-      for_each_vec(count, [&](int64_t i, int64_t left) {
-        const Vec p = exp(sub(load_up_to(row + i, left), set1(largest)));
-        store_up_to(row + i, p, left);
-        // Lanes past the end hold exp(0 - largest); they must not count.
-        sums = add(sums, load_up_to(row + i, left));
-      });
-      factor[h] = exp_of(maximum[h] - largest);
-      maximum[h] = largest;
-      total[h] = total[h] * factor[h] + sum(sums);
+      factor[h] = soften(scores + h * kDecodeKeys, count, 0, count, maximum + h, total + h);
     }
-    add_values<T, kHeads>(scores, factor, static_cast<const T*>(call.values) + t * call.key_stride,
-                          call.key_stride, count, call.D, out, call.out_head_stride);
+    add_values<T, kHeads>(scores, factor, values, next, call.key_stride, count, call.D, out,
+                          call.out_head_stride);
   }
 }
 
@@ -104,7 +175,7 @@ inline void decode_attention_of(const AttentionCall& call, int64_t begin, int64_
       case 1: attend<T, 1>(call, head, begin, end, state); break;
       case 2: attend<T, 2>(call, head, begin, end, state); break;
       case 3: attend<T, 3>(call, head, begin, end, state); break;
-      default: attend<T, 4>(call, head, begin, end, state); break;
+      default: attend<T, kDecodeHeads>(call, head, begin, end, state); break;
     }
   }
 }

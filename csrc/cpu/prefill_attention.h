@@ -57,36 +57,6 @@ inline void score_tile(const PrefillSpace& s, const float* q, int64_t rows, int6
   }
 }
 
-// Row scores [0, count) to weights, those outside [low, high) to zero; returns the factor for O and l.
-inline float soften(float* row, int64_t count, int64_t low, int64_t high, float* maximum, float* total) {
-  constexpr float kNever = -std::numeric_limits<float>::infinity();
-  for (int64_t i = 0; i < min_of(low, count); ++i) row[i] = kNever;
-  for (int64_t i = max_of(0, high); i < count; ++i) row[i] = kNever;
-  Vec largest = set1(*maximum);
-  for_each_vec(count, [&](int64_t i, int64_t left) {
-    // A partial load would bring zeros into the maximum.
-    if (left == W) {
-      largest = max(largest, load(row + i));
-    } else {
-      for (int64_t j = i; j < count; ++j) largest = max(largest, set1(row[j]));
-    }
-  });
-  const float next = lane_max(largest);
-  if (next == kNever) {
-    std::memset(row, 0, size_t(count) * sizeof(float));
-    return 1.0f;
-  }
-  Vec sums = zero();
-  for_each_vec(count, [&](int64_t i, int64_t left) {
-    store_up_to(row + i, exp(sub(load_up_to(row + i, left), set1(next))), left);
-    sums = add(sums, load_up_to(row + i, left));
-  });
-  const float factor = exp_of(*maximum - next);
-  *maximum = next;
-  *total = *total * factor + sum(sums);
-  return factor;
-}
-
 // O = factor O + P V of one tile.
 inline void add_tile(const PrefillSpace& s, float* out, int64_t rows, const float* factor, int64_t count) {
   for (int64_t d = 0; d < s.padded; d += 2 * W) {

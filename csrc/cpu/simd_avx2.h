@@ -34,6 +34,12 @@ inline float lane_max(Vec a) {
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 
+// to[0..3]: the sums of a, b, c and d.
+inline void store_sums(float* to, Vec a, Vec b, Vec c, Vec d) {
+  const __m256 quads = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(quads), _mm256_extractf128_ps(quads, 1)));
+}
+
 inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
 inline Vec load_part(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first(n))}; }
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }

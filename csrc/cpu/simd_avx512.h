@@ -24,6 +24,18 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float lane_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
+// to[0..3]: the sums of a, b, c and d.
+inline void store_sums(float* to, Vec a, Vec b, Vec c, Vec d) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
+  const __m512 low = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
+  const __m512 high = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
+  const __m512 quads = _mm512_add_ps(low, high);
+  const __m512 pairs = _mm512_add_ps(quads, _mm512_shuffle_f32x4(quads, quads, 0x4e));
+  const __m128 one = _mm512_castps512_ps128(pairs), other = _mm512_extractf32x4_ps(pairs, 1);
+  _mm_storeu_ps(to, _mm_add_ps(one, other));
+}
+
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline Vec load_part(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }

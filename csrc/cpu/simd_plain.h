@@ -38,6 +38,14 @@ template <class T>
 inline Vec load(const T* p) {
   return load_part(p, W);
 }
+// to[0..3]: the sums of a, b, c and d.
+inline void store_sums(float* to, Vec a, Vec b, Vec c, Vec d) {
+  to[0] = sum(a);
+  to[1] = sum(b);
+  to[2] = sum(c);
+  to[3] = sum(d);
+}
+
 inline Vec load(const float* p) {
   Vec a;
   std::memcpy(&a.v, p, sizeof a.v);
