@@ -66,7 +66,8 @@ NcclCommunicator::NcclCommunicator(std::string name, const std::string& id, int 
     : NcclCommunicator(std::move(name), timeout_seconds) {
   ncclUniqueId unique;
   if (id.size() != sizeof unique.internal) {
-    throw std::invalid_argument("id: expected the bytes of unique_id(), got " + std::to_string(id.size()));
+    const std::string bytes = std::to_string(sizeof unique.internal), got = std::to_string(id.size());
+    throw std::invalid_argument("id: expected the " + bytes + " bytes of unique_id(), got " + got);
   }
   if (size < 1 || rank < 0 || rank >= size) {
     const std::string got = std::to_string(rank) + " of " + std::to_string(size);
@@ -119,8 +120,7 @@ void NcclCommunicator::await_handle(std::unique_ptr<NcclCommunicator>& child, Lo
 NcclCommunicator::~NcclCommunicator() {
   try {
     close();
-  } catch (...) {
-    // A destructor has nobody to tell; the communicator has been aborted.
+  } catch (...) {  // A destructor has nobody to tell; the communicator has been aborted.
   }
   free_resources();
 }
