@@ -1,4 +1,4 @@
-"""Dropout and cross-entropy as the modules call them: the table's triton rows against its torch rows."""
+"""Dropout, cross-entropy and attention as the modules call them: the table's triton rows and torch's."""
 
 from __future__ import annotations
 
@@ -47,3 +47,26 @@ def test_cross_entropy(label_smoothing, z_loss, device):
     # Sums of 33 terms in two orders, and exponents of up to 20 in error by an fp32 rounding each.
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=33 * 2**-23, atol=20 * 2**-24)
+
+
+def test_plain_attention_is_left_to_torch_unless_asked_for(device):
+    """By itself the table takes our kernel only for what torch has no fused kernel for."""
+    q, k = normals(1, 4, 2, 8, seed=1).to(device), normals(1, 6, 2, 8, seed=2).to(device)
+    mask = torch.ones(1, 1, 4, 6, dtype=torch.bool, device=device)
+    plain = (
+        (q, q, q, {"causal": True}),
+        (q, k, k, {}),
+        (q[:, :1], k, k, {"causal": True}),
+    )
+    ours = (
+        (q, k, k, {"causal": True}),
+        (q, q, q, {"causal": True, "window": 2}),
+        (q, k, k, {"mask": mask}),
+    )
+    reason_against = backend._table["attention"]["triton"].supports
+    for *tensors, options in plain:
+        assert "unless triton is asked for" in reason_against(*tensors, **options)
+        with backend.use("triton"):
+            assert reason_against(*tensors, **options) is None
+    for *tensors, options in ours:
+        assert "unless triton is asked for" not in (reason_against(*tensors, **options) or "")
