@@ -16,18 +16,16 @@ PRECISIONS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2} | {
 def weight_argument(
     name: str, weight: Tensor | PackedWeight, bias: Tensor | None, held: list[Tensor]
 ) -> tuple[int, int, int, int, int]:
-    """A weight as the kernels take it: (data, precision, bias, scale, rounded); ``rounded`` is the
-    dtype that blocks are rounded to.
+    """A weight as the kernels take it: (data, precision, bias, scale, rows).
 
     Args:
         held: gets what has to live as long as the addresses are in use: aliases, so that a parameter
             may be given other data.
     """
     N = weight.shape[0]
-    data, scale, precision, rounded = weight, None, form(weight), torch.float32
+    data, scale, precision = weight, None, form(weight)
     if isinstance(weight, PackedWeight):
         data, scale = weight.data, weight.scale
-        rounded = rounded if weight.kind == "int8" else weight.dtype
     if precision not in PRECISIONS:
         raise ValueError(f"{name}: expected fp32, bf16, fp16 or a PackedWeight, got {precision}")
     addresses = []
@@ -37,7 +35,7 @@ def weight_argument(
             held.append(widened(part.detach()))
         addresses.append(0 if part is None else held[-1].data_ptr())
     held.append(data.detach().contiguous())
-    return held[-1].data_ptr(), PRECISIONS[precision], *addresses, PRECISIONS[rounded]
+    return held[-1].data_ptr(), PRECISIONS[precision], *addresses, N
 
 
 def form(weight: Tensor | PackedWeight) -> torch.dtype | str:

@@ -14,6 +14,10 @@ from pyparallel.cpu_decoder import CPUDecoder
 # Narrowest first.
 ISAS = ("plain", "avx2", "avx512", "avx512_bf16")
 
+# Where the kernels take activations as integers, these have 4 fp32 roundings' error, 2^-22 of a block's
+# largest (csrc/cpu/gguf_fixed_point.h): how many times a dense model's error in fp32 is allowed.
+FIXED_POINT = 4
+
 
 def engine_logits(decoder: CPUDecoder, ids: Sequence[int], prefilled: int) -> Tensor:
     """This rank's logits after token ``prefilled`` - 1 and every later one, prefilled and decoded."""

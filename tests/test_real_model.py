@@ -14,6 +14,7 @@ from pyparallel.mesh import init_mesh
 from pyparallel.models.dense import load_dense, load_tokenizer, round_to_int8
 from pyparallel.models.load import load
 from pyparallel.models.logits import teacher_forced_logits
+from tests.decoder_checks import FIXED_POINT
 
 MODEL = Path(__file__).parent.parent / "models/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXTS = (
@@ -104,4 +105,4 @@ def test_greedy_tokens_are_the_dense_models(truth: tuple, ranks: int) -> None:
             assert error < 1e-3
         assert sum(weights for *_, weights in held) == num_bytes + (ranks - 1) * norms
     for (_, dense_error, _), (_, blocks_error, _) in results:
-        assert blocks_error == dense_error
+        assert blocks_error <= FIXED_POINT * dense_error

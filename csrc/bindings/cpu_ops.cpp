@@ -84,11 +84,11 @@ Pool& pool() {
 
 int threads_for(int64_t work, int threads) { return work < kWorthSharing ? 1 : threads; }
 
-// (data, precision, bias, scale, what weights in blocks are rounded to)
+// (data, precision, bias, scale, rows)
 Weight weight_of(const py::tuple& w) {
   return {pointer<const void>(w[0].cast<uintptr_t>()), pointer<const float>(w[3].cast<uintptr_t>()),
           pointer<const float>(w[2].cast<uintptr_t>()), Precision(w[1].cast<int>()),
-          Precision(w[4].cast<int>())};
+          w[4].cast<int64_t>()};
 }
 
 void linear(uintptr_t x, int64_t x_stride, int64_t M, int64_t K, int64_t N, py::tuple weight, py::tuple up,
@@ -107,7 +107,7 @@ void linear(uintptr_t x, int64_t x_stride, int64_t M, int64_t K, int64_t N, py::
   call.y_stride = N;
   call.bf16_compute = bf16_compute;
   const Kernels& k = kernels();
-  pool().run(threads_for(M * N * K, threads), thin ? 0 : k.block_linear_bytes(M, K),
+  pool().run(threads_for(M * N * K, threads), k.block_linear_bytes(M, K),
              [&](int thread, int count, void* scratch) {
                LinearCall mine = call;
                const Part part = share(N, count, thread, kOutputGrain);

@@ -28,12 +28,12 @@ Norm norm_of(const std::pair<uintptr_t, uintptr_t>& addresses) {
   return {pointer<const float>(addresses.first), pointer<const float>(addresses.second)};
 }
 
-// (data, precision, bias, scale, what weights in blocks are rounded to); an address of 0 where there is none.
-using WeightTuple = std::tuple<uintptr_t, int, uintptr_t, uintptr_t, int>;
+// (data, precision, bias, scale, rows); an address of 0 where there is none.
+using WeightTuple = std::tuple<uintptr_t, int, uintptr_t, uintptr_t, int64_t>;
 
 Weight weight_of(const WeightTuple& w) {
   return {pointer<const void>(std::get<0>(w)), pointer<const float>(std::get<3>(w)),
-          pointer<const float>(std::get<2>(w)), Precision(std::get<1>(w)), Precision(std::get<4>(w))};
+          pointer<const float>(std::get<2>(w)), Precision(std::get<1>(w)), std::get<4>(w)};
 }
 
 template <class T>

@@ -28,6 +28,12 @@ inline void pack_weight(const Weight& weight, int64_t n, int64_t rows, int64_t K
     case Precision::i8:
       return pack_rows<Dot>(static_cast<const int8_t*>(weight.data) + at, K, rows, K, to, 2 * W);
     default:
+      if (rows > 0 && (weight.first + n) % W == 0) {
+        return with_block(weight.precision, [&]<class Block>(const Block*) {
+          pack_group<Dot, Block>(weight, weight.first + n, rows, K, to, 2 * W);
+        });
+      }
+      // Cut across a group.
       for (int64_t row = 0; row < rows; ++row) weight_row(weight, n + row, K, opened + row * K);
       return pack_rows<Dot>(opened, K, rows, K, to, 2 * W);
   }
@@ -76,7 +82,18 @@ inline void block_linear_with(const LinearCall& call) {
   }
 }
 
+#if defined(PYPARALLEL_BYTE_DOT)
+#include "cpu/gguf_linear.h"
+#endif
+
 void block_linear(const LinearCall& call) {
+#if defined(PYPARALLEL_BYTE_DOT)
+  if (fits_fixed_point(call)) {
+    return with_block(call.weight.precision, [&]<class Block>(const Block*) {
+      fixed_linear<Block>(call);
+    });
+  }
+#endif
 #if defined(PYPARALLEL_BF16_DOT)
   if (call.bf16_compute) return block_linear_with<Bf16Dot>(call);
 #endif

@@ -80,9 +80,7 @@ void Decoder::reserve(int64_t M) {
   split_total_ = allocate<float>(splits);
   const int64_t widest = max_of(max_of(s.hidden, s.intermediate), s.heads * s.head_dim);
   const int64_t bytes =
-      M <= kMaxThinRows ? kernels_->prefill_attention_bytes(group(), s.head_dim)
-                        : max_of(kernels_->block_linear_bytes(M, widest),
-                                 kernels_->prefill_attention_bytes(group(), s.head_dim));
+      max_of(kernels_->block_linear_bytes(M, widest), kernels_->prefill_attention_bytes(group(), s.head_dim));
   for (auto& scratch : scratch_) scratch = allocate<unsigned char>(bytes);
   reserved_rows_ = M;
 }
@@ -164,11 +162,7 @@ LinearCall Decoder::up_call(const Rows& rows, const DecoderLayer& layer, int thr
   up.act = shape_.activation;
   up.weight.bias = layer.up.bias;
   if (shape_.gated) {
-    const auto* data = static_cast<const unsigned char*>(layer.up.data);
-    up.up = up.weight;
-    up.up.data = data + F * bytes_of(layer.up.precision, H);
-    if (up.up.scale != nullptr) up.up.scale += F;
-    if (up.up.bias != nullptr) up.up.bias += F;
+    up.up = up.weight.from_row(F, H);
   }
   return part_of(up, F, thread);
 }

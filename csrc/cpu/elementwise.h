@@ -119,13 +119,17 @@ void to_float(const void* from, Precision precision, int64_t n, float* to) {
     case Precision::bf16: widen_all(static_cast<const BFloat16*>(from), n, to); break;
     case Precision::f16: widen_all(static_cast<const Half*>(from), n, to); break;
     case Precision::i8: widen_all(static_cast<const int8_t*>(from), n, to); break;
-    default: open_blocks(from, precision, Precision::f32, n, to);
+    default: __builtin_unreachable();
   }
 }
 
 void weight_row(const Weight& weight, int64_t n, int64_t K, float* to) {
+  if (in_blocks(weight.precision)) {
+    return with_block(weight.precision, [&]<class Block>(const Block*) {
+      open_row<Block>(weight, weight.first + n, K, to);
+    });
+  }
   const auto* row = static_cast<const unsigned char*>(weight.data) + n * bytes_of(weight.precision, K);
-  if (in_blocks(weight.precision)) return open_blocks(row, weight.precision, weight.rounded, K, to);
   to_float(row, weight.precision, K, to);
   if (weight.scale != nullptr) scale(to, weight.scale[n], K);
 }

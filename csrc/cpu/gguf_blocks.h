@@ -1,80 +1,108 @@
-// GGUF's blocks of 32 weights as a file holds them, and 32 weights of one as Vecs.
+// GGUF's blocks of 32 weights, as the kernels keep and open them.
 //
 //   q4_0: w = d (q - 8)     q4_1: w = d q + m     q8_0: w = d q
 //
-// d and m are fp16; of a byte of q4 the low nibble is weight j and the high one weight 16 + j. Every
-// product is exact in fp32, so a weight is rounded once, as gguf's own dequantization does it, and then
-// once more to the floating type in which the model is run: T. A q4 block has only 16 values: they are
-// computed once, rounded, and looked up.
+// d and m are fp16; of a byte of q4 the low nibble is weight j and the high one weight 16 + j. A file holds
+// a row's blocks one after another. In memory the blocks of kGroupRows rows are woven, so that one register
+// holds the same four (or, of q4, eight) weights of all these rows, and a matrix is one run of bytes
+// (pyparallel/quantize.py, interleave_blocks_). Of the b-th blocks of g rows:
+//
+//   d [g], of q4_1 then m [g], then words [kWords, g] of 4 bytes
+//
+// A matrix's last group is of the rows that are left, so the whole has the bytes of the file.
 
 struct BlockQ4_0 {
-  uint16_t d;
-  uint8_t nibbles[kBlockWeights / 2];
+  static constexpr int kScales = 1, kWords = 4, kBits = 4, kBias = 8;
 };
 struct BlockQ4_1 {
-  uint16_t d, m;
-  uint8_t nibbles[kBlockWeights / 2];
+  static constexpr int kScales = 2, kWords = 4, kBits = 4, kBias = 0;
 };
 struct BlockQ8_0 {
-  uint16_t d;
-  int8_t quants[kBlockWeights];
+  static constexpr int kScales = 1, kWords = 8, kBits = 8, kBias = 0;
 };
 
-inline Vec rounded(Vec a, float) { return a; }
+template <class Block>
+struct Group {
+  static constexpr int kRowBytes = 2 * Block::kScales + 4 * Block::kWords;
 
-alignas(64) constexpr float kLevels[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  // That of the row, which is kGroupRows' multiple.
+  Group(const Weight& weight, int64_t row, int64_t K)
+      : data(static_cast<const uint8_t*>(weight.data) + row * (K / kBlockWeights * kRowBytes)),
+        rows(max_of(0, min_of(kGroupRows, weight.rows - row))) {}
 
-template <class T>
-inline void look_up_levels(Vec scale, Vec offset, const uint8_t* nibbles, Vec (&w)[kBlockWeights / W]) {
-  Vec levels[16 / W];
-#pragma GCC unroll 4
-  for (int i = 0; i < 16 / W; ++i) levels[i] = rounded(fma(load(kLevels + i * W), scale, offset), T{});
-  look_up(levels, nibbles, w);
-}
+  const uint8_t* block(int64_t b) const { return data + b * rows * kRowBytes; }
+  const Half* scales(int64_t b, int i) const { return reinterpret_cast<const Half*>(block(b)) + i * rows; }
+  // Of up to n rows from `lane` on; 0 past the last.
+  Vec scale(int64_t b, int i, int64_t lane, int64_t n) const {
+    const Half* at = scales(b, i) + lane;
+    return lane + n <= rows && n == W ? load(at) : load_part(at, min_of(n, rows - lane));
+  }
+  const uint8_t* words(int64_t b, int i) const { return block(b) + rows * (2 * Block::kScales + 4 * i); }
 
-template <class T>
-inline void open_block(const BlockQ4_0& block, Vec (&w)[kBlockWeights / W]) {
-  const Vec d = set1_half(&block.d);
-  look_up_levels<T>(d, mul(d, set1(-8)), block.nibbles, w);
-}
-template <class T>
-inline void open_block(const BlockQ4_1& block, Vec (&w)[kBlockWeights / W]) {
-  Vec d, m;
-  set1_halves(&block.d, d, m);
-  look_up_levels<T>(d, m, block.nibbles, w);
-}
-template <class T>
-inline void open_block(const BlockQ8_0& block, Vec (&w)[kBlockWeights / W]) {
-  const Vec d = set1_half(&block.d);
-#pragma GCC unroll 8
-  for (int i = 0; i < kBlockWeights / W; ++i) w[i] = rounded(mul(load(block.quants + i * W), d), T{});
-}
+  const uint8_t* data;
+  int64_t rows;
+};
 
-// body(block, T): a null pointer of the precision's block, and a T of the type its weights are rounded to.
+// body(block), a null pointer of the precision's block.
 template <class Body>
-inline void with_block(Precision precision, Precision rounded_to, Body body) {
-  const auto with_type = [&](auto* block) {
-    switch (rounded_to) {
-      case Precision::bf16: return body(block, BFloat16{});
-      case Precision::f16: return body(block, Half{});
-      default: return body(block, float{});
-    }
-  };
+inline void with_block(Precision precision, Body body) {
   switch (precision) {
-    case Precision::q4_0: return with_type(static_cast<const BlockQ4_0*>(nullptr));
-    case Precision::q4_1: return with_type(static_cast<const BlockQ4_1*>(nullptr));
-    default: return with_type(static_cast<const BlockQ8_0*>(nullptr));
+    case Precision::q4_0: return body(static_cast<const BlockQ4_0*>(nullptr));
+    case Precision::q4_1: return body(static_cast<const BlockQ4_1*>(nullptr));
+    default: return body(static_cast<const BlockQ8_0*>(nullptr));
   }
 }
 
-// n weights, a multiple of kBlockWeights.
-inline void open_blocks(const void* from, Precision precision, Precision rounded_to, int64_t n, float* to) {
-  with_block(precision, rounded_to, [&]<class Block, class T>(const Block*, T) {
-    const Block* block = static_cast<const Block*>(from);
-    for (int64_t k = 0; k < n; k += kBlockWeights) {
-      Vec w[kBlockWeights / W];
-      open_block<T>(*block++, w);
-      for (int i = 0; i < kBlockWeights / W; ++i) store(to + k + i * W, w[i]);
+// A row in fp32, each weight rounded once.
+template <class Block>
+inline void open_row(const Weight& weight, int64_t row, int64_t K, float* to) {
+  const int64_t lane = row % kGroupRows;
+  const Group<Block> group(weight, row - lane, K);
+  for (int64_t b = 0; b < K / kBlockWeights; ++b, to += kBlockWeights) {
+    int8_t q[kBlockWeights];
+    for (int j = 0; j < Block::kWords; ++j) {
+      uint8_t bytes[4];
+      std::memcpy(bytes, group.words(b, j) + 4 * lane, 4);
+      for (int i = 0; i < 4; ++i) {
+        q[4 * j + i] = int8_t(Block::kBits == 4 ? (bytes[i] & 15) - Block::kBias : bytes[i]);
+        if (Block::kBits == 4) q[16 + 4 * j + i] = int8_t((bytes[i] >> 4) - Block::kBias);
+      }
     }
-  });
+    const Vec d = set1(widen(group.scales(b, 0)[lane]));
+    const Vec m = Block::kScales == 2 ? set1(widen(group.scales(b, Block::kScales - 1)[lane])) : zero();
+    for (int i = 0; i < kBlockWeights; i += W) store(to + i, fma(load(q + i), d, m));
+  }
+}
+
+// W rows from `row` on, all of one group, as pack_rows has them: into to[unit * to_stride + lane].
+template <class Dot, class Block>
+inline void pack_group(const Weight& weight, int64_t row, int64_t n, int64_t K, float* to, int64_t to_stride) {
+  const int64_t lane = row % kGroupRows;
+  const Group<Block> group(weight, row - lane, K);
+  for (int64_t b = 0; b < K / kBlockWeights; ++b) {
+    const Vec d = group.scale(b, 0, lane, n);
+    const Vec m = Block::kScales == 2 ? group.scale(b, Block::kScales - 1, lane, n) : zero();
+    const auto pair = [&](const Words& words, int low, int high, int64_t k) {
+      const auto weight_at = [&](int field) {
+        Vec q = signed_field(words, 32 - Block::kBits * (field + 1), 32 - Block::kBits);
+        // q4 are unsigned, and come as q - 8.
+        if (Block::kBits == 4 && Block::kBias == 0) q = add(q, set1(8));
+        return fma(q, d, m);
+      };
+      Dot::store_units(to + (b * kBlockWeights + k) / Dot::kPerUnit * to_stride, to_stride, weight_at(low),
+                       weight_at(high));
+    };
+    for (int j = 0; j < Block::kWords; ++j) {
+      const Words words = load_words(group.words(b, j) + 4 * lane, n, Block::kBits == 4 ? 0x88888888u : 0u);
+      if (Block::kBits == 8) {
+        pair(words, 0, 1, 4 * j);
+        pair(words, 2, 3, 4 * j + 2);
+      } else {
+        for (int high = 0; high < 2; ++high) {
+          pair(words, high, 2 + high, 16 * high + 4 * j);
+          pair(words, 4 + high, 6 + high, 16 * high + 4 * j + 2);
+        }
+      }
+    }
+  }
 }

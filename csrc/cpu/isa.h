@@ -9,7 +9,7 @@
 
 namespace pyparallel::cpu {
 
-// Each level includes those before it; avx512_bf16 adds the bf16 dot product.
+// Each level includes those before it; avx512_bf16 adds the dot products of bf16 and of bytes (VNNI).
 enum class Isa { plain = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
 constexpr int kIsaCount = 4;
@@ -29,7 +29,8 @@ inline Isa detected_isa() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-      return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
+      return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")
+                 ? Isa::avx512_bf16 : Isa::avx512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
       return Isa::avx2;
     return Isa::plain;

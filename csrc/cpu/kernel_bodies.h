@@ -4,6 +4,12 @@
 #include "cpu/elementwise.h"
 #include "cpu/norm.h"
 #include "cpu/linear_epilogue.h"
+#if defined(PYPARALLEL_BYTE_DOT)
+#include "cpu/gguf_fixed_point.h"
+#else
+#include "cpu/gguf_dots.h"
+#endif
+#include "cpu/gguf_thin.h"
 #include "cpu/thin_linear.h"
 #include "cpu/register_tile.h"
 #include "cpu/block_linear.h"

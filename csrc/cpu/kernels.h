@@ -20,6 +20,9 @@ enum class Precision : int32_t { f32 = 0, bf16 = 1, f16 = 2, i8 = 3, q4_0 = 4, q
 // How many weights of a row a block of the q formats holds (gguf_blocks.h).
 constexpr int64_t kBlockWeights = 32;
 
+// How many rows' blocks are woven into one another.
+constexpr int64_t kGroupRows = 16;
+
 constexpr bool in_blocks(Precision precision) { return precision >= Precision::q4_0; }
 
 // Of one number that is not in blocks.
@@ -43,13 +46,28 @@ enum class Activation : int32_t { none = 0, silu = 1, gelu_tanh = 2, gelu = 3, r
 constexpr int64_t kMaxThinRows = 16;
 
 // A matrix [N, K], row-major and dense. int8 weights have one scale a row: w = scale[n] * data[n, k].
-// In blocks K is a multiple of kBlockWeights, and each weight is rounded to `rounded` before it is used.
+// In blocks K is a multiple of kBlockWeights, and the matrix is rows [first, first + N) of one of `rows`
+// rows, whose blocks are woven: `data` is that one's.
 struct Weight {
   const void* data = nullptr;
   const float* scale = nullptr;
   const float* bias = nullptr;
   Precision precision = Precision::f32;
-  Precision rounded = Precision::f32;
+  int64_t rows = 0;
+  int64_t first = 0;
+
+  // The matrix that begins n rows further down, with a bias of its own.
+  Weight from_row(int64_t n, int64_t K) const {
+    Weight w = *this;
+    if (in_blocks(precision)) {
+      w.first += n;
+    } else {
+      w.data = static_cast<const unsigned char*>(data) + n * bytes_of(precision, K);
+    }
+    if (scale != nullptr) w.scale += n;
+    if (bias != nullptr) w.bias += n;
+    return w;
+  }
 };
 
 // y[m, n] = act(x[m] . weight[n] + bias[n]) * (x[m] . up[n] + up_bias[n]) + residual[m, n]
@@ -71,7 +89,8 @@ struct LinearCall {
   int64_t end;
   // Round x to bf16 and use the bf16 dot product where there is one (block_linear only).
   bool bf16_compute = false;
-  // block_linear only: workspace_bytes(M, K) bytes, 64-byte aligned, of the calling thread.
+  // block_linear, and weights in blocks: block_linear_bytes(M, K) bytes, 64-byte aligned, of the calling
+  // thread.
   void* workspace = nullptr;
 };
 
@@ -125,7 +144,7 @@ struct Kernels {
   void (*scale)(float* x, float factor, int64_t n);
   // Row n of a matrix [.., K] as it is used.
   void (*weight_row)(const Weight&, int64_t n, int64_t K, float* to);
-  // In blocks: not rounded.
+  // Not of blocks.
   void (*to_float)(const void* from, Precision precision, int64_t n, float* to);
   void (*from_float)(const float* from, Precision precision, int64_t n, void* to);
 };

@@ -1,4 +1,4 @@
-// The kernels for processors with AVX-512 and its bf16 dot product.
+// The kernels for processors with AVX-512 and its dot products of bytes and of bf16.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -15,8 +15,9 @@
 // GCC 12 reports its own intrinsics' deliberately undefined operands (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")
 #define PYPARALLEL_BF16_DOT 1
+#define PYPARALLEL_BYTE_DOT 1
 namespace pyparallel::cpu {
 namespace {
 #include "cpu/simd_avx512.h"

@@ -8,6 +8,11 @@
 struct FloatDot {
   static constexpr int kPerUnit = 1;
   static inline Vec mac(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+  // Two of the summed axis' values, of W rows.
+  static inline void store_units(float* to, int64_t stride, Vec a, Vec b) {
+    store(to, a);
+    store(to + stride, b);
+  }
   template <class T>
   static inline Vec load_units(const T* p, int64_t n) {
     return n >= W ? load(p) : load_part(p, n);
@@ -19,6 +24,11 @@ struct Bf16Dot {
   static constexpr int kPerUnit = 2;
   static inline Vec mac(Vec a, Vec b, Vec c) {
     return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
+  }
+  static inline void store_units(float* to, int64_t, Vec a, Vec b) {
+    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(a.v));
+    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(b.v));
+    _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
   static inline Vec load_units(const BFloat16* p, int64_t n) {
     if (n >= 2 * W) return {_mm512_loadu_ps(p)};

@@ -88,34 +88,15 @@ inline void store_part(T* p, Vec a, int64_t n) {
   std::memcpy(p, part, size_t(n) * sizeof(T));
 }
 
-// What a number becomes when it is stored in half precision.
-template <class T>
-inline Vec rounded(Vec a, T) {
-  T stored[W];
-  store(stored, a);
-  return load(stored);
+// W words of 4 bytes, bits flipped; a field of each, signed: what is left between the shifts.
+struct Words {
+  __m256i v;
+};
+inline Words load_words(const uint8_t* p, int64_t n, uint32_t flipped) {
+  return {_mm256_xor_si256(_mm256_maskload_epi32((const int*)p, first(n)), _mm256_set1_epi32(int(flipped)))};
 }
-
-inline Vec set1_half(const uint16_t* p) {
-  return {_mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(*p)))};
-}
-inline void set1_halves(const uint16_t* p, Vec& a, Vec& b) {
-  a = set1_half(p);
-  b = set1_half(p + 1);
-}
-
-// One of 16 values for each nibble of 16 bytes: the low ones first. A permutation reads 3 bits of a lane.
-inline void look_up(const Vec (&levels)[2], const uint8_t* nibbles, Vec (&out)[4]) {
-  const auto pick = [&](__m256i q) -> Vec {
-    const __m256 low = _mm256_permutevar8x32_ps(levels[0].v, q);
-    const __m256 high = _mm256_permutevar8x32_ps(levels[1].v, q);
-    return {_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(q, 28)))};
-  };
-  for (int half = 0; half < 2; ++half) {
-    const __m256i q = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(nibbles + 8 * half)));
-    out[half] = pick(q);
-    out[2 + half] = pick(_mm256_srli_epi32(q, 4));
-  }
+inline Vec signed_field(Words a, int left, int right) {
+  return {_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(a.v, left), right))};
 }
 
 inline Vec nearest(Vec a) {

@@ -75,31 +75,15 @@ inline void store_part(Half* p, Vec a, int64_t n) {
   _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-// What a number becomes when it is stored in half precision. Veltkamp's splitting (Dekker 1971, section 5)
-// leaves the 8 bits of bf16; that ties go to even, as a store has it, was found by trying every mantissa.
-// For finite numbers below 2^111. The product names its rounding, or it would be fused into the differences.
-inline Vec rounded(Vec a, BFloat16) {
-  const __m512 c = _mm512_mul_round_ps(a.v, _mm512_set1_ps(65537), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return {_mm512_sub_ps(c, _mm512_sub_ps(c, a.v))};
+// W words of 4 bytes, bits flipped; a field of each, signed: what is left between the shifts.
+struct Words {
+  __m512i v;
+};
+inline Words load_words(const uint8_t* p, int64_t n, uint32_t flipped) {
+  return {_mm512_xor_si512(_mm512_maskz_loadu_epi32(first(n), p), _mm512_set1_epi32(int(flipped)))};
 }
-inline Vec rounded(Vec a, Half) {
-  return {_mm512_cvtph_ps(_mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))};
-}
-
-inline Vec set1_half(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_set1_epi16(int16_t(*p)))}; }
-inline void set1_halves(const uint16_t* p, Vec& a, Vec& b) {
-  int32_t pair;
-  std::memcpy(&pair, p, sizeof pair);
-  const __m512 pairs = _mm512_cvtph_ps(_mm256_set1_epi32(pair));
-  a.v = _mm512_moveldup_ps(pairs);
-  b.v = _mm512_movehdup_ps(pairs);
-}
-
-// One of 16 values for each nibble of 16 bytes: the low ones first. A permutation reads 4 bits of a lane.
-inline void look_up(const Vec (&levels)[1], const uint8_t* nibbles, Vec (&out)[2]) {
-  const __m512i q = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)nibbles));
-  out[0].v = _mm512_permutexvar_ps(q, levels[0].v);
-  out[1].v = _mm512_permutexvar_ps(_mm512_srli_epi32(q, 4), levels[0].v);
+inline Vec signed_field(Words a, int left, int right) {
+  return {_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(a.v, unsigned(left)), unsigned(right)))};
 }
 
 // The nearest integer, as a float.

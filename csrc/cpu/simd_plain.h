@@ -61,29 +61,20 @@ inline void store(T* p, Vec a) {
 }
 inline void store(float* p, Vec a) { std::memcpy(p, &a.v, sizeof a.v); }
 
-// What a number becomes when it is stored in half precision.
-template <class T>
-inline Vec rounded(Vec a, T) {
-  T stored[W];
-  store(stored, a);
-  return load(stored);
+// W words of 4 bytes, bits flipped; a field of each, signed: what is left between the shifts.
+struct Words {
+  uint32_t v[W];
+};
+inline Words load_words(const uint8_t* p, int64_t n, uint32_t flipped) {
+  Words words = {};
+  std::memcpy(words.v, p, size_t(n) * sizeof(uint32_t));
+  for (uint32_t& word : words.v) word ^= flipped;
+  return words;
 }
-
-inline Vec set1_half(const uint16_t* p) { return set1(widen(Half{*p})); }
-inline void set1_halves(const uint16_t* p, Vec& a, Vec& b) {
-  a = set1_half(p);
-  b = set1_half(p + 1);
-}
-
-// One of 16 values for each nibble of 16 bytes: the low ones first.
-inline void look_up(const Vec (&levels)[4], const uint8_t* nibbles, Vec (&out)[8]) {
-  float values[16], weights[32];
-  std::memcpy(values, levels, sizeof values);
-  for (int j = 0; j < 16; ++j) {
-    weights[j] = values[nibbles[j] & 15];
-    weights[16 + j] = values[nibbles[j] >> 4];
-  }
-  std::memcpy(out, weights, sizeof weights);
+inline Vec signed_field(Words a, int left, int right) {
+  Vec field;
+  for (int i = 0; i < W; ++i) field.v[i] = float(int32_t(a.v[i] << left) >> right);
+  return field;
 }
 
 inline Vec nearest(Vec a) {

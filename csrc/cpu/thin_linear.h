@@ -6,25 +6,6 @@
 // overtake each other. Four chains of sums are also what hides the latency of an fma. With a gate two
 // of the streams are the gate's. Each sum is one chain over k in any tile, so its bits do not depend on M.
 
-constexpr int64_t kPrefetchBytes = 1024;
-
-// How rows of plain numbers are read, and rows of blocks: sums[(m * kStreams + n) * W] = x[m] . w[n].
-template <class T>
-struct PlainRows {
-  using Element = T;
-  static constexpr int64_t length(int64_t K) { return K; }
-  template <int kRows, int kColumns>
-  static inline void dot(const float* x, int64_t x_stride, const T* const* w, int64_t K, float* sums);
-};
-
-template <class Block, class T>
-struct BlockRows {
-  using Element = Block;
-  static constexpr int64_t length(int64_t K) { return K / kBlockWeights; }
-  template <int kRows, int kColumns>
-  static inline void dot(const float* x, int64_t x_stride, const Block* const* w, int64_t K, float* sums);
-};
-
 template <int kRows, int kColumns>
 inline void store_sums(const Vec (&acc)[kRows][kColumns], float* sums) {
 #pragma GCC unroll 8
@@ -34,9 +15,9 @@ inline void store_sums(const Vec (&acc)[kRows][kColumns], float* sums) {
   }
 }
 
-template <class T>
-template <int kRows, int kColumns>
-inline void PlainRows<T>::dot(const float* x, int64_t x_stride, const T* const* w, int64_t K, float* sums) {
+// sums[(m * kStreams + n) * W] = x[m] . w[n]
+template <int kRows, int kColumns, class T>
+inline void dot_rows(const float* x, int64_t x_stride, const T* const* w, int64_t K, float* sums) {
   Vec acc[kRows][kColumns];
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) {
@@ -61,7 +42,7 @@ inline void PlainRows<T>::dot(const float* x, int64_t x_stride, const T* const* 
     for (size_t at = 0; at < 4 * W * sizeof(T); at += 64) {
 #pragma GCC unroll 8
       for (int n = 0; n < kColumns; ++n) {
-        __builtin_prefetch(reinterpret_cast<const char*>(w[n] + k) + at + kPrefetchBytes);
+        __builtin_prefetch(reinterpret_cast<const char*>(w[n] + k) + at + kPrefetchBytes, 0, 2);
       }
     }
 #pragma GCC unroll 4
@@ -72,54 +53,24 @@ inline void PlainRows<T>::dot(const float* x, int64_t x_stride, const T* const* 
   store_sums(acc, sums);
 }
 
-// The order of the sums is that of plain rows, so the bits are those of the dequantized weights.
-template <class Block, class T>
-template <int kRows, int kColumns>
-inline void BlockRows<Block, T>::dot(const float* x, int64_t x_stride, const Block* const* w, int64_t K,
-                                     float* sums) {
-  Vec acc[kRows][kColumns];
-#pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 8
-    for (int n = 0; n < kColumns; ++n) acc[m][n] = zero();
-  }
-  for (int64_t k = 0, b = 0; k < K; k += kBlockWeights, ++b) {
-#pragma GCC unroll 8
-    for (int n = 0; n < kColumns; ++n) {
-      __builtin_prefetch(reinterpret_cast<const char*>(w[n] + b) + kPrefetchBytes);
-      Vec weights[kBlockWeights / W];
-      open_block<T>(w[n][b], weights);
-#pragma GCC unroll 8
-      for (int i = 0; i < kBlockWeights / W; ++i) {
-#pragma GCC unroll 8
-        for (int m = 0; m < kRows; ++m) {
-          acc[m][n] = fma(load(x + m * x_stride + k + i * W), weights[i], acc[m][n]);
-        }
-      }
-    }
-  }
-  store_sums(acc, sums);
-}
-
 // All rows of x against one row of each stream.
-template <class Rows>
-inline void dot_streams(const LinearCall& call, const typename Rows::Element* const* w, float* sums) {
+template <class T>
+inline void dot_streams(const LinearCall& call, const T* const* w, float* sums) {
   int64_t m = 0;
   for (; m + kThinRows <= call.M; m += kThinRows) {
     for (int n = 0; n < kStreams; n += kThinColumns) {
-      Rows::template dot<kThinRows, kThinColumns>(call.x + m * call.x_stride, call.x_stride, w + n, call.K,
+      dot_rows<kThinRows, kThinColumns>(call.x + m * call.x_stride, call.x_stride, w + n, call.K,
                                                   sums + (m * kStreams + n) * W);
     }
   }
   for (; m < call.M; ++m) {
-    Rows::template dot<1, kStreams>(call.x + m * call.x_stride, call.x_stride, w, call.K,
+    dot_rows<1, kStreams>(call.x + m * call.x_stride, call.x_stride, w, call.K,
                                     sums + m * kStreams * W);
   }
 }
 
-template <class Rows>
+template <class T>
 inline void thin_linear_of(const LinearCall& call) {
-  using T = typename Rows::Element;
   alignas(64) float sums[kMaxThinRows * kStreams * W];
   const bool gated = call.up.data != nullptr;
   const T* const weight = static_cast<const T*>(call.weight.data);
@@ -132,9 +83,9 @@ inline void thin_linear_of(const LinearCall& call) {
       const T* w[kStreams];
       for (int s = 0; s < kStreams; ++s) {
         const T* const matrix = gated && s % 2 == 1 ? up : weight;
-        w[s] = matrix + streams.output(s, i + j) * Rows::length(call.K);
+        w[s] = matrix + streams.output(s, i + j) * call.K;
       }
-      dot_streams<Rows>(call, w, sums + j);
+      dot_streams(call, w, sums + j);
     }
     for (int s = 0; s < kStreams; s += per_run) {
       const int64_t n = call.begin + s / per_run * streams.length + i;
@@ -150,13 +101,11 @@ inline void thin_linear_of(const LinearCall& call) {
 
 void thin_linear(const LinearCall& call) {
   switch (call.weight.precision) {
-    case Precision::f32: return thin_linear_of<PlainRows<float>>(call);
-    case Precision::bf16: return thin_linear_of<PlainRows<BFloat16>>(call);
-    case Precision::f16: return thin_linear_of<PlainRows<Half>>(call);
-    case Precision::i8: return thin_linear_of<PlainRows<int8_t>>(call);
+    case Precision::f32: return thin_linear_of<float>(call);
+    case Precision::bf16: return thin_linear_of<BFloat16>(call);
+    case Precision::f16: return thin_linear_of<Half>(call);
+    case Precision::i8: return thin_linear_of<int8_t>(call);
     default:
-      with_block(call.weight.precision, call.weight.rounded, [&]<class Block, class T>(const Block*, T) {
-        thin_linear_of<BlockRows<Block, T>>(call);
-      });
+      with_block(call.weight.precision, [&]<class Block>(const Block*) { thin_linear_of_blocks<Block>(call); });
   }
 }

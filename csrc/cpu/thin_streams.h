@@ -10,6 +10,9 @@ namespace pyparallel::cpu {
 
 // Read side by side; with a gate every second one is the gate's.
 constexpr int kStreams = 4;
+// How far ahead of its reading a stream is fetched, into the second-level cache: fetching into the first
+// holds up to a third back, since few lines can be on their way there (docs/cpu.md).
+constexpr int64_t kPrefetchBytes = 1024;
 
 // The outputs are cut into as many runs as there are streams, or pairs of streams; the last may be
 // shorter, or there may be fewer outputs than runs: then a stream repeats the last row.
@@ -35,8 +38,19 @@ class Ahead {
   Ahead() = default;
   explicit Ahead(const LinearCall& call) {
     if (call.begin >= call.end) return;
-    const ThinStreams streams(call);
     const int64_t row = bytes_of(call.weight.precision, call.K);
+    if (in_blocks(call.weight.precision)) {
+      // One run of groups, and one of the gate's.
+      for (const Weight* weight : {&call.weight, &call.up}) {
+        if (weight->data == nullptr) continue;
+        const int64_t group = (weight->first + call.begin) / kGroupRows * kGroupRows;
+        from_[count_++] = static_cast<const char*>(weight->data) + group * row;
+      }
+      bytes_ = min_of((call.end - call.begin) * row, kMostBytes / count_);
+      return;
+    }
+    const ThinStreams streams(call);
+    count_ = kStreams;
     for (int s = 0; s < kStreams; ++s) {
       const Weight& weight = streams.per_run == 2 && s % 2 == 1 ? call.up : call.weight;
       from_[s] = static_cast<const char*>(weight.data) + streams.output(s, 0) * row;
@@ -47,7 +61,7 @@ class Ahead {
   // Whether there was something left to fetch.
   bool operator()() {
     if (at_ >= bytes_) return false;
-    for (int s = 0; s < kStreams; ++s) {
+    for (int s = 0; s < count_; ++s) {
       for (int64_t line = 0; line < kTurnBytes; line += 64) __builtin_prefetch(from_[s] + at_ + line, 0, 2);
     }
     at_ += kTurnBytes;
@@ -60,6 +74,7 @@ class Ahead {
   static constexpr int64_t kTurnBytes = 256;
 
   const char* from_[kStreams] = {};
+  int count_ = 0;
   int64_t bytes_ = 0;
   int64_t at_ = 0;
 };

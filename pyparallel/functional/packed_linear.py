@@ -29,11 +29,11 @@ backend.register("packed_linear", "cpu", supports=_cpu_reason)(cpu_ops.linear)
 
 @backend.register("packed_linear", "torch")
 def _torch(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    # A matrix in x's dtype, of numbers that it holds exactly, for the length of the call.
-    matrix = weight.unscaled().to(x.dtype)
     if weight.scale is None:
-        return F.linear(x, matrix, bias)
-    y = F.linear(x, matrix) * weight.scale
+        wide = None if bias is None else bias.float()
+        return F.linear(x.float(), weight.dequantized(), wide).to(x.dtype)
+    # A matrix in x's dtype, of numbers that it holds exactly, for the length of the call.
+    y = F.linear(x, weight.data.to(x.dtype)) * weight.scale
     return (y if bias is None else y + bias).to(x.dtype)
 
 
@@ -71,6 +71,6 @@ def packed_embedding(ids: Tensor, weight: PackedWeight, *, start: int, group: Gr
         rows = torch.zeros(*ids.shape, H, dtype=weight.dtype, device=weight.data.device)
     else:
         local = (ids - start).masked_fill(foreign, 0)
-        rows = weight.rows(local.flatten()).dequantized().view(*ids.shape, H)
+        rows = weight.rows(local.flatten()).view(*ids.shape, H)
         rows = rows.masked_fill(foreign.unsqueeze(-1), 0).to(weight.dtype)
     return all_reduce_raw(rows, group) if group.size > 1 else rows

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyparallel.collectives import all_reduce_raw
 from pyparallel.group import Group
-from pyparallel.quantize import PackedWeight, largest_of_rows, quantize_rows
+from pyparallel.quantize import PackedWeight, largest_of_rows, quantize_rows, weave_blocks_
 from pyparallel.shard import Sharding
 
 
@@ -74,10 +74,11 @@ class ShardedModule(nn.Module):
     def hold_blocks(self, data: Tensor, kind: str) -> None:
         """Hold ``weight [M, K]`` as a GGUF's blocks, for inference.
 
-        The weight is then what the blocks' numbers are in the module's dtype.
+        The weight is then the blocks' numbers, in whatever dtype the module was.
 
         Args:
-            data: [M, K / 32 * bytes of a block], uint8.
+            data: [M, K / 32 * bytes of a block], uint8, as a file has them; kept, and woven in place
+                (:func:`~pyparallel.quantize.weave_blocks_`).
             kind: "q4_0", "q4_1" or "q8_0".
 
         Raises:
@@ -87,6 +88,7 @@ class ShardedModule(nn.Module):
         packed = PackedWeight(data, kind, self.dtype)
         if packed.shape != self.weight_shape:
             raise ValueError(f"data: expected blocks of {self.weight_shape}, got {packed.shape}")
+        weave_blocks_(data, kind)
         self._hold(packed)
 
     def share_weight(self, other: ShardedModule) -> None:

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu_weights.h"
 #include "core/pack.h"
 #include "cpu/decoder.h"
 #include "cpu/kernels.h"
@@ -27,32 +28,6 @@ std::vector<float> values(Random& random, int64_t n) {
   return v;
 }
 
-// On the heap and of exactly n elements, so that a byte too far is seen.
-struct Packed {
-  Packed(const Kernels& k, const std::vector<float>& from, Precision precision) : precision(precision) {
-    const int64_t n = int64_t(from.size()), bytes = bytes_of(precision, n);
-    data.reset(new unsigned char[size_t(bytes)]);
-    if (in_blocks(precision)) {
-      for (int64_t i = 0; i < bytes; ++i) data[size_t(i)] = static_cast<unsigned char>(i * 7 + n);
-      // The fp16 numbers: small ones.
-      const int64_t block = bytes_of(precision, kBlockWeights);
-      for (int64_t at = 0; at < bytes; at += block) {
-        const float small[2] = {from[size_t(at / block)] / 256, from[0] / 16};
-        k.from_float(small, Precision::f16, precision == Precision::q4_1 ? 2 : 1, data.get() + at);
-      }
-    } else if (precision == Precision::i8) {
-      for (int64_t i = 0; i < n; ++i) reinterpret_cast<int8_t*>(data.get())[i] = int8_t(from[size_t(i)] * 100);
-    } else {
-      k.from_float(from.data(), precision, n, data.get());
-    }
-    wide.resize(from.size());
-    k.to_float(data.get(), precision, n, wide.data());
-  }
-  Precision precision;
-  std::unique_ptr<unsigned char[]> data;
-  std::vector<float> wide;
-};
-
 struct Aligned {
   explicit Aligned(int64_t bytes) : data(std::aligned_alloc(64, size_t(round_up(max_of(bytes, 1), 64)))) {}
   ~Aligned() { std::free(data); }
@@ -63,7 +38,6 @@ void check_linear(const Kernels& k, Random& random, Precision precision, bool ga
   const int64_t M = 1 + random.below(30), N = 1 + random.below(90);
   const int64_t K = in_blocks(precision) ? kBlockWeights * (1 + random.below(4)) : 1 + random.below(120);
   const auto x = values(random, M * K);
-  const Packed w(k, values(random, N * K), precision), up(k, values(random, N * K), precision);
   const auto bias = values(random, N), residual = values(random, M * N);
   const std::vector<float> scale(size_t(N), 0.01f);
   std::vector<float> y(size_t(M * N));
@@ -74,8 +48,34 @@ void check_linear(const Kernels& k, Random& random, Precision precision, bool ga
   call.M = M;
   call.K = K;
   const bool int8 = precision == Precision::i8;
-  call.weight = {w.data.get(), int8 ? scale.data() : nullptr, bias.data(), precision};
-  if (gated) call.up = {up.data.get(), int8 ? scale.data() : nullptr, nullptr, precision};
+  std::unique_ptr<Packed> plain[2];
+  std::unique_ptr<Woven> woven[2];
+  const float* wide[2];
+  Weight* const weights[2] = {&call.weight, &call.up};
+  for (int i = 0; i < (gated ? 2 : 1); ++i) {
+    Weight& weight = *weights[i];
+    weight.precision = precision;
+    weight.bias = i == 0 ? bias.data() : nullptr;
+    if (in_blocks(precision)) {
+      // Some rows of a matrix, so cut across its groups now and then.
+      weight.first = random.below(2) * random.below(40);
+      weight.rows = weight.first + N + random.below(20);
+      woven[i] = std::make_unique<Woven>(k, random, weight.rows, K, precision);
+      weight.data = woven[i]->data.get();
+      wide[i] = woven[i]->wide.data() + weight.first * K;
+      std::vector<float> row(static_cast<size_t>(K));
+      k.weight_row(weight, N - 1, K, row.data());
+      for (int64_t j = 0; j < K; ++j) {
+        const float w = wide[i][(N - 1) * K + j];
+        expect(std::fabs(row[size_t(j)] - w) <= std::fabs(w) * 1e-6f + 1e-7f, "a row of blocks is off");
+      }
+    } else {
+      plain[i] = std::make_unique<Packed>(k, values(random, N * K), precision);
+      weight.scale = int8 ? scale.data() : nullptr;
+      weight.data = plain[i]->data.get();
+      wide[i] = plain[i]->wide.data();
+    }
+  }
   call.act = gated ? Activation::silu : Activation::none;
   call.residual = residual.data();
   call.residual_stride = N;
@@ -91,8 +91,8 @@ void check_linear(const Kernels& k, Random& random, Precision precision, bool ga
       for (int64_t n = call.begin; n < call.end; ++n) {
         double a = 0, b = 0;
         for (int64_t i = 0; i < K; ++i) {
-          a += double(x[size_t(m * K + i)]) * w.wide[size_t(n * K + i)];
-          b += double(x[size_t(m * K + i)]) * up.wide[size_t(n * K + i)];
+          a += double(x[size_t(m * K + i)]) * wide[0][n * K + i];
+          if (gated) b += double(x[size_t(m * K + i)]) * wide[1][n * K + i];
         }
         if (int8) a *= 0.01, b *= 0.01;
         a += bias[size_t(n)];
