@@ -16,11 +16,9 @@ inline float exp_of(float x) {
   return lanes[0];
 }
 
-// Row scores [0, count) to weights, those outside [low, high) to zero; returns the factor for O and l.
-inline float soften(float* row, int64_t count, int64_t low, int64_t high, float* maximum, float* total) {
+// Row scores [0, count) to weights; returns the factor for O and l.
+inline float soften(float* row, int64_t count, float* maximum, float* total) {
   constexpr float kNever = -std::numeric_limits<float>::infinity();
-  for (int64_t i = 0; i < min_of(low, count); ++i) row[i] = kNever;
-  for (int64_t i = max_of(0, high); i < count; ++i) row[i] = kNever;
   Vec largest = set1(*maximum);
   for_each_vec(count, [&](int64_t i, int64_t left) {
     // A partial load would bring zeros into the maximum.
@@ -161,7 +159,7 @@ inline void attend(const AttentionCall& call, int64_t head, int64_t begin, int64
     const T* next = end - t >= 2 * kDecodeKeys ? keys + kDecodeKeys * call.key_stride : keys;
     score_keys<T, kHeads>(q, call.q_head_stride, keys, values, call.key_stride, count, call.D, scores);
     for (int h = 0; h < kHeads; ++h) {
-      factor[h] = soften(scores + h * kDecodeKeys, count, 0, count, maximum + h, total + h);
+      factor[h] = soften(scores + h * kDecodeKeys, count, maximum + h, total + h);
     }
     add_values<T, kHeads>(scores, factor, values, next, call.key_stride, count, call.D, out,
                           call.out_head_stride);

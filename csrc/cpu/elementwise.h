@@ -44,7 +44,7 @@ inline Vec erf_of_positive(Vec x) {
 
 inline Vec activate(Activation act, Vec x) {
   switch (act) {
-    case Activation::silu: return mul(x, sigmoid(x));
+    case Activation::silu: return div(x, add(set1(1.0f), exp(sub(zero(), x))));
     case Activation::gelu_tanh: {
       // 0.5 (1 + tanh(z)) = sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3)
       const Vec inner = mul(x, fma(mul(x, x), set1(0.044715f), set1(1.0f)));

@@ -15,7 +15,6 @@ struct PrefillSpace {
   float* keys;     // [kKeyBlock / 2W, D, 2W]
   float* values;   // [kKeyBlock, padded D]
   float* scores;   // [kTileRows, kKeyBlock]
-  float* weights;  // [kKeyBlock, kTileRows]
   float* maximum;  // [rows]
   float* total;    // [rows]
   int64_t padded;
@@ -36,7 +35,6 @@ struct PrefillSpace {
     keys = take(kKeyBlock * D);
     values = take(kKeyBlock * padded);
     scores = take(kTileRows * kKeyBlock);
-    weights = take(kKeyBlock * kTileRows + W);
     maximum = take(rows);
     total = take(rows);
   }
@@ -57,6 +55,39 @@ inline void score_tile(const PrefillSpace& s, const float* q, int64_t rows, int6
   }
 }
 
+// Rows of scores [0, count) to weights, those outside [low + i, high + i) of row i to zero; the factors for O
+// and l. As soften, with the rows side by side, so that none waits for another's.
+inline void soften_tile(float* scores, int64_t rows, int64_t count, int64_t low, int64_t high, float* maximum,
+                        float* total, float* factor) {
+  constexpr float kNever = -std::numeric_limits<float>::infinity();
+  static_assert(kTileRows <= W, "a number of each row fits a Vec");
+  float next[W];
+  for (int64_t i = 0; i < rows; ++i) {
+    float* row = scores + i * kKeyBlock;
+    for (int64_t t = 0; t < min_of(low + i, count); ++t) row[t] = kNever;
+    // To whole Vecs, which the scores fill.
+    for (int64_t t = max_of(0, high + i); t < round_up(count, W); ++t) row[t] = kNever;
+    Vec largest = set1(maximum[i]);
+    for (int64_t t = 0; t < count; t += W) largest = max(largest, load(row + t));
+    next[i] = lane_max(largest);
+  }
+  // Where no key was seen yet nothing is to be scaled, and exp(-inf) is 0.
+  float shift[W] = {};
+  for (int64_t i = 0; i < rows; ++i) shift[i] = next[i] == kNever ? 0.0f : next[i];
+  store_part(factor, exp(sub(load_part(maximum, rows), load_part(shift, rows))), rows);
+  for (int64_t i = 0; i < rows; ++i) {
+    float* row = scores + i * kKeyBlock;
+    Vec sums = zero();
+    for (int64_t t = 0; t < count; t += W) {
+      const Vec weights = exp(sub(load(row + t), set1(shift[i])));
+      store(row + t, weights);
+      sums = add(sums, weights);
+    }
+    maximum[i] = next[i];
+    total[i] = total[i] * factor[i] + sum(sums);
+  }
+}
+
 // O = factor O + P V of one tile.
 inline void add_tile(const PrefillSpace& s, float* out, int64_t rows, const float* factor, int64_t count) {
   for (int64_t d = 0; d < s.padded; d += 2 * W) {
@@ -66,7 +97,7 @@ inline void add_tile(const PrefillSpace& s, float* out, int64_t rows, const floa
       acc[i][1] = mul(load(out + i * s.padded + d + W), set1(factor[i]));
     }
     for (int64_t i = rows; i < kTileRows; ++i) acc[i][0] = acc[i][1] = zero();
-    register_tile<FloatDot>(rows, s.weights, s.values + d, s.padded, count, acc);
+    register_tile<FloatDot, 1, kKeyBlock>(rows, s.scores, s.values + d, s.padded, count, acc);
     for (int64_t i = 0; i < rows; ++i) {
       store(out + i * s.padded + d, acc[i][0]);
       store(out + i * s.padded + d + W, acc[i][1]);
@@ -122,12 +153,9 @@ inline void attend_block(const AttentionCall& call, int64_t row, int64_t M, int6
         const int64_t at = (g * tiles + tile) * kTileRows;
         float factor[kTileRows];
         score_tile(s, s.q + at * call.D, rows, seen, call.D);
-        for (int64_t i = 0; i < rows; ++i) {
-          const int64_t high = position + i + 1 - begin;
-          const int64_t low = window > 0 ? high - window : 0;
-          factor[i] = soften(s.scores + i * kKeyBlock, seen, low, high, s.maximum + at + i, s.total + at + i);
-        }
-        pack_rows<FloatDot>(s.scores, kKeyBlock, rows, seen, s.weights, kTileRows);
+        const int64_t high = position + 1 - begin;
+        soften_tile(s.scores, rows, seen, window > 0 ? high - window : -rows, high, s.maximum + at, s.total + at,
+                    factor);
         add_tile(s, s.out + at * s.padded, rows, factor, seen);
       }
     }

@@ -2,8 +2,8 @@
 // registers (Goto & van de Geijn 2008, section 6, with both operands packed).
 //
 // A unit is 32 bits along the summed axis: one float, or two bf16 for the bf16 dot product, whose pairs
-// are summed in fp32. A is packed [units, kTileRows] so that one value is broadcast per row; B is packed
-// [units, 2 W], or any matrix of floats whose rows lie `b_stride` units apart.
+// are summed in fp32. A is packed [units, kTileRows], or lies otherwise: one value is broadcast per row. B is
+// packed [units, 2 W], or any matrix of floats whose rows lie `b_stride` units apart.
 
 struct FloatDot {
   static constexpr int kPerUnit = 1;
@@ -43,7 +43,8 @@ struct Bf16Dot {
 };
 #endif
 
-template <class Dot, int kRows>
+// A's values lie kUnitStep apart along the summed axis and kRowStep from row to row.
+template <class Dot, int kRows, int kUnitStep, int kRowStep>
 inline void register_tile(const float* a, const float* b, int64_t b_stride, int64_t units,
                           Vec (&acc)[kTileRows][2]) {
   Vec c[kRows][2];
@@ -57,11 +58,11 @@ inline void register_tile(const float* a, const float* b, int64_t b_stride, int6
     const Vec b0 = load(b), b1 = load(b + W);
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
-      const Vec x = set1(a[m]);
+      const Vec x = set1(a[m * kRowStep]);
       c[m][0] = Dot::mac(x, b0, c[m][0]);
       c[m][1] = Dot::mac(x, b1, c[m][1]);
     }
-    a += kTileRows;
+    a += kUnitStep;
     b += b_stride;
   }
 #pragma GCC unroll 16
@@ -72,13 +73,16 @@ inline void register_tile(const float* a, const float* b, int64_t b_stride, int6
 }
 
 // The smallest of three tile heights that holds `rows`, so that a short last tile wastes little.
-template <class Dot>
+template <class Dot, int kUnitStep = kTileRows, int kRowStep = 1>
 inline void register_tile(int64_t rows, const float* a, const float* b, int64_t b_stride, int64_t units,
                           Vec (&acc)[kTileRows][2]) {
   constexpr int kThird = kTileRows / 3;
-  if (rows > 2 * kThird) return register_tile<Dot, kTileRows>(a, b, b_stride, units, acc);
-  if (rows > kThird) return register_tile<Dot, 2 * kThird>(a, b, b_stride, units, acc);
-  register_tile<Dot, kThird>(a, b, b_stride, units, acc);
+  const auto with = [&]<int kRows>(std::integral_constant<int, kRows>) {
+    register_tile<Dot, kRows, kUnitStep, kRowStep>(a, b, b_stride, units, acc);
+  };
+  if (rows > 2 * kThird) return with(std::integral_constant<int, kTileRows>());
+  if (rows > kThird) return with(std::integral_constant<int, 2 * kThird>());
+  with(std::integral_constant<int, kThird>());
 }
 
 // W rows of K values into to[u * to_stride + row]; rows past `rows` become zeros. Whole Vecs are stored.
