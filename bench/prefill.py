@@ -34,6 +34,7 @@ def test_smollm2(benchmark: Any, dtype: str, seconds: dict[str, float]) -> None:
         Rival("pyparallel tp=2", ours, (name, dtype), ranks=2),
         Rival("pyparallel tp=1, 2 threads", ours, (name, dtype), threads=2),
         Rival("pyparallel tp=2, GGUF blocks", ours, (name, dtype, "blocks"), ranks=2),
+        Rival("pyparallel tp=1, 2 threads, GGUF blocks", ours, (name, dtype, "blocks"), threads=2),
         Rival("pyparallel modules tp=2", modules, (name, dtype), ranks=2),
         Rival("transformers dense", hugging_face, (name, dtype), threads=2),
         *llama_cpp.rivals(dtype),
