@@ -64,8 +64,13 @@ def weave_blocks_(data: Tensor, kind: str) -> Tensor:
     """Blocks as a file has them, in place into the order of the kernels; returns ``data``.
 
     Args:
-        data: [N, B * bytes of a block], uint8, contiguous.
+        data: [N, B * bytes of a block], uint8.
+
+    Raises:
+        ValueError: ``data`` is not contiguous.
     """
+    if not data.is_contiguous():
+        raise ValueError("data: expected contiguous blocks, got a view; weave a copy of them")
     for woven, rows in _groups(data):
         scales, words = _parts(woven, rows, kind)
         blocks = woven.unflatten(-1, (-1, BLOCK_BYTES[kind])).clone()

@@ -248,6 +248,8 @@ def test_what_blocks_are_not_for(files: dict[str, Path], tmp_path: Path) -> None
         module.hold_blocks(data, "q5_0")
     with pytest.raises(ValueError, match=r"data: expected torch\.uint8 for q4_0, got torch\.int8"):
         module.hold_blocks(data.to(torch.int8), "q4_0")
+    with pytest.raises(ValueError, match="data: expected contiguous blocks, got a view"):
+        module.hold_blocks(torch.zeros(36, 7, dtype=torch.uint8).T, "q4_0")
     with pytest.raises(ValueError, match="scale: int8 goes with one"):
         PackedWeight(data.to(torch.int8), "int8", torch.float32)
     module.sequence_parallel = True

@@ -82,7 +82,7 @@ class ShardedModule(nn.Module):
             kind: "q4_0", "q4_1" or "q8_0".
 
         Raises:
-            ValueError: as :meth:`quantize_weight`; another kind or shape.
+            ValueError: as :meth:`quantize_weight`; another kind or shape; a view.
         """
         self._check_packable(kind)
         packed = PackedWeight(data, kind, self.dtype)

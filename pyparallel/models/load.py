@@ -56,8 +56,8 @@ def load(
         stage: which part of a :class:`Decoder`; by default stage ``mesh.pp.rank`` of ``mesh.pp.size``.
         weights: "int8" rounds every matrix (a tied embedding too) to int8 with a scale a row as it is
             read: half of bf16's bytes to hold and to read a token. "blocks" holds every matrix that a
-            GGUF stores as Q4_0, Q4_1 or Q8_0 as it is stored, on the CPU; its numbers are those that it
-            has in ``dtype`` without. A matrix of another type, of several types (q, k and v; gate and
+            GGUF stores as Q4_0, Q4_1 or Q8_0 in its bytes, on the CPU; its numbers are then the file's,
+            not rounded to ``dtype``. A matrix of another type, of several types (q, k and v; gate and
             up) or whose columns are cut inside a block of 32 is read densely, as ever; a module's
             ``packed`` says. Both are for inference with a decoder, and the weights are the same numbers
             at every number of ranks. Activations, cache, norms and biases stay in ``dtype``.
