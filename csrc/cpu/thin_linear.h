@@ -60,12 +60,11 @@ inline void dot_streams(const LinearCall& call, const T* const* w, float* sums) 
   for (; m + kThinRows <= call.M; m += kThinRows) {
     for (int n = 0; n < kStreams; n += kThinColumns) {
       dot_rows<kThinRows, kThinColumns>(call.x + m * call.x_stride, call.x_stride, w + n, call.K,
-                                                  sums + (m * kStreams + n) * W);
+                                        sums + (m * kStreams + n) * W);
     }
   }
   for (; m < call.M; ++m) {
-    dot_rows<1, kStreams>(call.x + m * call.x_stride, call.x_stride, w, call.K,
-                                    sums + m * kStreams * W);
+    dot_rows<1, kStreams>(call.x + m * call.x_stride, call.x_stride, w, call.K, sums + m * kStreams * W);
   }
 }
 

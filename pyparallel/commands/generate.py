@@ -67,8 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights",
         choices=("dense", *WEIGHTS),
         help="of the matrices. dense: in --dtype. int8: rounded, with a scale a row, to a quarter of "
-        "fp32's bytes. blocks: a GGUF's Q4_0, Q4_1 and Q8_0 tensors as they are stored, which says the "
-        "same words as dense with a seventh to a quarter of fp32's bytes to hold and read. Default: "
+        "fp32's bytes. blocks: a GGUF's Q4_0, Q4_1 and Q8_0 tensors as they are stored: its own "
+        "numbers, with a seventh to a quarter of fp32's bytes to hold and read. Default: "
         "blocks for a GGUF on the CPU, else dense",
     )
     add("--temperature", type=float, default=0.0, help="0: the likeliest token (default)")
