@@ -23,8 +23,9 @@ SCALE_BYTES = {"q4_0": 2, "q4_1": 4, "q8_0": 2}
 # Rows whose blocks are woven; the last of a matrix may be fewer.
 GROUP_ROWS = 16
 
-# Rows that are quantized together.
-ROWS_AT_ONCE = 1024
+# Rows that are quantized or woven together. Few, so that little is held beside the matrix: what comes
+# and goes in pieces of a megabyte, as 1024 rows would, leaves gaps of as many in the allocator's memory.
+ROWS_AT_ONCE = 256
 
 
 def quantize_rows(weight: Tensor, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -71,9 +72,12 @@ def weave_blocks_(data: Tensor, kind: str) -> Tensor:
     """
     if not data.is_contiguous():
         raise ValueError("data: expected contiguous blocks, got a view; weave a copy of them")
+    # One copy's room for all groups: each with its own would leave gaps that no later one fills.
+    scratch = torch.empty_like(data[:ROWS_AT_ONCE])
     for woven, rows in _groups(data):
         scales, words = _parts(woven, rows, kind)
-        blocks = woven.unflatten(-1, (-1, BLOCK_BYTES[kind])).clone()
+        plain = scratch[: woven.shape[0] * rows].copy_(woven.flatten(0, 1))
+        blocks = plain.view(len(woven), rows, -1, BLOCK_BYTES[kind])
         scales.copy_(blocks[..., : SCALE_BYTES[kind]].unflatten(-1, (-1, 2)).permute(0, 2, 3, 1, 4))
         words.copy_(blocks[..., SCALE_BYTES[kind] :].unflatten(-1, (-1, 4)).permute(0, 2, 3, 1, 4))
     return data
