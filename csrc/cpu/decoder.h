@@ -150,9 +150,8 @@ class Decoder {
   LinearCall head_call(const Rows& rows, int thread) const;
   LinearCall part_of(LinearCall call, int64_t N, int thread, int64_t first = 0) const;
   void linear(const LinearCall& call) const;
-  Ahead ahead_of(const Rows& rows, int64_t step, int thread) const;
   LinearCall call_of(const Weight& weight, const float* x, int64_t M, int64_t K, float* y, int64_t N) const;
-  void show_partial(const Rows& rows, int64_t step, int thread);
+  void show_partial(int64_t M, int thread);
   void offer_partial(int64_t M, bool offered_before, int thread);
   void add_sum(const Rows& rows, const float* bias, const float* other_bias, const Norm* norm, int thread);
   void normalise(const Norm& norm, const float* x, float* y) const;

@@ -67,7 +67,7 @@ void Decoder::greedy(int64_t* tokens) {
   parts_[0] = local.data();
   if (ranks() > 1) {
     std::memcpy(peers_->mine(bytes), local.data(), size_t(bytes));
-    peers_->exchange(bytes, parts_, Ahead());
+    peers_->exchange(bytes, parts_);
   }
   for (int64_t m = 0; m < logit_rows_; ++m) {
     Best best = static_cast<const Best*>(parts_[0])[m];

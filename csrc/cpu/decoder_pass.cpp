@@ -31,7 +31,7 @@ void Decoder::pass(const Rows& rows, bool want_logits, int thread) {
 void Decoder::run(const Rows& rows, int64_t from, int64_t to, int thread) {
   for (int64_t step = from; step < to; ++step) {
     compute(rows, step, thread);
-    show_partial(rows, step, thread);
+    show_partial(rows.M, thread);
     add_step(rows, step, thread);
   }
 }
@@ -98,27 +98,16 @@ Decoder::Rows Decoder::keep_last(const Rows& rows, int thread) const {
   return last;
 }
 
-// The weights that are read first after a step, if the rows are so few that reading them is what takes time.
-Ahead Decoder::ahead_of(const Rows& rows, int64_t step, int thread) const {
-  if (!rows.few()) return Ahead();
-  const std::vector<DecoderLayer>& layers = weights_.layers;
-  const size_t next = layer_of(step + 1);
-  if (step > 0 && next == layer_of(step)) return Ahead(up_call(rows, layers[next], thread));
-  return Ahead(next < layers.size() ? qkv_call(rows, next, thread, 0) : head_call(rows, thread));
-}
-
 // All ranks' partials are there: parts_.
-void Decoder::show_partial(const Rows& rows, int64_t step, int thread) {
-  Ahead ahead = ahead_of(rows, step, thread);
-  const auto show = [&] {
+void Decoder::show_partial(int64_t M, int thread) {
+  team_->barrier(thread, [&] {
     if (ranks() == 1) {
       parts_[0] = partial_;
       return;
     }
-    peers_->exchange(rows.M * shape_.hidden * 4, parts_, ahead);
+    peers_->exchange(M * shape_.hidden * 4, parts_);
     partial_ = static_cast<float*>(peers_->mine(0));
-  };
-  team_->barrier(thread, show, [&] { return ahead(); });
+  });
 }
 
 // Shows this rank's partial of M rows without waiting for the others'. What was offered before is then

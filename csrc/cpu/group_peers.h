@@ -34,8 +34,6 @@ class GroupPeers : public Peers {
     ++turn_;
   }
 
-  bool arrived() const override { return group_.arrived(); }
-
   void await(const void** parts) override {
     group_.await();
     for (int r = 0; r < group_.size(); ++r) parts[r] = slot(r, turn_ - 1);

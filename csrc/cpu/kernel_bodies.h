@@ -7,7 +7,7 @@
 #if defined(PYPARALLEL_BYTE_DOT)
 #include "cpu/gguf_fixed_point.h"
 #else
-#include "cpu/gguf_dots.h"
+#include "cpu/gguf_fp32.h"
 #endif
 #include "cpu/gguf_thin.h"
 #include "cpu/thin_linear.h"

@@ -4,8 +4,6 @@
 
 #include <cstdint>
 
-#include "cpu/thin_streams.h"
-
 namespace pyparallel::cpu {
 
 class Peers {
@@ -20,13 +18,8 @@ class Peers {
   // Waits for those of all ranks: parts[r] is rank r's, readable until the next but one announce().
   // One exchange at a time: the next is announced after this.
   virtual void await(const void** parts) = 0;
-  // Whether await() would return at once.
-  virtual bool arrived() const = 0;
-  // `ahead` fetches meanwhile.
-  void exchange(int64_t bytes, const void** parts, Ahead ahead) {
+  void exchange(int64_t bytes, const void** parts) {
     announce(bytes);
-    while (!arrived() && ahead()) {
-    }
     await(parts);
   }
 };

@@ -7,6 +7,8 @@
 
 constexpr int64_t kQueryBlock = 96;
 constexpr int64_t kKeyBlock = 128;
+// So no maximum stays at -inf, of which exp(-inf + inf) would make NaN.
+static_assert(kQueryBlock <= kKeyBlock, "every row sees a key of the first block");
 static_assert(kQueryBlock % kTileRows == 0 && kKeyBlock % (2 * W) == 0, "blocks hold whole tiles");
 
 struct PrefillSpace {
@@ -61,7 +63,7 @@ inline void soften_tile(float* scores, int64_t rows, int64_t count, int64_t low,
                         float* total, float* factor) {
   constexpr float kNever = -std::numeric_limits<float>::infinity();
   static_assert(kTileRows <= W, "a number of each row fits a Vec");
-  float next[W];
+  float next[W] = {};
   for (int64_t i = 0; i < rows; ++i) {
     float* row = scores + i * kKeyBlock;
     for (int64_t t = 0; t < min_of(low + i, count); ++t) row[t] = kNever;
@@ -71,15 +73,12 @@ inline void soften_tile(float* scores, int64_t rows, int64_t count, int64_t low,
     for (int64_t t = 0; t < count; t += W) largest = max(largest, load(row + t));
     next[i] = lane_max(largest);
   }
-  // Where no key was seen yet nothing is to be scaled, and exp(-inf) is 0.
-  float shift[W] = {};
-  for (int64_t i = 0; i < rows; ++i) shift[i] = next[i] == kNever ? 0.0f : next[i];
-  store_part(factor, exp(sub(load_part(maximum, rows), load_part(shift, rows))), rows);
+  store_part(factor, exp(sub(load_part(maximum, rows), load_part(next, rows))), rows);
   for (int64_t i = 0; i < rows; ++i) {
     float* row = scores + i * kKeyBlock;
     Vec sums = zero();
     for (int64_t t = 0; t < count; t += W) {
-      const Vec weights = exp(sub(load(row + t), set1(shift[i])));
+      const Vec weights = exp(sub(load(row + t), set1(next[i])));
       store(row + t, weights);
       sums = add(sums, weights);
     }

@@ -51,7 +51,7 @@ void Team::run(const std::function<void(int)>& body) {
   } catch (...) {
     fail(std::current_exception());
   }
-  wait([&] { return finished_.load(std::memory_order_acquire) == size_ - 1; }, [] { return false; });
+  wait([&] { return finished_.load(std::memory_order_acquire) == size_ - 1; });
   if (failed()) {
     // Nobody is inside the run any more: the barrier can start afresh.
     arrived_.store(0, std::memory_order_relaxed);

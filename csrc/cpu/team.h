@@ -35,13 +35,12 @@ class Team {
 
   // All threads have come here, and see each other's writes. `action` runs on thread 0 in between.
   // Throws on the others what ends their run, if a thread has failed.
-  // `idle` runs in every turn of a wait until it returns false.
-  template <class Action, class Idle>
-  void barrier(int thread, Action action, Idle idle) {
+  template <class Action>
+  void barrier(int thread, Action action) {
     if (size_ == 1) return action();
     if (thread == 0) {
       const uint64_t round = arrived_round_ + uint64_t(size_ - 1);
-      wait([&] { return arrived_.load(std::memory_order_acquire) >= round || failed(); }, idle);
+      wait([&] { return arrived_.load(std::memory_order_acquire) >= round || failed(); });
       if (!failed()) action();
       arrived_round_ = round;
       released_.store(round, std::memory_order_release);
@@ -50,13 +49,9 @@ class Team {
       // This thread's round is known from what it was released from last.
       const uint64_t before = released_.load(std::memory_order_relaxed);
       arrived_.fetch_add(1, std::memory_order_acq_rel);
-      wait([&] { return released_.load(std::memory_order_acquire) != before || failed(); }, idle);
+      wait([&] { return released_.load(std::memory_order_acquire) != before || failed(); });
       if (failed()) throw Ended{};
     }
-  }
-  template <class Action>
-  void barrier(int thread, Action action) {
-    barrier(thread, action, [] { return false; });
   }
   void barrier(int thread) {
     barrier(thread, [] {});
@@ -66,12 +61,10 @@ class Team {
   // Unwinds a thread's body when another has failed.
   struct Ended {};
 
-  template <class Ready, class Idle>
-  static void wait(Ready ready, Idle idle) {
+  template <class Ready>
+  static void wait(Ready ready) {
     for (int turn = 0; !ready(); ++turn) {
-      if (idle()) {
-        turn = 0;
-      } else if (turn < kSpins) {
+      if (turn < kSpins) {
         relax();
       } else {
         std::this_thread::yield();

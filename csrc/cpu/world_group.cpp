@@ -111,14 +111,6 @@ void Group::announce(int64_t count, DType dtype) {
   member.signal(epoch_ + 1);
 }
 
-bool Group::arrived() const {
-  for (int peer = 0; peer < size(); ++peer) {
-    if (peer == rank()) continue;
-    if (!has_reached(load_acquire(world_.flag(rank(), peer, epoch_ + 1)), epoch_ + 1)) return false;
-  }
-  return true;
-}
-
 void Group::await() {
   check_open();
   MemberOf member{world_, lanes_, waiter_, epoch_, signature_of(announced_), kSlotBytes, Store::cached};

@@ -77,8 +77,6 @@ class Group {
   // exchange() in two, for work between them: what this rank wrote is there; what all others wrote
   // is. No other call on the group may come between.
   void announce(int64_t count, DType dtype);
-  // Whether await() would return at once.
-  bool arrived() const;
   void await();
 
   // New symmetric memory of `bytes` a rank, zeros; a call of all ranks, with the same size.

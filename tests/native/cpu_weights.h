@@ -1,6 +1,7 @@
 // Weights for the kernels' tests, on the heap and of exactly their size, so that a byte too far is seen.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <vector>
@@ -34,7 +35,7 @@ struct Packed {
 // Random blocks of [N, K], woven: what csrc/cpu/gguf_blocks.h says, written down once more, a byte at a time.
 struct Woven {
   Woven(const Kernels& k, Random& random, int64_t N, int64_t K, Precision precision)
-      : data(new unsigned char[size_t(N * bytes_of(precision, K))]), wide(size_t(N * K)) {
+      : data(new unsigned char[size_t(N * bytes_of(precision, K))]), wide(size_t(N * K)), parts(size_t(N * K)) {
     const bool bytes = precision == Precision::q8_0;
     const int64_t scales = precision == Precision::q4_1 ? 2 : 1, quants = bytes ? 32 : 16, blocks = K / kBlockWeights;
     for (int64_t n = 0; n < N; ++n) {
@@ -48,7 +49,11 @@ struct Woven {
           k.to_float(&half, Precision::f16, 1, scale + s);
           std::memcpy(group + 2 * (s * rows + lane), &half, 2);
         }
-        float* to = wide.data() + n * K + b * kBlockWeights;
+        const int64_t at = n * K + b * kBlockWeights;
+        float* to = wide.data() + at;
+        for (int64_t i = 0; i < kBlockWeights; ++i) {
+          parts[size_t(at + i)] = (bytes ? 256.0f : 16.0f) * scale[0] + std::fabs(scale[1]);
+        }
         for (int64_t i = 0; i < quants; ++i) {
           const int value = int(random.below(256));
           group[2 * scales * rows + 4 * (i / 4 * rows + lane) + i % 4] = static_cast<unsigned char>(value);
@@ -65,6 +70,8 @@ struct Woven {
   }
   std::unique_ptr<unsigned char[]> data;
   std::vector<float> wide;
+  // What a weight is made of: |d| times the most a quantum is, and |m|, which the kernels add up apart.
+  std::vector<float> parts;
 };
 
 }  // namespace pyparallel::test

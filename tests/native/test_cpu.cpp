@@ -34,6 +34,9 @@ struct Aligned {
   void* data;
 };
 
+// Half the distance of two fp32 numbers, of their size.
+constexpr double kRound = 0x1p-24;
+
 void check_linear(const Kernels& k, Random& random, Precision precision, bool gated) {
   const int64_t M = 1 + random.below(30), N = 1 + random.below(90);
   const int64_t K = in_blocks(precision) ? kBlockWeights * (1 + random.below(4)) : 1 + random.below(120);
@@ -51,6 +54,7 @@ void check_linear(const Kernels& k, Random& random, Precision precision, bool ga
   std::unique_ptr<Packed> plain[2];
   std::unique_ptr<Woven> woven[2];
   const float* wide[2];
+  const float* parts[2];
   Weight* const weights[2] = {&call.weight, &call.up};
   for (int i = 0; i < (gated ? 2 : 1); ++i) {
     Weight& weight = *weights[i];
@@ -63,6 +67,7 @@ void check_linear(const Kernels& k, Random& random, Precision precision, bool ga
       woven[i] = std::make_unique<Woven>(k, random, weight.rows, K, precision);
       weight.data = woven[i]->data.get();
       wide[i] = woven[i]->wide.data() + weight.first * K;
+      parts[i] = woven[i]->parts.data() + weight.first * K;
       std::vector<float> row(static_cast<size_t>(K));
       k.weight_row(weight, N - 1, K, row.data());
       for (int64_t j = 0; j < K; ++j) {
@@ -73,7 +78,7 @@ void check_linear(const Kernels& k, Random& random, Precision precision, bool ga
       plain[i] = std::make_unique<Packed>(k, values(random, N * K), precision);
       weight.scale = int8 ? scale.data() : nullptr;
       weight.data = plain[i]->data.get();
-      wide[i] = plain[i]->wide.data();
+      wide[i] = parts[i] = plain[i]->wide.data();
     }
   }
   call.act = gated ? Activation::silu : Activation::none;
@@ -89,16 +94,27 @@ void check_linear(const Kernels& k, Random& random, Precision precision, bool ga
     (thin ? k.thin_linear : k.block_linear)(call);
     for (int64_t m = 0; m < M; ++m) {
       for (int64_t n = call.begin; n < call.end; ++n) {
-        double a = 0, b = 0;
-        for (int64_t i = 0; i < K; ++i) {
-          a += double(x[size_t(m * K + i)]) * wide[0][n * K + i];
-          if (gated) b += double(x[size_t(m * K + i)]) * wide[1][n * K + i];
+        // A sum of K products is rounded K times, each time by a part of what has been added up; of blocks
+        // x is rounded too, to 2^-22 of the largest, which is 1.
+        double sums[2] = {}, errors[2] = {};
+        for (int g = 0; g < (gated ? 2 : 1); ++g) {
+          const double by = int8 ? 0.01f : 1;
+          for (int64_t i = 0; i < K; ++i) {
+            const double xi = x[size_t(m * K + i)], part = std::fabs(parts[g][n * K + i]);
+            sums[g] += by * xi * wide[g][n * K + i];
+            errors[g] += by * part * kRound * (double(K + 4) * std::fabs(xi) + (in_blocks(precision) ? 4 : 0));
+          }
         }
-        if (int8) a *= 0.01, b *= 0.01;
-        a += bias[size_t(n)];
-        if (gated) a = a / (1 + std::exp(-a)) * b;
+        double a = sums[0] + bias[size_t(n)], error = errors[0] + kRound * std::fabs(a);
+        if (gated) {
+          // |silu'| <= 1.1; exp's error is 2e-7, of the same size as those of the division and the product.
+          const double gate = a / (1 + std::exp(-a));
+          a = gate * sums[1];
+          error = 1.1 * error * (std::fabs(sums[1]) + errors[1]) + std::fabs(gate) * errors[1] + 8 * kRound * std::fabs(a);
+        }
         a += residual[size_t(m * N + n)];
-        expect(std::fabs(a - y[size_t(m * N + n)]) < 1e-3, "linear is off");
+        error += 2 * kRound * std::fabs(a);
+        expect(std::fabs(a - y[size_t(m * N + n)]) <= error, "linear is off");
       }
     }
   }
@@ -125,16 +141,31 @@ void check_attention(const Kernels& k, Random& random, Precision precision) {
   call.out_row_stride = G * D;
   call.out_head_stride = D;
   call.workspace = workspace.data;
-  k.prefill_attention(call, M, start, 0);
+  const int64_t window = random.below(2) * random.below(T + 1);
+  const auto first_key = [&](int64_t m) { return window == 0 ? 0 : max_of(0, start + m + 1 - window); };
+  k.prefill_attention(call, M, start, window);
   for (int64_t m = 0; m < M; ++m) {
     AttentionCall row = call;
     row.q = q.data() + m * G * D;
     row.out = one.data() + m * G * D;
     const SoftmaxState s{state.data(), state.data() + G};
-    k.decode_attention(row, 0, start + m + 1, s);
+    k.decode_attention(row, first_key(m), start + m + 1, s);
     k.merge_attention(row.out, G * D, s, 1, G, D, row.out, D);
   }
-  for (size_t i = 0; i < one.size(); ++i) expect(std::fabs(one[i] - together[i]) < 1e-3, "attention is off");
+  for (int64_t i = 0; i < M * G; ++i) {
+    // A weight is off by what its score, a sum of D products, and the largest are; each of the two sums of T
+    // weights and products by T roundings, exp by some more. No value is above 1; and both may be off.
+    double largest = 0;
+    for (int64_t t = first_key(i / G); t <= start + i / G; ++t) {
+      double products = 0;
+      for (int64_t d = 0; d < D; ++d) products += std::fabs(double(q[size_t(i * D + d)]) * keys.wide[size_t(t * D + d)]);
+      largest = std::fmax(largest, products);
+    }
+    const double error = 2 * kRound * (2 * double(D + 4) * largest + 2 * double(T) + 16);
+    for (int64_t j = i * D; j < (i + 1) * D; ++j) {
+      expect(std::fabs(one[size_t(j)] - together[size_t(j)]) <= error, "attention is off");
+    }
+  }
 }
 
 // Sum, residual and norm of rows that three ranks have shown, against the kernels one after another.
