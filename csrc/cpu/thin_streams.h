@@ -1,4 +1,4 @@
-// How thin_linear shares its outputs over streams.
+// How the matmuls of few rows read their weights: how far ahead, and in streams.
 #pragma once
 
 #include <cstdint>
