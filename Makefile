@@ -6,7 +6,8 @@ export MAX_JOBS ?= 2
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 CSRC := $(shell find csrc/core csrc/cpu csrc/bindings -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo install model test test-kernels test-slow test-gpu tsan asan mutants mutants-kernels lint format clean
+.PHONY: demo install model test test-kernels test-slow test-gpu test-processors tsan asan mutants mutants-kernels \
+  mutants-numerics lint format clean
 .PHONY: train-demo bench bench-collectives bench-decode bench-prefill bench-context_parallel_attention
 .PHONY: bench-sequence_parallel_linear bench-activation_memory bench-pipeline
 .PHONY: bench-linear_all_reduce bench-hugging_face_generate bench-decode_cost
@@ -52,6 +53,15 @@ test-slow: install $(MODEL)
 test-gpu: install $(MODEL)
 	$(BIN)/pytest -q -m gpu
 
+# The numerical tests under every instruction set that torch, MKL, oneDNN and this library can be asked for
+# here, with 1 to 3 threads, and with ten seeds; ARGS=--short: three settings, as CI runs it.
+test-processors: install $(MODEL)
+	$(BIN)/python -m tests.processors $(ARGS)
+
+# The numerics broken on purpose, in a copy of the tree: the tests' bounds must notice.
+mutants-numerics: install $(MODEL)
+	$(BIN)/python -m tests.mutants
+
 # The C++ engine, ranks as threads, under ThreadSanitizer and AddressSanitizer/UBSan; and broken on
 # purpose, which must be noticed.
 tsan asan mutants:
@@ -59,7 +69,7 @@ tsan asan mutants:
 
 # The Triton kernels broken on purpose, in a copy of the tree.
 mutants-kernels: install
-	$(BIN)/python tests/kernels/mutants.py
+	$(BIN)/python -m tests.kernels.mutants
 
 # Timings; each prints machine, versions and command, and writes JSON under .benchmarks.
 bench: bench-collectives bench-decode bench-prefill

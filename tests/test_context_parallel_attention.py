@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -14,8 +13,9 @@ from pyparallel.context import ContextShards
 from pyparallel.functional.context_parallel_attention import context_parallel_attention
 from pyparallel.group import Group
 from pyparallel.shard import HeadLayout
-from pyparallel.testing import UNIT_ROUNDOFF, assert_equal, assert_within, normals, run_ranks
+from pyparallel.testing import assert_equal, assert_within, normals, run_ranks
 from pyparallel.torch_communicator import TorchCommunicator
+from tests.bounds import attention_bounds
 
 RANKS = (1, 2, 3, 4)
 ALGORITHMS = ("ring", "ulysses")
@@ -71,23 +71,15 @@ def compare(
     mask: torch.Tensor | None = None,
 ) -> None:
     options = {"causal": causal, "window": window, "mask": mask}
-    plain = dense(tensors, tensors[0].dtype, options)
     truth = dense(tensors, torch.float64, options)
-    for part, ours, near, exact in zip(
-        PARTS, on_shards(tensors, shards, causal, window), plain, truth, strict=True
+    bounds = attention_bounds(*tensors, parts=group.size, **options)
+    # The log-sum-exp stays inside.
+    del bounds[1]
+    for part, ours, exact, bound in zip(
+        PARTS, on_shards(tensors, shards, causal, window), truth, bounds, strict=True
     ):
-        assert ours.dtype == near.dtype, what
-        # As assert_as_dense, with the whole tensor's errors: a shard may hold one token, which copies.
-        # The R parts round what the dense one keeps in fp32: o or a gradient, p and ds, and their sum.
-        error = float((near.double() - exact).abs().max())
-        unit = UNIT_ROUNDOFF[near.dtype]
-        size = float(exact.abs().max())
-        if window == 1:
-            # The softmax of one score has no gradient: what remains is a difference of two equal terms.
-            q, k, v, do = tensors
-            size = max(size, float(do.abs().amax() * v.abs().amax() * max(q.amax(), k.amax())))
-        bound = (1 + math.sqrt(4 * group.size)) * (error + unit * size)
-        assert_within(ours, shards.split(exact), bound, f"{what} {part}")
+        assert ours.dtype == tensors[0].dtype, what
+        assert_within(ours, *(shards.split(t) for t in (exact, bound)), f"{what} {part}")
 
 
 def sweep(group: Group, algorithm: str, dtype: torch.dtype) -> int:

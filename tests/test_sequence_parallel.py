@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from pyparallel.models.decoder import Decoder
 from pyparallel.models.load import load
 from pyparallel.parallelize import named_shardings
 from pyparallel.testing import UNIT_ROUNDOFF, assert_within, run_ranks
+from tests.orders import farthest
 from tests.transformers_models import build
 
 LLAMA = {
@@ -112,8 +114,10 @@ def as_dense(group: Group, family: str) -> None:
     ):
         options = {"sequence_parallel": True, **options}
         what = f"{family} S={length} {dtype} {options}"
-        loss_in_dtype, grads_in_dtype = dense(config, dtype, length)
         truth, true_grads = dense(config, torch.float64, length)
+        loss_in_dtype, grads_in_dtype = farthest(
+            partial(dense, config, dtype, length), (truth, true_grads)
+        )
         level = rounding_level(grads_in_dtype, true_grads) + UNIT_ROUNDOFF[dtype]
         model = model_of(config, group, dtype, **options)
         ids, targets = batch_of(config, 2, length)

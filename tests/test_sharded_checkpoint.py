@@ -5,6 +5,7 @@ The truth of a restored model is :func:`load` of the folder that the saved model
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from pyparallel.parallelize import parallelize
 from pyparallel.save import restore, save
 from pyparallel.shard import REPLICATED
 from pyparallel.testing import assert_as_dense, assert_equal, poisoned_empty
+from tests.orders import Exact, farthest
 from tests.transformers_models import build
 
 # Case, changes, dtype. Vocabulary 61 divides by nothing; 9 heads in 3 KV groups, or in 1.
@@ -251,14 +253,17 @@ def continued(root: Path, out: Path) -> dict[str, torch.Tensor]:
 def test_training_goes_on(root: Path, tmp_path: Path) -> None:
     """On the same mesh bit for bit; on another as the dense model."""
     launch(continued, 6, root, tmp_path, threads=1)
-    trained = {}
-    for dtype in (torch.float32, torch.float64):
+
+    def trained(dtype: torch.dtype) -> dict[str, torch.Tensor]:
         model = build("llama").to(dtype)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.5)
         for number in range(3):
-            step(lambda ids, model=model: model(ids).logits, optimizer, number)
-        trained[dtype] = dict(model.named_parameters())
+            step(lambda ids: model(ids).logits, optimizer, number)
+        return {name: p.detach() for name, p in model.named_parameters()}
+
+    with Exact():
+        exact = trained(torch.float64)
+    dense = farthest(partial(trained, torch.float32), exact)
     checkpoint = open_checkpoint(tmp_path / "third")
-    for name, truth in trained[torch.float64].items():
-        dense = trained[torch.float32][name]
-        assert_as_dense(checkpoint.read(name, REPLICATED, 0), dense, truth, 3, name)
+    for name, truth in exact.items():
+        assert_as_dense(checkpoint.read(name, REPLICATED, 0), dense[name], truth, 3, name)

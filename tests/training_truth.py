@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from pyparallel.models.decoder import Decoder
 from pyparallel.models.weights import sources
 from pyparallel.parallelize import named_shardings
 from pyparallel.testing import UNIT_ROUNDOFF, assert_within
+from tests.orders import Exact, farthest
 from tests.transformers_models import build
 
 BATCH, LENGTH = 6, 13
@@ -58,9 +60,10 @@ def targets() -> Tensor:
 class Truth:
     """A step of the dense model in fp64, and how far fp32 may be from it.
 
-    The dense model in fp32 errs by e = max |dense - truth| of a tensor. Every mesh makes the roundings
-    that it makes, with sums in up to R parts: ``(1 + sqrt(R)) (e + r |g| + u |g_max|)``, r the worst
-    relative error of a whole gradient; see ``tests/test_parallelize.py``.
+    The dense model in fp32 errs by e = max |dense - truth| of a tensor, over several legal orders of
+    its sums. Every mesh makes the roundings that it makes, with sums in up to R parts:
+    ``(1 + sqrt(R)) (e + r |g| + u |g_max|)``, r the worst relative error of a whole gradient; see
+    ``tests/test_parallelize.py``.
 
     Attributes:
         grads: of all parameters; errors: the e + r |g| + u |g_max| of each.
@@ -80,13 +83,10 @@ class Truth:
 def truth_of(model: nn.Module) -> Truth:
     """The truth of ``model`` on :func:`text`."""
     exact = copy.deepcopy(model).double()
-    losses = [_loss(each) for each in (model, exact)]
-    for loss in losses:
-        loss.backward()
-    grads = {name: p.grad.clone() for name, p in exact.named_parameters()}
-    rough = {
-        name: float((p.grad - grads[name]).abs().max()) for name, p in model.named_parameters()
-    }
+    with Exact():
+        loss, grads = _step(exact)
+    _, rounded = farthest(partial(_step, model), (loss, grads))
+    rough = {name: float((rounded[name] - grad).abs().max()) for name, grad in grads.items()}
     sizes = {name: float(grad.abs().max()) for name, grad in grads.items()}
     top = max(sizes.values())
     real = [name for name, size in sizes.items() if size > 1e-4 * top]
@@ -103,7 +103,7 @@ def truth_of(model: nn.Module) -> Truth:
     torch.nn.utils.clip_grad_norm_(exact.parameters(), clipped)
     optimizer_of(exact).step()
     stepped = {name: p.detach().clone() for name, p in exact.named_parameters()}
-    return Truth(float(losses[1].detach()), grads, errors, norms, clipped, stepped)
+    return Truth(float(loss), grads, errors, norms, clipped, stepped)
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
@@ -111,9 +111,13 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=ADAM_EPS, weight_decay=DECAY)
 
 
-def _loss(model: nn.Module) -> Tensor:
+def _step(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and every gradient."""
+    model.zero_grad(set_to_none=True)
     logits = model(text(), use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1), targets().flatten())
+    loss = F.cross_entropy(logits.flatten(0, 1), targets().flatten())
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
 def own_parts(model: nn.Module, values: dict[str, Tensor], rank: int) -> dict[str, Tensor]:

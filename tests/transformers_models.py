@@ -6,6 +6,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from pyparallel.testing import SEED
+
 # 9 heads in 3 KV groups divide by neither 2 nor 4, and 3 KV heads are fewer than 4 ranks.
 _HEADS = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36, "head_dim": 4}
 _SIZES = {
@@ -104,7 +106,7 @@ def class_of(name: str) -> type[nn.Module]:
 
 def randomize(model: nn.Module) -> nn.Module:
     """Draw every parameter anew, the same in every process."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(SEED + 7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             mean = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0

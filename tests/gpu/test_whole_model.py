@@ -14,6 +14,7 @@ from pyparallel import backend
 from pyparallel.mesh import init_mesh
 from pyparallel.parallelize import parallelize
 from pyparallel.testing import assert_as_dense, poisoned_empty
+from tests.orders import Exact, farthest
 from tests.transformers_models import build
 
 pytestmark = pytest.mark.gpu
@@ -46,9 +47,10 @@ def step(model: torch.nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["chosen", "triton", "torch"])
 def test_a_padded_step_equals_dense(world, family, name) -> None:
-    dense, exact = build(family), build(family).double()
-    logits, _ = step(dense)
-    exact_logits, exact_gradients = step(exact)
+    with Exact():
+        exact_logits, exact_gradients = step(build(family).double())
+    # Orders of the CPU's: what the GPU's matmuls round beside them is in the rest of the bound.
+    logits, _ = farthest(lambda: step(build(family)), (exact_logits, exact_gradients))
     model = parallelize(build(family).cuda(), world)
     with poisoned_empty(), on(name):
         ours, gradients = step(model)

@@ -1,21 +1,15 @@
 """The kernels, broken on purpose one at a time: each break must be noticed by the tests named beside it.
 
-    python tests/kernels/mutants.py [FILE ...]     all, or those of kernel files named so
+    python -m tests.kernels.mutants [FILE ...]     all, or those of kernel files named so
 
 Runs on a copy of the tree. Exit status 1 where a mutant is not noticed, or changes nothing.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-PARTS = ("kernels", "pyparallel", "tests", "pyproject.toml")
+from tests.mutation import Mutant, run_mutants
 
 # File, what is replaced (first occurrence), by what, and the tests of tests/kernels that must fail.
 MUTANTS: tuple[tuple[str, str, str, str], ...] = (
@@ -158,44 +152,9 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
 )
 
 
-def run(tree: Path, test: str) -> bool:
-    """Whether the tests pass."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += ["-m", "not slow and not gpu", f"tests/kernels/{test}.py"]
-    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(
-        command, cwd=tree, env=environment, capture_output=True, text=True, timeout=400
-    )
-    # 1: tests failed. Anything else is no verdict.
-    if done.returncode not in (0, 1):
-        raise RuntimeError(done.stdout + done.stderr)
-    return done.returncode == 0
-
-
-def main(files: list[str]) -> int:
-    missed = 0
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        tree = Path(folder)
-        for part in PARTS:
-            copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy2
-            copy(ROOT / part, tree / part)
-        # In a checkout the package is mapped there by its editable install; a copy has none.
-        (tree / "pyparallel" / "kernels").symlink_to(tree / "kernels")
-        for name, old, new, test in MUTANTS:
-            if files and name not in files:
-                continue
-            path = tree / "kernels" / f"{name}.py"
-            whole = path.read_text()
-            mutant = whole.replace(old, new, 1)
-            verdict = "changes nothing"
-            if mutant != whole:
-                path.write_text(mutant)
-                verdict = "NOT noticed" if run(tree, test) else "noticed"
-                path.write_text(whole)
-            missed += verdict != "noticed"
-            print(f"{name}: {old} -> {new}: {verdict}", flush=True)
-    return int(missed > 0)
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    found = (
+        Mutant(f"kernels/{name}.py", old, new, f"tests/kernels/{test}.py")
+        for name, old, new, test in MUTANTS
+    )
+    sys.exit(run_mutants(found, sys.argv[1:]) > 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from pyparallel.testing import (
     own,
     run_ranks,
 )
+from tests.orders import farthest
 
 EMBED, HEAD_DIM = 18, 4
 # MHA, GQA, SmolLM2's uneven heads, replicated KV heads and MQA; with every option in turn.
@@ -119,7 +121,9 @@ def forward_and_gradients(group: Group, cases, batch: int, length: int) -> None:
             x = normals(batch, length, EMBED, seed=7, dtype=dtype).requires_grad_()
             dy = normals(batch, length, EMBED, seed=8, dtype=dtype)
             truth, truth_grads = twin.dense_with_grads(x, dy, torch.float64)
-            dense, dense_grads = twin.dense_with_grads(x, dy, dtype)
+            dense, dense_grads = farthest(
+                partial(twin.dense_with_grads, x, dy, dtype), (truth, truth_grads)
+            )
             with count_collectives() as forward:
                 y = twin.module(x)
             parameters = twin.parameters()
@@ -128,11 +132,11 @@ def forward_and_gradients(group: Group, cases, batch: int, length: int) -> None:
             what = f"{dtype} {case}"
             assert_as_dense(y, dense, truth, group.size, what)
             for name, grad in zip(("x", *parameters), grads, strict=True):
-                pair = dense_grads[name], truth_grads[name]
+                pair, part = (dense_grads[name], truth_grads[name]), None
                 if name != "x" and parameters[name][1] is not None:
                     _, module, local = parameters[name]
-                    pair = tuple(own(module, local, t, group) for t in pair)
-                assert_as_dense(grad, *pair, group.size, f"{what} d{name}")
+                    part = partial(own, module, local, group=group)
+                assert_as_dense(grad, *pair, group.size, f"{what} d{name}", part=part)
             replicated = twin.module.qkv_proj.layout.replicated
             sums = 1 + replicated * (1 + case.get("bias", False)) + 2 * twin.norm
             assert forward["all_reduce"] == (group.size > 1), what
@@ -170,7 +174,8 @@ def cached(group: Group) -> None:
         twin = Twin(case, group, torch.float32)
         module, rotary, window = twin.module, twin.module.rotary, case.get("window")
         x = normals(2, 7, EMBED, seed=7)
-        truth, dense = twin.dense(x, torch.float64), twin.dense(x, torch.float32)
+        truth = twin.dense(x, torch.float64)
+        dense = farthest(partial(twin.dense, x, torch.float32), truth)
         with torch.no_grad():
             cache = module.new_cache(2, 7)
             chunks = []
@@ -188,7 +193,12 @@ def cached(group: Group) -> None:
                 y = module(step, span=span, cache=cache)
                 for row, at in ((0, place), (1, place - 1)):
                     assert_as_dense(
-                        y[row, 0], dense[row, at], truth[row, at], group.size, f"uneven {case}"
+                        y[row, 0],
+                        dense,
+                        truth,
+                        group.size,
+                        f"uneven {case}",
+                        part=lambda t, row=row, at=at: t[row, at],
                     )
             with pytest.raises(ValueError, match="position 7 does not fit its 7 slots"):
                 module(x[:, :1], span=Span.of([7, 7], 1, rotary=rotary), cache=cache)
@@ -205,7 +215,7 @@ def masked(group: Group) -> None:
     mask = torch.ones(2, 1, 6, 6, dtype=torch.bool)
     mask[1, :, :, 4:] = False
     truth = twin.dense(x, torch.float64, mask=mask)
-    dense = twin.dense(x, torch.float32, mask=mask)
+    dense = farthest(partial(twin.dense, x, torch.float32, mask=mask), truth)
     assert_as_dense(twin.module(x, mask=mask), dense, truth, group.size, "mask")
     assert not torch.allclose(twin.module(x), truth.float(), atol=1e-3)
 
@@ -222,7 +232,8 @@ def torch_twin(group: Group) -> None:
     module = ParallelAttention.from_dense(dense, group=group)
     x = normals(2, 5, 12, seed=1)
     truth = copy.deepcopy(dense).double()(x.double(), x.double(), x.double())[0]
-    assert_as_dense(module(x), dense(x, x, x)[0], truth, group.size, "nn.MultiheadAttention")
+    plain = farthest(lambda: dense(x, x, x)[0], truth)
+    assert_as_dense(module(x), plain, truth, group.size, "nn.MultiheadAttention")
     assert_equal(copy.deepcopy(module)(x), module(x), "deepcopy")
     assert copy.deepcopy(module).bfloat16()(x.bfloat16()).dtype == torch.bfloat16
     with torch.device("meta"):

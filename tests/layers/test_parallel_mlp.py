@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from pyparallel.group import Group
 from pyparallel.layers import ParallelMLP
 from pyparallel.layers.parallel_mlp import GATED, POINTWISE
 from pyparallel.testing import assert_as_dense, assert_equal, integers, normals, own, run_ranks
+from tests.orders import farthest
 
 # (H, F): uneven, fewer features than ranks, more grains than ranks.
 SHAPES = ((6, 33), (5, 2), (8, 130))
@@ -105,14 +107,15 @@ def every_activation(group: Group) -> None:
             tensors = inputs(hidden, width, activation, bias, dtype, normals)
             dy = normals(2, 3, hidden, seed=6, dtype=dtype)
             truth, truth_grads = run_dense(tensors, dy, activation, torch.float64)
-            dense, dense_grads = run_dense(tensors, dy, activation, dtype)
+            dense, dense_grads = farthest(
+                partial(run_dense, tensors, dy, activation, dtype), (truth, truth_grads)
+            )
             _, y, grads, parameters = run_parallel(tensors, dy, activation, group)
             assert_as_dense(y, dense, truth, group.size, what)
             for name, grad in grads.items():
+                part = None if name == "x" else partial(own, *parameters[name], group=group)
                 pair = dense_grads[name], truth_grads[name]
-                if name != "x":
-                    pair = tuple(own(*parameters[name], t, group) for t in pair)
-                assert_as_dense(grad, *pair, group.size, f"{what} d{name}")
+                assert_as_dense(grad, *pair, group.size, f"{what} d{name}", part=part)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])

@@ -12,7 +12,8 @@ from pyparallel.collectives import count_collectives
 from pyparallel.group import Group
 from pyparallel.layers import SequenceParallelLayerNorm, SequenceParallelRMSNorm
 from pyparallel.sequence import sequence_sizes
-from pyparallel.testing import assert_as_dense, assert_equal, normals, run_ranks
+from pyparallel.testing import assert_equal, assert_within, normals, run_ranks
+from tests.bounds import norm_bounds
 
 # (dense module, the one that is compared with it)
 KINDS = (
@@ -39,13 +40,21 @@ def as_dense(group: Group) -> None:
                     truth.eps = torch.finfo(dtype).eps
                 x = normals(*lead, s, h, seed=5, dtype=dtype)
                 dy = normals(*lead, s, h, seed=6, dtype=dtype)
-                results = []
-                for module, wide in ((dense, dtype), (truth, torch.float64)):
-                    given = x.to(wide, copy=True).requires_grad_()
-                    y = module(given)
-                    grads = torch.autograd.grad(y, [given, *module.parameters()], dy.to(wide))
-                    results.append((y.detach(), *grads))
-
+                given = x.double().requires_grad_()
+                true_y = truth(given)
+                expected = (
+                    true_y.detach(),
+                    *torch.autograd.grad(true_y, [given, *truth.parameters()], dy.double()),
+                )
+                bounds = norm_bounds(
+                    x,
+                    dy,
+                    dense.weight,
+                    getattr(dense, "bias", None),
+                    truth.eps,
+                    centred=kind is SequenceParallelLayerNorm,
+                    parts=group.size,
+                )
                 module = kind.from_dense(dense, group=group)
                 sizes = sequence_sizes(s, group)
                 x_shard = x.split(sizes, -2)[group.rank].clone().requires_grad_()
@@ -55,21 +64,20 @@ def as_dense(group: Group) -> None:
                     grads = torch.autograd.grad(
                         y, [x_shard, *module.parameters()], dy.split(sizes, -2)[group.rank]
                     )
-                for name, actual, in_dtype, in_double in zip(
-                    ("y", "dx", "dweight", "dbias"), (y, *grads), *results, strict=False
+                for (name, bound), actual, exact in zip(
+                    bounds.items(), (y, *grads), expected, strict=False
                 ):
                     if name in ("y", "dx"):
-                        in_dtype = in_dtype.split(sizes, -2)[group.rank]
-                        in_double = in_double.split(sizes, -2)[group.rank]
+                        exact, bound = (t.split(sizes, -2)[group.rank] for t in (exact, bound))
                     assert actual.dtype == dtype
-                    assert_as_dense(actual, in_dtype, in_double, group.size, f"{what} {name}")
+                    assert_within(actual, exact, bound, f"{what} {name}")
                 assert not forward, what
                 count = len(list(module.parameters()))
-                expected = {}
+                counted = {}
                 if count and group.size > 1:
                     num_bytes = count * h * x.itemsize
-                    expected = {"all_reduce": 1, ("all_reduce", "bytes"): num_bytes}
-                assert dict(backward) == expected, what
+                    counted = {"all_reduce": 1, ("all_reduce", "bytes"): num_bytes}
+                assert dict(backward) == counted, what
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])

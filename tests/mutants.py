@@ -1,0 +1,182 @@
+"""The numerics of modules, models and training broken on purpose: the bounds must notice.
+
+    python -m tests.mutants [FILE ...]     all, or those of files named so
+
+Each of the tests whose bound is derived (tests/bounds.py) or measured over orders (tests/orders.py)
+meets a term that is dropped or counted twice, and a rounding to bf16 where fp32 is promised.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from tests.mutation import Mutant, run_mutants
+
+ATTENTION = "pyparallel/functional/attention_with_lse.py"
+WITH_LSE = "tests/test_attention_with_lse.py -k forward_and_backward"
+ROW = "pyparallel/functional/row_parallel_linear.py"
+NORM = "pyparallel/functional/norm.py"
+MERGE = "pyparallel/functional/merge_attention.py"
+ENGINE = "pyparallel/cpu_decoder.py"
+DECODER = "pyparallel/models/decoder.py"
+CONTEXT = "tests/test_context_parallel_attention.py -k outputs_and_gradients"
+PREFILL = "tests/test_cpu_prefill.py -k cache_holds"
+HEADS = "tests/layers/test_parallel_attention.py -k equals_dense"
+LOGITS = "tests/test_cpu_decoder.py -k logits_are_the_modules"
+INT8 = "tests/test_int8_weights.py -k rounded_model"
+TRANSFORMERS = "tests/models/test_decoder.py -k equals_transformers"
+FIVE_LAYERS = "tests/test_pipeline.py -k five_layers"
+DATA = "tests/test_data_parallel.py"
+SEQUENCE = "tests/test_sequence_parallel.py -k as_dense"
+RESUMED = "tests/test_sharded_checkpoint.py -k training_goes_on"
+CUT = "tests/test_parallelize.py -k dense"
+
+# A row-parallel product as a bf16 accumulation would leave it, and with its bias on every rank.
+ROUNDED_SUM = (
+    'y = all_reduce_raw(backend.call("linear", x, weight), group)',
+    'y = all_reduce_raw(backend.call("linear", x, weight), group).bfloat16().to(x.dtype)',
+)
+DOUBLED_BIAS = (
+    "return y if bias is None else y.add_(bias)",
+    "return y if bias is None else y.add_(bias, alpha=2)",
+)
+
+MUTANTS = (
+    Mutant(
+        ATTENTION,
+        "ds = p * (wide_do @ wide_v.transpose(-1, -2) - delta)",
+        "ds = p * (wide_do @ wide_v.transpose(-1, -2))",
+        WITH_LSE,
+    ),
+    Mutant(
+        ATTENTION,
+        "delta = (wide_do * wide_o).sum(-1, keepdim=True)",
+        "delta = (wide_do * wide_o).sum(-1, keepdim=True).bfloat16().to(wide)",
+        WITH_LSE,
+    ),
+    Mutant(
+        ATTENTION,
+        "        q.transpose(1, 2),\n        k.transpose",
+        "        q.bfloat16().to(q.dtype).transpose(1, 2),\n        k.transpose",
+        WITH_LSE,
+    ),
+    Mutant(
+        ATTENTION,
+        "return o.transpose(1, 2), lse",
+        "return o.transpose(1, 2), lse.bfloat16().to(lse.dtype)",
+        WITH_LSE,
+    ),
+    Mutant(
+        MERGE,
+        "o.mul_(keep).addcmul_(part_o.to(o.dtype), add)",
+        "o.addcmul_(part_o.to(o.dtype), add)",
+        CONTEXT,
+    ),
+    Mutant(
+        MERGE,
+        "addcmul_(part_o.to(o.dtype), add)",
+        "addcmul_(part_o.bfloat16().to(o.dtype), add)",
+        CONTEXT,
+    ),
+    Mutant(
+        NORM,
+        "return F.layer_norm(x, x.shape[-1:], weight, bias, eps)",
+        "return F.layer_norm(x, x.shape[-1:], weight, bias, eps * 2)",
+        "tests/layers/test_norm.py tests/layers/test_sequence_parallel_norm.py",
+    ),
+    Mutant(
+        NORM,
+        "return F.layer_norm(x, x.shape[-1:], weight, bias, eps)",
+        "return F.layer_norm(x.bfloat16().to(x.dtype), x.shape[-1:], weight, bias, eps)",
+        "tests/layers/test_norm.py",
+    ),
+    Mutant(
+        NORM,
+        "return F.rms_norm(x, x.shape[-1:], weight, eps)",
+        "return F.rms_norm(x, x.shape[-1:], weight, eps).bfloat16().to(x.dtype)",
+        "tests/layers/test_norm.py -k heads",
+    ),
+    Mutant(
+        NORM,
+        "return F.rms_norm(x, x.shape[-1:], weight, eps)",
+        "return F.rms_norm(x, x.shape[-1:], weight, eps).bfloat16().to(x.dtype)",
+        "tests/layers/test_sequence_parallel_norm.py -k as_dense",
+    ),
+    *(
+        Mutant(ROW, *change, tests)
+        for change in (ROUNDED_SUM, DOUBLED_BIAS)
+        for tests in (HEADS, "tests/layers/test_parallel_mlp.py -k every_activation")
+    ),
+    Mutant(
+        ENGINE,
+        '"mlp_norm": self._norm(layer.mlp_norm)',
+        '"mlp_norm": self._norm(layer.attention_norm)',
+        LOGITS,
+    ),
+    Mutant(
+        ENGINE,
+        "self._kept.append(widened(tensor.detach()))",
+        "self._kept.append(widened(tensor.detach()).bfloat16().float())",
+        LOGITS,
+    ),
+    Mutant(
+        ENGINE,
+        "self._kept.append(widened(tensor.detach()))",
+        "self._kept.append(widened(tensor.detach()).bfloat16().float())",
+        PREFILL,
+    ),
+    Mutant(
+        ENGINE,
+        "self._kept.append(widened(tensor.detach()))",
+        "self._kept.append(widened(tensor.detach()).bfloat16().float())",
+        INT8,
+    ),
+    Mutant(
+        ENGINE,
+        '"softmax_scale": model.config.head_dim**-0.5',
+        '"softmax_scale": model.config.head_dim**-0.5 * (1 + 2**-9)',
+        PREFILL,
+    ),
+    Mutant(
+        DECODER,
+        "x = layer(x, span, held)",
+        "x = layer(x, span, held).bfloat16().to(x.dtype)",
+        TRANSFORMERS,
+    ),
+    Mutant(
+        DECODER,
+        "x = layer(x, span, held)",
+        "x = layer(x, span, held).bfloat16().to(x.dtype)",
+        FIVE_LAYERS,
+    ),
+    Mutant(
+        DECODER,
+        "x = layer(x, span, held)",
+        "x = layer(x, span, held).bfloat16().to(x.dtype)",
+        SEQUENCE,
+    ),
+    Mutant(
+        DECODER,
+        "x = layer(x, span, held)",
+        "x = layer(x, span, held).bfloat16().to(x.dtype)",
+        RESUMED,
+    ),
+    Mutant(ROW, *ROUNDED_SUM, CUT),
+    Mutant(ROW, *DOUBLED_BIAS, CUT),
+    Mutant(
+        "pyparallel/data_engines.py",
+        "return sums.start(bucket.buffer())",
+        "return sums.start(bucket.buffer().bfloat16().float())",
+        DATA,
+    ),
+    Mutant(
+        "pyparallel/data_engines.py",
+        "self.group.communicator.reduce_scatter(output_tensor, input_tensor)",
+        "self.group.communicator.reduce_scatter(output_tensor, input_tensor.bfloat16().float())",
+        DATA,
+    ),
+)
+
+
+if __name__ == "__main__":
+    sys.exit(run_mutants(MUTANTS, sys.argv[1:]) > 0)
