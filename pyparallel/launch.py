@@ -2,69 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import multiprocessing
 import os
 import pickle
-import signal
-import sys
-import threading
+import secrets
 import time
-import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import timedelta
 from multiprocessing import connection
-from multiprocessing.process import BaseProcess
 from typing import Any
 
-from pyparallel.communicator import PeerError
+from pyparallel.limits import (
+    check_environment,
+    check_process_limit,
+    check_ranks,
+    check_threads,
+    check_timeout,
+    cores,
+)
+from pyparallel.rank_life import is_rank, pack_job, rank_main, report
+from pyparallel.rank_outcome import GRACE_S, Inbox, Outcome, RankError, Report, message_of
+from pyparallel.rank_outcome import failure as _failure
+from pyparallel.rank_process import LOOK_S, RankProcess, StartError, server
+from pyparallel.rank_server import preparation
+from pyparallel.rank_store import StoreServer
+
+__all__ = ["RankError", "launch", "rank_main", "report"]
 
 # Seconds in which the other ranks' failures are still heard after the first one: a rank that lost its
 # peer may report sooner than the operating system reports the peer's death.
 SETTLE_S = 0.3
-# Seconds between the request to end and the kill.
-GRACE_S = 2.0
 
-
-class RankError(RuntimeError):
-    """A rank failed. ``rank`` says which, ``__cause__`` is its exception (if it lived to raise one)."""
-
-    def __init__(self, rank: int, world_size: int, reason: str, remote_traceback: str = "") -> None:
-        self.rank = rank
-        self.world_size = world_size
-        self.reason = reason
-        self.remote_traceback = remote_traceback
-        super().__init__(
-            f"rank {rank} of {world_size}: {reason}"
-            + (f"\n\n{remote_traceback}" if remote_traceback else "")
-        )
-
-
-@dataclass
-class _Outcome:
-    """What one rank came to."""
-
-    value: Any = None
-    error: BaseException | None = None
-    reason: str | None = None
-    trace: str = ""
-
-    def gravity(self) -> int:
-        """Causes before consequences: a death, then an error of its own, then the loss of a peer."""
-        if self.error is None:
-            return 0
-        return 2 if isinstance(self.error, PeerError) else 1
-
-
-@dataclass
-class _Report:
-    """What a rank tells on its way."""
-
-    value: Any
-
-
-# In a rank: the pipe to its launcher.
-_sender: connection.Connection | None = None
+Rank = tuple[RankProcess, connection.Connection]
 
 
 def launch(
@@ -82,51 +52,73 @@ def launch(
     process that has imported torch once, so a start costs tens of milliseconds. ``fn``, its arguments
     and its results must be picklable; define ``fn`` at the top level of a module.
 
+    Ranks meet through descriptors that they inherit, and talk over the loopback interface; nobody else
+    can join (docs/security.md). They end when this process ends, however it does.
+
     Args:
-        threads: intra-op threads per rank; by default the machine's cores divided by ``world_size``.
-        timeout_s: how long a collective may wait for a peer, in seconds.
+        world_size: 1 to 64.
+        threads: intra-op threads per rank, at most 4 a core (16 always may be); by default the machine's
+            cores divided by ``world_size``.
+        timeout_s: how long a collective may wait for a peer, and a rank may be stopped, in seconds.
         on_report: called here with (rank, value) for each :func:`report` of a rank, as it comes.
 
     Raises:
-        ValueError: ``world_size`` is below 1, ``fn`` or an argument can't be pickled, or a rank calls.
+        ValueError: a number that this machine can't serve, ``fn`` or an argument can't be pickled, or a
+            rank calls.
         RankError: the first failure of a rank, with its rank and traceback. The other ranks have been
             ended by then, and no process is left.
     """
-    if world_size < 1:
-        raise ValueError(f"world_size: expected at least 1, got {world_size}")
-    if multiprocessing.current_process().daemon:
+    world_size = check_ranks("world_size", world_size)
+    if is_rank() or multiprocessing.current_process().daemon:
         raise ValueError("launch: called by a rank; ranks start no ranks of their own")
-    # Once for all ranks, and by value: multiprocessing would share the memory of tensors.
-    job = _pickled(fn, args)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "pyparallel.launch"])
-    import torch.distributed as dist
-
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    timeout_s = check_timeout("timeout_s", timeout_s)
     if threads is None:
-        threads = max(1, len(os.sched_getaffinity(0)) // world_size)
-    setup = (world_size, store.port, threads, timeout_s, dict(os.environ))
-    ranks: list[tuple[BaseProcess, connection.Connection]] = []
-    try:
+        threads = max(1, cores() // world_size)
+    threads = check_threads("threads", threads, world_size)
+    check_environment()
+    check_process_limit(world_size, threads)
+    setup = {
+        "world_size": world_size,
+        "threads": threads,
+        "timeout_s": timeout_s,
+        "secret": secrets.token_hex(32),
+        "environment": dict(os.environ),
+        "program": preparation(),
+    }
+    ranks: list[Rank] = []
+    store = StoreServer()
+    with contextlib.ExitStack() as owned:
+        # Once for all ranks, and by value: multiprocessing would share the memory of tensors.
+        job = pack_job(setup, _pickled(fn, args))
+        owned.callback(os.close, job)
+        folder = os.open(".", os.O_PATH)
+        owned.callback(os.close, folder)
+        own = os.pidfd_open(os.getpid())
+        owned.callback(os.close, own)
+        owned.callback(store.close)
+        owned.callback(_close, ranks)
         for rank in range(world_size):
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_rank_main,
-                args=(sender, job, rank, *setup),
-                name=f"rank{rank}",
-                daemon=True,
-            )
-            process.start()
-            sender.close()
-            ranks.append((process, receiver))
-        results = _collect(ranks, on_report)
+            ranks.append(_start(rank, world_size, store, [job, folder, own], timeout_s))
+        results = _collect(ranks, on_report, timeout_s)
         for process, _ in ranks:
             process.join(GRACE_S)
         return results
-    finally:
-        _end([process for process, _ in ranks])
-        for _, receiver in ranks:
-            receiver.close()
+
+
+def _start(
+    rank: int, world_size: int, store: StoreServer, shared: list[int], timeout_s: float
+) -> Rank:
+    """A rank, and the end of the pipe through which it tells."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    try:
+        with sender, store.channel() as channel:
+            descriptors = [sender.fileno(), channel.fileno(), *shared]
+            return server.fork(rank, descriptors, timeout_s), receiver
+    except BaseException as error:
+        receiver.close()
+        if isinstance(error, StartError):
+            raise RankError(rank, world_size, str(error)) from None
+        raise
 
 
 def _pickled(fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
@@ -139,33 +131,43 @@ def _pickled(fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
         ) from error
 
 
-def report(value: Any) -> None:
-    """Send ``value`` to the launcher's ``on_report`` while this rank goes on; nothing elsewhere."""
-    if _sender is not None:
-        _sender.send_bytes(pickle.dumps(_Report(value)))
+def _message(process: Any, receiver: connection.Connection) -> Outcome | Report | None:
+    return message_of(process, Inbox(receiver))
 
 
 def _collect(
-    ranks: list[tuple[BaseProcess, connection.Connection]],
+    ranks: list[Rank],
     on_report: Callable[[int, Any], None] | None,
+    timeout_s: float = math.inf,
 ) -> list[Any]:
-    outcomes: dict[int, _Outcome] = {}
-    waiting = dict(enumerate(ranks))
+    outcomes: dict[int, Outcome] = {}
+    waiting = {rank: (process, Inbox(receiver)) for rank, (process, receiver) in enumerate(ranks)}
+    stopped = _Stopped(timeout_s)
     deadline = None
     while waiting:
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        ready = connection.wait([receiver for _, receiver in waiting.values()], left)
+        left = LOOK_S if deadline is None else max(0.0, deadline - time.monotonic())
+        # A process that a rank forked may hold its pipe: the end of the rank itself is watched too.
+        ends = [getattr(process, "sentinel", inbox.receiver) for process, inbox in waiting.values()]
+        ready = connection.wait([*(inbox.receiver for _, inbox in waiting.values()), *ends], left)
         if not ready and deadline is not None:
             break
-        for rank, (process, receiver) in list(waiting.items()):
-            if receiver in ready:
-                message = _message(process, receiver)
-                if isinstance(message, _Report):
+        for rank, (process, inbox) in list(waiting.items()):
+            gone = getattr(process, "sentinel", None) in ready
+            while gone or inbox.receiver in ready:
+                message = message_of(process, inbox, gone=gone)
+                if message is None:
+                    break
+                if isinstance(message, Report):
                     if on_report is not None:
                         on_report(rank, message.value)
                     continue
                 outcomes[rank] = message
                 del waiting[rank]
+                break
+        if too_long := stopped.too_long(waiting):
+            reason = f"stopped by a signal, for the {timeout_s:g} s that a call may wait"
+            outcomes[too_long[0]] = Outcome(reason=reason)
+            break
         if deadline is None and any(outcome.reason for outcome in outcomes.values()):
             deadline = time.monotonic() + SETTLE_S
     failed = {rank: outcome for rank, outcome in outcomes.items() if outcome.reason}
@@ -173,33 +175,45 @@ def _collect(
         # min keeps the first of equals, and the dict is in the order of arrival.
         rank = min(failed, key=lambda r: failed[r].gravity())
         first = failed[rank]
+        held = stopped.now(waiting) if first.gravity() == 2 else []
+        if held:
+            told = f"stopped by a signal, and the others could not wait: {first.reason}"
+            raise RankError(held[0], len(ranks), told, first.trace) from first.error
         raise RankError(rank, len(ranks), first.reason, first.trace) from first.error
     return [outcomes[rank].value for rank in range(len(ranks))]
 
 
-def _message(process: BaseProcess, receiver: connection.Connection) -> _Outcome | _Report:
-    """Read a rank's message; the pipe's end without one means that the rank died."""
-    try:
-        message = receiver.recv_bytes()
-    except (EOFError, OSError):
-        # OSError: the rank died in the middle of its message.
-        process.join(GRACE_S)
-        code = process.exitcode
-        if code is not None and code < 0:
-            return _Outcome(reason=f"killed by {signal.Signals(-code).name}")
-        return _Outcome(reason=f"ended with exit status {code} before it returned")
-    try:
-        return pickle.loads(message)
-    except Exception as error:
-        return _Outcome(
-            reason=f"its result can't be unpickled here: {type(error).__name__}: {error}"
-        )
+class _Stopped:
+    """Which ranks a signal holds, and for how long: nobody else can tell of them."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._since: dict[int, float] = {}
+
+    def now(self, waiting: dict[int, tuple[Any, Inbox]]) -> list[int]:
+        """The ranks that are stopped."""
+        return [r for r, (p, _) in waiting.items() if getattr(p, "is_stopped", bool)()]
+
+    def too_long(self, waiting: dict[int, tuple[Any, Inbox]]) -> list[int]:
+        """Those that have been for the timeout."""
+        now, stopped = time.monotonic(), self.now(waiting)
+        self._since = {rank: self._since.get(rank, now) for rank in stopped}
+        return [rank for rank in stopped if now - self._since[rank] >= self._timeout_s]
 
 
-def _end(processes: list[BaseProcess]) -> None:
+def _close(ranks: list[Rank]) -> None:
+    _end([process for process, _ in ranks])
+    for _, receiver in ranks:
+        receiver.close()
+
+
+def _end(processes: list[RankProcess]) -> None:
     """End what still runs, politely and then not, and reap it."""
     for process in processes:
-        if process.is_alive():
+        if process.is_stopped():
+            # It would not hear a polite word.
+            process.kill()
+        elif process.is_alive():
             process.terminate()
     deadline = time.monotonic() + GRACE_S
     for process in processes:
@@ -208,92 +222,3 @@ def _end(processes: list[BaseProcess]) -> None:
             process.kill()
             process.join()
         process.close()
-
-
-def _rank_main(
-    sender: connection.Connection,
-    job: bytes,
-    rank: int,
-    world_size: int,
-    port: int,
-    threads: int,
-    timeout_s: float,
-    environment: dict[str, str],
-) -> None:
-    """The life of one rank."""
-    global _sender
-    _sender = sender
-    # Ctrl-C reaches the whole terminal group; the parent alone decides what becomes of the ranks.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    # The server was started earlier, perhaps under another environment.
-    os.environ.clear()
-    os.environ.update(environment)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-    )
-    # Everything is on this machine: no look-up of its host name, which may fail or point outside.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    try:
-        import torch
-        import torch.distributed as dist
-
-        torch.set_num_threads(threads)
-        on_gpu = torch.cuda.device_count() >= world_size
-        if on_gpu:
-            torch.cuda.set_device(rank)
-        store = dist.TCPStore("127.0.0.1", port, is_master=False)
-        timeout = timedelta(seconds=timeout_s)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            store=store,
-            rank=rank,
-            world_size=world_size,
-            timeout=timeout,
-        )
-        store.set(f"connected/{rank}", "")
-        fn, args = pickle.loads(job)
-        # A rank that fails closes nothing first: closing may wait for peers that wait for this one.
-        message = _success(fn(*args))
-        from pyparallel.mesh import close_meshes
-
-        close_meshes()
-        # A peer that is still connecting would take this rank's end for a failure.
-        store.wait([f"connected/{peer}" for peer in range(world_size)], timeout)
-        dist.destroy_process_group()
-    except BaseException as error:
-        message = _failure(error)
-    sys.stdout.flush()
-    sender.send_bytes(message)
-    sender.close()
-
-
-def _success(value: Any) -> bytes:
-    try:
-        return pickle.dumps(_Outcome(value=value))
-    except Exception as error:
-        raise TypeError(
-            f"the result of fn must be picklable, got {type(value).__name__}: {error}"
-        ) from error
-
-
-def _failure(error: BaseException) -> bytes:
-    reason = f"{type(error).__name__}: {error}"
-    trace = "".join(traceback.format_exception(error))
-    try:
-        message = pickle.dumps(_Outcome(error=error, reason=reason, trace=trace))
-        pickle.loads(message)
-        return message
-    except Exception:
-        # An exception that does not survive pickling is still told by its text.
-        return pickle.dumps(_Outcome(reason=reason, trace=trace))
-
-
-def _end_with_parent() -> None:
-    """A rank whose launcher was killed ends too, even from inside a collective."""
-    parent = multiprocessing.parent_process()
-    connection.wait([parent.sentinel])
-    os.kill(os.getpid(), signal.SIGKILL)

@@ -7,10 +7,12 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
+
+from pyparallel.communicator import PeerError
 
 POLL_S = 0.1
 # How long survivors wait for one another's word before they call a rank missing.
@@ -63,6 +65,49 @@ def bounded_roll_call(store: dist.Store, rank: int, size: int) -> tuple[int, ...
     thread.start()
     thread.join(2 * ROLL_CALL_S)
     return found[0] if found else None
+
+
+@contextmanager
+def naming_lost_peers(
+    what: str, *, store: dist.Store | None = None, rank: int = 0, size: int = 0
+) -> Iterator[None]:
+    """Inside it what torch.distributed says of a lost peer becomes a :class:`PeerError` naming it.
+
+    Args:
+        what: is done inside, for the message.
+        store, rank, size: of the ranks that do it; by default torch's world, once there is one.
+    """
+    try:
+        yield
+    except PeerError:
+        raise
+    except RuntimeError as error:
+        if not _of_a_peer(error):
+            raise
+        if store is None and dist.is_initialized():
+            store = dist.distributed_c10d._get_default_store()
+            rank, size = dist.get_rank(), dist.get_world_size()
+        missing = None
+        if store is not None:
+            missing = bounded_roll_call(dist.PrefixStore("pyparallel/lost", store), rank, size)
+        if missing is None:
+            who = "unknown, since the store can't be reached either"
+        else:
+            who = ", ".join(map(str, missing)) or "none"
+        named = PeerError(
+            f"{what} (rank {rank} of {size}) failed, missing ranks: {who} "
+            f"({str(error).splitlines()[0][:200]})"
+        )
+        named.missing = missing or ()
+        raise named from error
+
+
+def _of_a_peer(error: RuntimeError) -> bool:
+    """Whether torch or Gloo says so; an error of the caller's own stays what it is."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()
+    return type(error) is RuntimeError and any(word in text for word in ("gloo", "peer", "socket"))
 
 
 def _machine() -> str:

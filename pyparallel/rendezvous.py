@@ -8,24 +8,27 @@ once and a reused process id cannot be mistaken for a peer.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import socket
 import struct
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from pyparallel._C import create_shared_memory
 from pyparallel.communicator import PeerError
+from pyparallel.exchange import gather_objects
+from pyparallel.limits import MAX_RANKS
+from pyparallel.peer_proof import prove
+from pyparallel.peer_watch import naming_lost_peers
 
-MAX_RANKS = 64
-
-T = TypeVar("T")
+# How long whoever connects may take to say which rank it is.
+HELLO_S = 1.0
 
 
 def machine_identity() -> str:
@@ -43,13 +46,6 @@ class Presence:
     start_time: int
     address: str
     error: str | None
-
-
-def gather_objects(process_group: dist.ProcessGroup, value: T) -> list[T]:
-    """``value`` of every rank."""
-    values: list[Any] = [None] * process_group.size()
-    dist.all_gather_object(values, value, group=process_group)
-    return values
 
 
 @dataclass(frozen=True)
@@ -81,6 +77,14 @@ def meet(
         ValueError: more than 64 ranks on a machine.
         PeerError: a rank could not join; every rank raises it, with that rank and the reason.
     """
+    with naming_lost_peers(f"meeting of group '{name}'"):
+        prove(process_group)
+        return _meet(process_group, name, timeout_s, machine)
+
+
+def _meet(
+    process_group: dist.ProcessGroup, name: str, timeout_s: float, machine: str | None
+) -> Meeting:
     rank = process_group.rank()
     pid = os.getpid()
     identity = machine_identity() if machine is None else f"{machine_identity()}/{machine}"
@@ -106,7 +110,7 @@ def meet(
             except OSError as problem:
                 error = f"{type(problem).__name__}: {problem}"
         own = Presence(pid, _start_time(pid), address, error)
-        everyone = gather_objects(process_group, own)
+        everyone = [Presence(*told) for told in gather_objects(process_group, astuple(own))]
         _require_none(name, "prepare", [presence.error for presence in everyone])
         presences = [everyone[peer] for peer in local]
         error = _attempt(lambda: _join(local.index(rank), presences, listener, opened, timeout_s))
@@ -142,7 +146,8 @@ def _listen(size: int) -> tuple[socket.socket, str]:
     address = f"pyparallel-{secrets.token_hex(16)}"
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind("\0" + address)
-    listener.listen(size)
+    # Strangers may stand in the queue too.
+    listener.listen(max(size, socket.SOMAXCONN))
     return listener, address
 
 
@@ -156,13 +161,7 @@ def _join(
     """Append to ``opened`` the memory's descriptor (its maker has it) and one for each process."""
     deadline = time.monotonic() + timeout_s
     if listener is not None:
-        for _ in range(len(ranks) - 1):
-            listener.settimeout(max(0.0, deadline - time.monotonic()))
-            connection, _ = listener.accept()
-            with connection:
-                connection.settimeout(max(0.0, deadline - time.monotonic()))
-                _check_user(connection)
-                socket.send_fds(connection, [b"m"], [opened[0]])
+        _hand_out(opened[0], ranks, listener, deadline)
     else:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(timeout_s)
@@ -175,6 +174,31 @@ def _join(
             opened.append(descriptors[0])
     for peer, presence in enumerate(ranks):
         opened.append(-1 if peer == rank else _open_process(peer, presence))
+
+
+def _hand_out(
+    memory: int, ranks: list[Presence], listener: socket.socket, deadline: float
+) -> None:
+    """Give ``memory`` to each other rank once; whoever else connects is hung up on."""
+    missing = {presence.pid: peer for peer, presence in enumerate(ranks)}
+    missing.pop(os.getpid(), None)
+    while missing:
+        listener.settimeout(max(0.001, deadline - time.monotonic()))
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            late = ", ".join(map(str, missing.values()))
+            raise RuntimeError(f"local ranks {late} did not come for the memory") from None
+        with connection:
+            pid, user, _ = struct.unpack(
+                "3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+            )
+            if user == os.geteuid() and pid in missing:
+                connection.settimeout(HELLO_S)
+                # A rank that died meanwhile is named by its process, below.
+                with contextlib.suppress(OSError):
+                    socket.send_fds(connection, [b"m"], [memory])
+                del missing[pid]
 
 
 def _check_user(connection: socket.socket) -> None:

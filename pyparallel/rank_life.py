@@ -1,0 +1,150 @@
+"""The life of one rank, in the process that the server forked for it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import pickle
+import select
+import signal
+import sys
+import threading
+from datetime import timedelta
+from multiprocessing import process
+from multiprocessing.connection import Connection
+from typing import Any
+
+from pyparallel.rank_outcome import Report, failure, success
+from pyparallel.rank_server import finish, prepare
+
+# In a rank: the pipe to its launcher.
+_sender: Connection | None = None
+
+
+def is_rank() -> bool:
+    """Whether this process is a rank of a launcher, or was forked by one."""
+    return _sender is not None
+
+
+def report(value: Any) -> None:
+    """Send ``value`` to the launcher's ``on_report`` while this rank goes on; nothing elsewhere."""
+    if _sender is not None:
+        _sender.send_bytes(pickle.dumps(Report(value)))
+
+
+def pack_job(setup: dict[str, Any], job: bytes) -> int:
+    """A descriptor of memory with what :func:`rank_main` reads; owned by the caller."""
+    descriptor = os.memfd_create("pyparallel-job")
+    header = json.dumps(setup).encode()
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.write(job)
+    return descriptor
+
+
+def rank_main(
+    rank: int, sender: int, store: int, job: int, folder: int, launcher: int
+) -> None:
+    """Run the job, tell what came of it, and return.
+
+    Args:
+        sender: of the pipe to the launcher; as all of these a descriptor that is taken over.
+        store: of the socket to its store.
+        job: of the memory that :func:`pack_job` filled.
+        folder: the launcher's current one.
+        launcher: of its process.
+    """
+    global _sender
+    _sender = Connection(sender, readable=False)
+    threading.Thread(target=_end_with_launcher, args=(launcher,), daemon=True).start()
+    os.fchdir(folder)
+    os.close(folder)
+    # Not read(): the ranks share one place in the file.
+    memory = memoryview(mmap.mmap(job, 0, prot=mmap.PROT_READ))
+    os.close(job)
+    end = 8 + int.from_bytes(memory[:8], "little")
+    setup = json.loads(bytes(memory[8:end]))
+    own = process.current_process()
+    own.name, own.daemon = f"rank{rank}", True
+    _environment(setup["environment"], rank, setup["world_size"])
+    try:
+        message = _live(rank, setup, store, memory[end:])
+    except BaseException as error:
+        message = failure(error)
+    for stream in (sys.stdout, sys.stderr):
+        # Closed, or full: what a rank prints is not what it returns.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    _sender.send_bytes(message)
+    _sender.close()
+    finish()
+
+
+def _environment(given: dict[str, str], rank: int, world_size: int) -> None:
+    # The server was started earlier, perhaps under another environment.
+    os.environ.clear()
+    os.environ.update(given)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        # Everything is on this machine: no other interface listens, and no host name is looked up.
+        GLOO_SOCKET_IFNAME="lo",
+    )
+
+
+def _live(rank: int, setup: dict[str, Any], store_end: int, job: memoryview) -> bytes:
+    import torch
+    import torch.distributed as dist
+
+    from pyparallel import peer_proof
+    from pyparallel.peer_watch import naming_lost_peers
+    from pyparallel.rank_store import InheritedStore
+
+    world_size = setup["world_size"]
+    torch.set_num_threads(setup["threads"])
+    on_gpu = torch.cuda.device_count() >= world_size
+    if on_gpu:
+        torch.cuda.set_device(rank)
+    timeout = timedelta(seconds=setup["timeout_s"])
+    store = InheritedStore(store_end, timeout)
+    with naming_lost_peers("start-up", store=store, rank=rank, size=world_size):
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+        )
+        peer_proof.know(bytes.fromhex(setup["secret"]))
+        peer_proof.prove(dist.group.WORLD)
+        store.set(f"connected/{rank}", "")
+    with naming_lost_peers("torch.distributed"):
+        prepare(setup["program"])
+        fn, args = pickle.loads(job)
+        # A rank that fails closes nothing first: closing may wait for peers that wait for this one.
+        message = success(fn(*args))
+        from pyparallel.mesh import close_meshes
+
+        close_meshes()
+        # A peer that is still connecting would take this rank's end for a failure.
+        store.wait([f"connected/{peer}" for peer in range(world_size)], timeout)
+        dist.destroy_process_group()
+    return message
+
+
+def _end_with_launcher(launcher: int) -> None:
+    """A rank whose launcher was killed ends too, even from inside a collective.
+
+    The server ends with the launcher, and the kernel ends the ranks with the server; where the server
+    is stopped, it is ended from here.
+    """
+    poll = select.poll()
+    poll.register(launcher, select.POLLIN)
+    poll.poll()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(os.getppid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
