@@ -2,15 +2,15 @@
 
 torch's own file storage keeps its metadata as a pickle, and its safetensors storage holds one box of a
 tensor in a file and writes no index of several ranks' boxes. Here nothing is pickled, a rank's file has
-any number of boxes, and a checkpoint appears whole or not at all: it is written beside its place and
-renamed at the end.
+any number of boxes, and a checkpoint appears whole or not at all: see
+:mod:`pyparallel.checkpoint_place`.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from pyparallel.checkpoint_format import CheckpointError
+from pyparallel.checkpoint_paths import to_disk
+from pyparallel.checkpoint_place import Place
 from pyparallel.sharded_checkpoint import INDEX, Chunk, Index, ShardedCheckpoint, Stored
 
 # Boxes that are no plain memory of the host are copied before they are written: so much at a time.
@@ -60,37 +61,33 @@ class PieceWriter(StorageWriter):
         overwrite: bool,
     ) -> None:
         self._folder = folder
-        self._unfinished = unfinished(folder)
         self._rank = rank
         self._add_files = add_files
         self._overwrite = overwrite
+        # The coordinator's alone; the others are told where it is in their plans.
+        self._place: Place | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
         pass
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        if not is_coordinator:
-            return
-        if self._folder.exists() and not self._overwrite:
-            raise CheckpointError(
-                f"{self._folder}: is there already; choose another folder, or overwrite=True"
-            )
-        if self._unfinished.exists():
-            shutil.rmtree(self._unfinished)
-        self._unfinished.mkdir(parents=True)
+        if is_coordinator:
+            self._place = Place(self._folder, overwrite=self._overwrite)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return plans
+        where = str(self._place.working), self._place.suffix
+        return [replace(plan, storage_data=where) for plan in plans]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results: list[WriteResult] = []
         tensors: dict[str, torch.Tensor] = {}
         copied = number = 0
+        working, suffix = plan.storage_data
         for place, item in enumerate(plan.items, 1):
-            file = f"rank_{self._rank:05}_{number:02}.safetensors"
+            file = f"rank_{self._rank:05}_{number:02}{suffix}.safetensors"
             value = planner.resolve_data(item)
             size = value.numel() * value.itemsize
             plain = value.cpu().contiguous()
@@ -99,8 +96,8 @@ class PieceWriter(StorageWriter):
             tensors[chunk.key(item.index.fqn)] = plain
             results.append(WriteResult(item.index, size, file))
             if copied >= COPIED_BYTES or place == len(plan.items):
-                save_file(tensors, self._unfinished / file)
-                _to_disk(self._unfinished / file)
+                save_file(tensors, Path(working) / file)
+                to_disk(Path(working) / file)
                 tensors.clear()
                 copied, number = 0, number + 1
         done: Future[list[WriteResult]] = Future()
@@ -116,14 +113,16 @@ class PieceWriter(StorageWriter):
                 for c in stored.chunks
             )
             tensors[name] = Stored(tuple(stored.size), stored.properties.dtype, chunks)
-        sizes = {
-            name: (self._unfinished / name).stat().st_size for name in sorted(set(files.values()))
-        }
-        index = self._unfinished / INDEX
-        index.write_text(Index(tensors, sizes, metadata.planner_data).to_json())
-        _to_disk(index)
-        self._add_files(self._unfinished)
-        appear(self._unfinished, self._folder)
+        working = self._place.working
+        sizes = {name: (working / name).stat().st_size for name in sorted(set(files.values()))}
+        (working / INDEX).write_text(Index(tensors, sizes, metadata.planner_data).to_json())
+        self._add_files(working)
+        self._place.appear(INDEX)
+
+    def close(self) -> None:
+        """Remove what a failure left, when no rank writes any more."""
+        if self._place is not None:
+            self._place.close()
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
@@ -186,30 +185,3 @@ class PieceReader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
         return True
-
-
-def unfinished(folder: Path) -> Path:
-    """Where ``folder`` is written until it is whole."""
-    return folder.with_name(f".{folder.name}.unfinished")
-
-
-def appear(written: Path, folder: Path) -> None:
-    """Give a folder that was written its name, in the place of one that is there."""
-    old = folder.with_name(f".{folder.name}.old")
-    if old.exists():
-        shutil.rmtree(old)
-    if folder.exists():
-        folder.rename(old)
-    written.rename(folder)
-    _to_disk(folder.parent)
-    if old.exists():
-        shutil.rmtree(old)
-
-
-def _to_disk(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, would survive a loss of power."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -2,7 +2,8 @@
 
 The ranks write the boxes they hold, side by side, and then share out the output files: who writes one
 reads its tensors whole, one at a time. So a rank holds its share of the model and one tensor, however
-many ranks the model is cut over; the disk holds the model twice for a while.
+many ranks the model is cut over; the disk holds the model twice for a while. How the folder appears:
+:mod:`pyparallel.checkpoint_place`.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ from torch import nn
 from pyparallel.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from pyparallel.checkpoint_files import set_dtype, source_of, write_files
 from pyparallel.checkpoint_names import unwrap
-from pyparallel.checkpoint_storage import appear, unfinished
+from pyparallel.checkpoint_paths import naming, to_disk
+from pyparallel.checkpoint_place import Place
+from pyparallel.exchange import gather_objects
 from pyparallel.mesh import Mesh
 from pyparallel.models.fill import IGNORED
 from pyparallel.save import save, together
 from pyparallel.shard import REPLICATED
 
 MAX_FILE_BYTES = 5 * 10**9
+_INDEX = "model.safetensors.index.json"
 # What a safetensors file calls its types.
 _TYPES = {
     torch.float64: "F64",
@@ -75,37 +79,40 @@ def export(
     Raises:
         CheckpointError: on every rank, if any rank fails; there is no config.json to be found.
     """
-    folder = Path(folder).absolute()
     models = [model] if isinstance(model, nn.Module) else list(model)
-    boxes = folder.with_name(f".{folder.name}.boxes")
+    rank = dist.get_rank()
 
-    def check() -> None:
-        _check_free(folder, overwrite)
+    def begin() -> Place | None:
         chain = unwrap(models[0])
-        if source_of(source, chain) is None and not hasattr(
-            getattr(chain[-1], "config", None), "save_pretrained"
-        ):
+        found = source_of(source, chain)
+        if found is None and not hasattr(getattr(chain[-1], "config", None), "save_pretrained"):
             raise CheckpointError(
                 f"{folder}: this model was not loaded from a folder, so its config.json is not known; "
                 f"give source=, a folder that has it"
             )
+        return Place(folder, overwrite=overwrite, source=found) if rank == 0 else None
 
-    together(check)
+    place = together(begin)
     try:
-        save(models, boxes, mesh, source=source, overwrite=True)
+        told = gather_objects(dist.group.WORLD, place and [str(place.working), place.suffix])[0]
+        where = Path(told[0])
+        boxes = where / "boxes"
+        save(models, boxes, mesh, source=source)
         checkpoint = together(lambda: open_checkpoint(boxes))
-        _write(
-            checkpoint,
-            folder,
-            ranks=dist.get_world_size(),
-            rank=dist.get_rank(),
-            dtype=dtype,
-            max_file_bytes=max_file_bytes,
-        )
-    finally:
-        if dist.get_rank() == 0:
-            for path in (boxes, unfinished(boxes), unfinished(folder)):
-                shutil.rmtree(path, ignore_errors=True)
+        files = split_files(checkpoint, dtype, max_file_bytes, suffix=told[1])
+        together(lambda: rank == 0 and _begin(where, checkpoint, files))
+        together(lambda: _fill(where, checkpoint, files[rank :: dist.get_world_size()]))
+
+        def finish() -> None:
+            if place is not None:
+                shutil.rmtree(boxes)
+                place.appear(_finish(where, files))
+
+        together(finish)
+    except CheckpointError:
+        if place is not None:
+            place.close()
+        raise
 
 
 def export_checkpoint(
@@ -124,19 +131,25 @@ def export_checkpoint(
     Raises:
         CheckpointError: the folder is there already, or the checkpoint has no config.
     """
-    folder = Path(folder).absolute()
-    _check_free(folder, overwrite)
     checkpoint.config()
+    place = Place(folder, overwrite=overwrite, source=checkpoint.path)
     try:
-        _write(checkpoint, folder, ranks=1, rank=0, dtype=dtype, max_file_bytes=max_file_bytes)
+        files = split_files(checkpoint, dtype, max_file_bytes, suffix=place.suffix)
+        _begin(place.working, checkpoint, files)
+        _fill(place.working, checkpoint, files)
+        place.appear(_finish(place.working, files))
     finally:
-        shutil.rmtree(unfinished(folder), ignore_errors=True)
+        place.close()
 
 
 def split_files(
-    checkpoint: Checkpoint, dtype: torch.dtype | None, max_file_bytes: int
+    checkpoint: Checkpoint, dtype: torch.dtype | None, max_file_bytes: int, *, suffix: str = ""
 ) -> list[OutputFile]:
-    """The output files of a checkpoint, in the order of the names, numbers by value."""
+    """The output files of a checkpoint, in the order of the names, numbers by value.
+
+    Args:
+        suffix: of each name but a single file's, which becomes valid by itself.
+    """
     groups: list[dict[str, tuple[tuple[int, ...], torch.dtype]]] = [{}]
     held = 0
     for name in sorted(checkpoint.shapes, key=_natural):
@@ -153,44 +166,33 @@ def split_files(
     if len(groups) == 1:
         return [OutputFile("model.safetensors", groups[0])]
     return [
-        OutputFile(f"model-{number:05}-of-{len(groups):05}.safetensors", group)
+        OutputFile(f"model{suffix}-{number:05}-of-{len(groups):05}.safetensors", group)
         for number, group in enumerate(groups, 1)
     ]
 
 
-def _write(
-    checkpoint: Checkpoint,
-    folder: Path,
-    *,
-    ranks: int,
-    rank: int,
-    dtype: torch.dtype | None,
-    max_file_bytes: int,
-) -> None:
-    """Write ``folder``; each of the ranks its share of the files."""
-    written = unfinished(folder)
-    files = split_files(checkpoint, dtype, max_file_bytes)
+def _begin(working: Path, checkpoint: Checkpoint, files: Sequence[OutputFile]) -> None:
+    """Everything but the tensors."""
+    with naming(working):
+        write_files(working, None, checkpoint.path)
+        kinds = [kind for file in files for _, kind in file.tensors.values()]
+        set_dtype(working, next((k for k in kinds if k.is_floating_point), torch.float32))
 
-    def begin() -> None:
-        if rank == 0:
-            shutil.rmtree(written, ignore_errors=True)
-            written.mkdir(parents=True)
-            write_files(written, None, checkpoint.path)
-            kinds = [kind for file in files for _, kind in file.tensors.values()]
-            set_dtype(written, next((k for k in kinds if k.is_floating_point), torch.float32))
 
-    def fill() -> None:
-        for file in files[rank::ranks]:
-            write_safetensors(written / file.name, file.tensors, checkpoint)
+def _fill(working: Path, checkpoint: Checkpoint, files: Sequence[OutputFile]) -> None:
+    for file in files:
+        with naming(working / file.name):
+            write_safetensors(working / file.name, file.tensors, checkpoint)
+            to_disk(working / file.name)
 
-    def finish() -> None:
-        if rank == 0:
-            if len(files) > 1:
-                _write_index(written / "model.safetensors.index.json", files)
-            appear(written, folder)
 
-    for part in (begin, fill, finish):
-        together(part) if ranks > 1 else part()
+def _finish(working: Path, files: Sequence[OutputFile]) -> str:
+    """The name of the file that makes the others valid, written now if need be."""
+    if len(files) == 1:
+        return files[0].name
+    with naming(working):
+        _write_index(working / _INDEX, files)
+    return _INDEX
 
 
 def write_safetensors(
@@ -231,13 +233,6 @@ def _write_index(path: Path, files: Iterable[OutputFile]) -> None:
     }
     content = {"metadata": metadata, "weight_map": places}
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def _check_free(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not overwrite:
-        raise CheckpointError(
-            f"{folder}: is there already; choose another folder, or overwrite=True"
-        )
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

@@ -176,9 +176,7 @@ def _join(
         opened.append(-1 if peer == rank else _open_process(peer, presence))
 
 
-def _hand_out(
-    memory: int, ranks: list[Presence], listener: socket.socket, deadline: float
-) -> None:
+def _hand_out(memory: int, ranks: list[Presence], listener: socket.socket, deadline: float) -> None:
     """Give ``memory`` to each other rank once; whoever else connects is hung up on."""
     missing = {presence.pid: peer for peer, presence in enumerate(ranks)}
     missing.pop(os.getpid(), None)

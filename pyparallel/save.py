@@ -22,8 +22,10 @@ from pyparallel.checkpoint import CheckpointError
 from pyparallel.checkpoint_files import source_of, write_files
 from pyparallel.checkpoint_names import named_tensors, unwrap
 from pyparallel.checkpoint_optimizer import empty_optimizer, merge_optimizers, optimizer_pieces
+from pyparallel.checkpoint_paths import resolve
+from pyparallel.checkpoint_place import left_behind
 from pyparallel.checkpoint_planner import Held, PieceLoadPlanner, PieceSavePlanner
-from pyparallel.checkpoint_storage import PieceReader, PieceWriter, unfinished
+from pyparallel.checkpoint_storage import PieceReader, PieceWriter
 from pyparallel.mesh import Mesh
 from pyparallel.sharded_checkpoint import ShardedCheckpoint, is_sharded
 
@@ -53,12 +55,13 @@ def save(
         extra: anything else, as JSON can hold it (rank 0's is kept); :func:`restore` returns it.
         source: the folder or GGUF file whose config and tokenizer are kept too, so that
             :func:`pyparallel.load` can open the checkpoint; by default the one the model is from.
-        overwrite: replace a folder that is there.
+        overwrite: replace a checkpoint that is there: the files that pyparallel wrote, and no other; a
+            folder that it did not write is refused. See :mod:`pyparallel.checkpoint_place`.
 
     Raises:
         CheckpointError: on every rank, if any rank fails.
     """
-    folder = Path(folder).absolute()
+    folder = resolve(folder)
     models = [model] if isinstance(model, nn.Module) else list(model)
 
     def hold() -> Held:
@@ -81,9 +84,15 @@ def save(
         write_files(written, chain[-1], source_of(source, chain))
 
     writer = PieceWriter(folder, dist.get_rank(), add_files, overwrite=overwrite)
-    _one_line(
-        folder, lambda: dcp.save({}, storage_writer=writer, planner=PieceSavePlanner(hold, merge))
-    )
+    try:
+        _one_line(
+            folder,
+            lambda: dcp.save({}, storage_writer=writer, planner=PieceSavePlanner(hold, merge)),
+        )
+    except CheckpointError:
+        # All ranks have failed together. Where one has died the others may still write.
+        writer.close()
+        raise
 
 
 def restore(
@@ -169,10 +178,7 @@ def _describe(rank: int, error: Exception, folder: Path | None = None) -> Checkp
 
 def _open(folder: Path) -> ShardedCheckpoint:
     if not folder.is_dir():
-        interrupted = unfinished(folder).exists()
-        raise CheckpointError(
-            f"{folder}: no such folder" + ("; saving it was interrupted" if interrupted else "")
-        )
+        raise CheckpointError(f"{folder}: no such folder{left_behind(folder)}")
     if not is_sharded(folder):
         raise CheckpointError(
             f"{folder}: not written by pyparallel.save(); read other checkpoints with load()"
