@@ -194,7 +194,7 @@ class CPUSession:
         return self._choose(sampling, draws)
 
     def _choose(self, sampling: Sampling, draws: Tensor) -> list[int]:
-        if sampling.temperature == 0:
+        if sampling.is_greedy:
             return self.decoder.greedy()
         decoder = self.decoder
         return sample(

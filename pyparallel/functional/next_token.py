@@ -12,6 +12,8 @@ Sources: Gumbel 1954; Maddison et al. 2014, "A* sampling"; Holtzman et al. 2020 
 
 from __future__ import annotations
 
+import math
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +22,11 @@ from torch import Tensor
 from pyparallel.collectives import all_gather_raw
 from pyparallel.group import Group
 
+# Numbers in fp32 that differ at all differ by 2^-149 or more: divided by less than this they are 10^155
+# apart, where the noise of a draw is below 40.
+COLDEST = 1e-200
+# From here on it pays to ask first how many ids there are.
+MOST_OFFERED = 1 << 12
 # A rank's best few, offered first for top-p; eight times as many each time that was too few.
 FIRST_OFFER = 128
 
@@ -29,27 +36,77 @@ class Sampling:
     """How the next token is chosen.
 
     Attributes:
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: keep the k likeliest ids (all that tie with the last); 0 keeps all.
-        top_p: keep the smallest set of the likeliest ids with at least this probability; 1 keeps all.
-        seed: draws with the same seed, row and position are the same at every number of ranks.
+        temperature: divides the logits; 0, and what is too small to divide by, takes the likeliest
+            token.
+        top_k: keep the k likeliest ids (all that tie with the last); 0, None, and the vocabulary's size
+            or more keep all.
+        top_p: keep the smallest set of the likeliest ids with at least this probability; 1 and None keep
+            all.
+        seed: draws with the same seed, row and position are the same at every number of ranks; of any
+            size, its last 64 bits count.
         first_row: how many rows of a larger batch come before row 0; its rows draw what they would
             there.
+
+    Raises:
+        ValueError: a number of another kind or outside its range.
     """
 
     temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
+    top_k: int | None = 0
+    top_p: float | None = 1.0
     seed: int = 0
     first_row: int = 0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
+        # None is how transformers' configurations say "all".
+        taken = {
+            "temperature": _number("temperature", self.temperature),
+            "top_k": 0 if self.top_k is None else whole_number("top_k", self.top_k),
+            "top_p": 1.0 if self.top_p is None else _number("top_p", self.top_p),
+            "seed": _last_64_bits(whole_number("seed", self.seed)),
+            "first_row": whole_number("first_row", self.first_row),
+        }
+        for name, value in taken.items():
+            object.__setattr__(self, name, value)
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature: expected 0 or more, got {self.temperature}")
         if self.top_k < 0:
             raise ValueError(f"top_k: expected 0 (all) or more, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected 0 < top_p <= 1, got {self.top_p}")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.temperature < COLDEST
+
+
+def whole_number(name: str, value: object) -> int:
+    """``value`` as an int, numpy's and torch's too.
+
+    Raises:
+        ValueError: it is none: 2.5, True, a text.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}: expected a whole number, got {value!r}") from None
+
+
+def _number(name: str, value: object) -> float:
+    try:
+        if isinstance(value, bool | str | bytes):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name}: expected a number, got {value!r}") from None
+
+
+def _last_64_bits(value: int) -> int:
+    """As a signed number, which is what torch's integers are."""
+    return (value + 2**63) % 2**64 - 2**63
 
 
 def greedy(logits_shard: Tensor, *, start: int, group: Group) -> Tensor:
@@ -86,18 +143,27 @@ def sample(
     Returns:
         [B], int64.
     """
-    if sampling.temperature == 0:
+    if sampling.is_greedy:
         return greedy(logits_shard, start=start, group=group)
     scores = logits_shard.double() / sampling.temperature
-    if sampling.top_k:
-        best, _ = _best(scores, sampling.top_k, group)
-        kth = best[:, min(sampling.top_k, best.shape[1]) - 1 :][:, :1]
+    if top_k := _within_vocabulary(sampling.top_k, scores, group):
+        best, _ = _best(scores, top_k, group)
+        kth = best[:, min(top_k, best.shape[1]) - 1 :][:, :1]
         scores = scores.masked_fill(scores < kth, -torch.inf)
     if sampling.top_p < 1:
         scores = scores.masked_fill(scores < _top_p_floor(scores, sampling, group), -torch.inf)
     ids = torch.arange(start, start + scores.shape[1], device=scores.device)
     noise = _gumbel(sampling.seed, draws + (sampling.first_row << 32), ids)
     return greedy(scores + noise, start=start, group=group)
+
+
+def _within_vocabulary(top_k: int, scores: Tensor, group: Group) -> int:
+    """``top_k``, or 0 where that is as much: what a rank offers must not grow beyond what there is."""
+    if top_k <= MOST_OFFERED:
+        return top_k
+    width = torch.tensor([scores.shape[1]], device=scores.device)
+    whole = int(all_gather_raw(width, group).sum()) if group.size > 1 else int(width)
+    return top_k if top_k < whole else 0
 
 
 def _best(scores: Tensor, count: int, group: Group) -> tuple[Tensor, Tensor]:

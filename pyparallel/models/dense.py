@@ -109,7 +109,7 @@ def compare(
         ids = torch.tensor([[*prompt, *tokens[:-1]]])
         dense = model(ids).logits[0, len(prompt) - 1 :].float()
         difference = max(difference, (dense - logits).abs().max().item())
-        if sampling.temperature == 0:
+        if sampling.is_greedy:
             continued = model.generate(
                 torch.tensor([prompt]),
                 attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
