@@ -1,0 +1,1 @@
+"""Every supported model type under the settings its config class allows, against transformers."""

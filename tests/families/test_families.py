@@ -1,0 +1,128 @@
+"""The sweep: every type, plain and with drawn settings, on meshes of two and three ranks."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyparallel.launch import launch
+from pyparallel.mesh import init_mesh
+from tests.families.compare import continued, loaded, staged, truths, whole_calls
+from tests.families.settings import OWN, Case, built, draw, kinds
+
+# A mesh, and whether between the matmuls each rank has its own tokens.
+MESHES = (
+    ({"tp": 2}, False),
+    ({"tp": 3}, False),
+    ({"tp": 2}, True),
+    ({"cp": 2}, False),
+    ({"pp": 2}, False),
+)
+# Refused with a reason, by the words of the refusal: what can't be right is said, once.
+REFUSALS = (
+    "has no tensor-parallel plan",
+    "expected one stack of layers whose attention is cut by",
+    "can't be cut into",
+)
+
+
+def on_ranks(
+    cases: list[dict], folders: list[str], sizes: dict, sequence_parallel: bool, orders: int
+):
+    """What each case got wrong, or how it is refused: (wrong, refused)."""
+    mesh = init_mesh(**sizes)
+    wrong, refused = [], []
+    for content, folder in zip(cases, folders, strict=True):
+        case = Case(content["kind"], content["options"], tuple(content["dropped"]))
+        dense = from_folder(folder)
+        truth = truths(dense, orders)
+        doors = []
+        if mesh.pp.size > 1:
+            doors.append(lambda c=case, d=dense, t=truth: staged(c, d, mesh, t))
+        else:
+            doors.append(
+                lambda c=case, d=dense, t=truth: whole_calls(c, d, mesh, t, sequence_parallel)
+            )
+        if not sequence_parallel and mesh.pp.size == 1:
+            expected = continued(dense)
+            doors.append(
+                lambda c=case, f=folder, t=truth, e=expected: loaded(c, Path(f), mesh, t, e)
+            )
+        for door in doors:
+            try:
+                wrong += door()
+            except ValueError as error:
+                refused.append((case.kind, str(error)))
+            except Exception:
+                wrong.append(f"{case} {mesh}: {traceback.format_exc(limit=-3)}")
+    return wrong, refused
+
+
+def from_folder(folder: str) -> torch.nn.Module:
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def sweep(cases: list[Case], tmp_path: Path, meshes: tuple, orders: int = 1) -> dict[str, set[str]]:
+    """Asserts that nothing is wrong; the types that were refused, by the reason."""
+    made = [(case, tmp_path / str(number)) for number, case in enumerate(cases)]
+    made = [(case, folder) for case, folder in made if built(case, folder) is not None]
+    assert len(made) > len(cases) / 3, "most settings are to be ones that transformers has"
+    contents = [{"kind": c.kind, "options": c.options, "dropped": list(c.dropped)} for c, _ in made]
+    json.dumps(contents)
+    folders = [str(folder) for _, folder in made]
+    wrong: list[str] = []
+    reasons: dict[str, set[str]] = {}
+    for sizes, sequence_parallel in meshes:
+        ranks = max(sizes.values())
+        results = launch(
+            on_ranks,
+            ranks,
+            contents,
+            folders,
+            sizes,
+            sequence_parallel,
+            orders,
+            threads=1,
+            timeout_s=300.0,
+        )
+        for found, refused in results:
+            wrong += found
+            for kind, reason in refused:
+                assert "\n" not in reason, reason
+                reasons.setdefault(reason, set()).add(kind)
+    assert not wrong, "\n".join(wrong[:20])
+    return reasons
+
+
+def check_refusals(reasons: dict[str, set[str]]) -> None:
+    for reason, found in reasons.items():
+        assert any(words in reason for words in REFUSALS), (reason, found)
+        assert not found & set(OWN) or "can't be cut into" in reason, (reason, found)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_plain_models_of_every_type(mesh: tuple, tmp_path: Path) -> None:
+    cases = [draw(kind, 0) for kind in kinds()]
+    check_refusals(sweep(cases, tmp_path, (mesh,), orders=0))
+
+
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_drawn_settings_of_our_own_decoders(seed: int, tmp_path: Path) -> None:
+    cases = [draw(kind, seed) for kind in OWN]
+    check_refusals(sweep(cases, tmp_path, (MESHES[seed % 2], MESHES[2 + seed % 3])))
+
+
+@pytest.mark.slow
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(4, 10**6), mesh=st.sampled_from(MESHES))
+def test_drawn_settings_of_every_type(tmp_path_factory, seed: int, mesh: tuple) -> None:
+    cases = [draw(kind, seed + number) for kind in kinds() for number in range(2)]
+    check_refusals(sweep(cases, tmp_path_factory.mktemp("drawn"), (mesh,)))
