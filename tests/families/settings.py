@@ -140,7 +140,7 @@ def draw(kind: str, seed: int) -> Case:
     if seed:
         options |= _unusual(kind, known, chance)
     # An optional key may be absent: transformers then has its own default. (Those that change a shape
-    # are in tests/models/test_absent_keys.py.)
+    # are in tests/models/test_config_keys.py.)
     dropped = [name for name in _OPTIONAL if name in options and seed and chance.random() < 0.2]
     return Case(kind, options, tuple(dropped))
 
