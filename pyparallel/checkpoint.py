@@ -8,6 +8,7 @@ Opened checkpoints are small and picklable: a launcher opens one and hands it to
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,52 +16,58 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyparallel.checkpoint_choice import (
+    Choice,
+    choose,
+    read_config,
+    read_generation_config,
+    tell_left_out,
+)
 from pyparallel.checkpoint_format import (
     Checkpoint,
     CheckpointError,
+    one_line,
     open_safetensors,
-    read_json,
+    stored_type,
 )
-from pyparallel.sharded_checkpoint import ShardedCheckpoint, is_sharded
+from pyparallel.sharded_checkpoint import INDEX, ShardedCheckpoint
 
 __all__ = ["Checkpoint", "CheckpointError", "SafetensorsCheckpoint", "open_checkpoint"]
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """A folder with config.json and model.safetensors, or shards with an index."""
+    """A folder with config.json and the files that :func:`choose` chooses, or one file of it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         folder = path if path.is_dir() else path.parent
-        index = folder / "model.safetensors.index.json"
-        if path.is_file():
-            files = [path]
-        elif index.exists():
-            files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
-        else:
-            files = sorted(folder.glob("*.safetensors"))
+        choice = choose(folder) if path.is_dir() else Choice((path,), None, ())
         self._config_file = folder / "config.json"
         self._files: dict[str, Path] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
         self.shapes = {}
-        for file in files:
+        for file in choice.files:
             with open_safetensors(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118  (not a mapping)
-                    self._files[name] = file
-                    self.shapes[name] = tuple(tensors.get_slice(name).get_shape())
-        if index.exists() and not path.is_file():
-            for name in read_json(index)["weight_map"]:
-                if name not in self.shapes:
-                    raise CheckpointError(f"{path}: tensor {name} of the index is in no file")
+                    # A file may have copies of tensors that the index names another file for.
+                    if choice.weight_map is None or choice.weight_map.get(name) == file:
+                        held = tensors.get_slice(name)
+                        self._files[name] = file
+                        self._dtypes[name] = stored_type(file, name, held)
+                        self.shapes[name] = tuple(held.get_shape())
+        for name, file in (choice.weight_map or {}).items():
+            if name not in self.shapes:
+                raise CheckpointError(f"{path}: tensor {name} of the index is not in {file.name}")
+        if path.is_dir():
+            tell_left_out(folder, choice)
 
     def config(self) -> Mapping[str, Any]:
         if not self._config_file.exists():
             raise CheckpointError(f"{self.path}: there is no config.json beside the tensors")
-        return read_json(self._config_file)
+        return read_config(self._config_file)
 
     def dtype(self, name: str) -> torch.dtype:
-        with open_safetensors(self._files[name]) as tensors:
-            rows = tensors.get_slice(name)
-            return rows[:0].dtype if rows.get_shape() else tensors.get_tensor(name).dtype
+        return self._dtypes[name]
 
     def _copy(self, name: str, dim: int, start: int, out: Tensor) -> None:
         # Opened anew for each tensor: closing unmaps the pages that were read, which would otherwise
@@ -76,30 +83,51 @@ class SafetensorsCheckpoint(Checkpoint):
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a folder of safetensors, one that ``save`` wrote, a .safetensors file or a .gguf file.
 
+    Which of a folder's files are read, docs/checkpoints.md says.
+
     Raises:
         CheckpointError: nothing is there, or it is of another kind, or truncated.
     """
     path = Path(path)
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file or folder")
-    if is_sharded(path):
-        return ShardedCheckpoint(path)
+    try:
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such file or folder")
+        is_folder = path.is_dir()
+        names = sorted(os.listdir(path)) if is_folder else []
+    except PermissionError:
+        raise CheckpointError(f"{path}: permission denied") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{one_line(str(path))}: can't be read ({one_line(error)})") from None
+    if is_folder:
+        return _open_folder(path, names)
     if path.suffix == ".gguf":
         from pyparallel.gguf_checkpoint import GGUFCheckpoint
 
         return GGUFCheckpoint(path)
-    if path.is_dir() and not any(path.glob("*.safetensors")):
-        ggufs = sorted(path.glob("*.gguf"))
-        if len(ggufs) == 1:
-            return open_checkpoint(ggufs[0])
-        if ggufs:
-            names = ", ".join(file.name for file in ggufs)
-            raise CheckpointError(f"{path}: holds several GGUF files; name one of {names}")
-        pickled = any(path.glob("*.bin")) or any(path.glob("*.pt"))
-        raise CheckpointError(
-            f"{path}: no *.safetensors or *.gguf file in it"
-            + ("; pickled weights are not read, convert them to safetensors" if pickled else "")
-        )
-    if path.is_file() and path.suffix != ".safetensors":
+    if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: expected a folder, a .safetensors or a .gguf file")
     return SafetensorsCheckpoint(path)
+
+
+def _open_folder(path: Path, names: list[str]) -> Checkpoint:
+    read_generation_config(path)
+    if INDEX in names:
+        return ShardedCheckpoint(path)
+    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+        return SafetensorsCheckpoint(path)
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    if ggufs:
+        from pyparallel.gguf_checkpoint import GGUFCheckpoint
+        from pyparallel.gguf_parts import first_part
+
+        first = first_part(ggufs)
+        if first is None:
+            raise CheckpointError(
+                f"{path}: holds several GGUF files; name one of {', '.join(ggufs)}"
+            )
+        return GGUFCheckpoint(path / first)
+    pickled = any(name.endswith((".bin", ".pt")) for name in names)
+    raise CheckpointError(
+        f"{path}: no *.safetensors or *.gguf file in it"
+        + ("; pickled weights are not read, convert them to safetensors" if pickled else "")
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +14,30 @@ import torch
 from torch import Tensor
 
 from pyparallel.shard import Sharding
+
+
+# Of a config.json, an index of transformers', and the like: the largest known are below 20 MB.
+MAX_JSON_BYTES = 64 << 20
+
+# What safetensors calls the types.
+SAFETENSORS_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
 
 
 class CheckpointError(ValueError):
@@ -109,32 +135,90 @@ class Checkpoint(ABC):
         return shape
 
 
+def regular_file(file: Path) -> int:
+    """The bytes of a regular file, links followed; nothing is opened, so that a fifo can't make us wait.
+
+    Raises:
+        CheckpointError: there is none, it may not be read, or it is a folder, device, fifo or socket.
+    """
+    try:
+        found = file.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{file}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: can't be read ({error})") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{file}: expected a regular file, got {_kind(found.st_mode)}")
+    if not os.access(file, os.R_OK):
+        raise CheckpointError(f"{file}: permission denied")
+    return found.st_size
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "fifo", stat.S_IFSOCK: "socket"}
+    return f"a {kinds.get(stat.S_IFMT(mode), 'device')}"
+
+
 def open_safetensors(file: Path) -> Any:
     """A safetensors file, mapped to memory.
+
+    Its header is checked by the library: at most 100 MB, and every tensor's type, shape and place add up
+    to exactly the file's bytes.
 
     Raises:
         CheckpointError: there is none, or it is not whole.
     """
     from safetensors import SafetensorError, safe_open
 
+    regular_file(file)
     try:
         return safe_open(file, "pt")
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: not a whole safetensors file ({error})") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file}: not a whole safetensors file ({one_line(error)})"
+        ) from None
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def stored_type(file: Path, name: str, tensor: Any) -> torch.dtype:
+    """The dtype of a slice of a safetensors file.
+
+    Raises:
+        CheckpointError: it is of a type that torch has not.
+    """
+    kind = tensor.get_dtype()
+    if kind not in SAFETENSORS_TYPES:
+        raise CheckpointError(
+            f"{file}: tensor {name} is of type {kind}, expected one of {', '.join(SAFETENSORS_TYPES)}"
+        )
+    return SAFETENSORS_TYPES[kind]
+
+
+def read_json(file: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        CheckpointError: it can't be read, or is no object.
+        CheckpointError: it can't be read, is no regular file, is larger than ``max_bytes``, or holds no
+            object.
     """
+    size = regular_file(file)
+    if size > max_bytes:
+        raise CheckpointError(
+            f"{file}: expected at most {max_bytes} bytes of JSON, got {size}; it is no file of this kind"
+        )
     try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: not readable as JSON ({error})") from None
+        # Opened so that a fifo that took the file's place since would not make us wait.
+        with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:
+            content = json.loads(opened.read(max_bytes + 1).decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not readable as JSON ({one_line(error)})") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: expected a JSON object, got {type(content).__name__}")
     return content
+
+
+def one_line(error: BaseException | str) -> str:
+    """What an error says, on one line of a length that can be read."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:300] + "..."

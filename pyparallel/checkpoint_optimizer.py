@@ -16,12 +16,11 @@ from torch import Tensor
 from pyparallel.checkpoint_format import CheckpointError
 from pyparallel.checkpoint_names import Named
 from pyparallel.checkpoint_pieces import Piece, pieces_of
+from pyparallel.checkpoint_state import TENSOR
 from pyparallel.mesh import Mesh
 from pyparallel.sharded_checkpoint import OPTIMIZER, Index
 
 Optimizer = torch.optim.Optimizer
-# What stands in the JSON for a tensor that is cut as its parameter.
-TENSOR = "tensor"
 
 
 def optimizer_pieces(
@@ -116,7 +115,7 @@ def empty_optimizer(
             )
         options = saved["groups"][numbers.pop()]["options"] if numbers else {}
         own = {key: value for key, value in group.items() if key != "params"}
-        own |= {key: _alike(own[key], value) for key, value in options.items() if key in own}
+        own |= {key: _alike(key, own[key], value, what) for key, value in options.items() if key in own}
         groups.append({**own, "params": positions})
     return {"state": state, "param_groups": groups}, pieces
 
@@ -181,8 +180,14 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _alike(current: Any, saved: Any) -> Any:
+def _alike(key: str, current: Any, saved: Any, what: str) -> Any:
     """A saved option as the kind that the optimizer has now."""
+    is_number = isinstance(current, int | float | Tensor) and not isinstance(current, bool)
+    if is_number and not isinstance(saved, bool | int | float):
+        raise CheckpointError(
+            f"{what}: its optimizer's {key}: expected a number, got {saved!r}; it is of another "
+            f"optimizer, or damaged"
+        )
     if isinstance(current, Tensor):
         return torch.full_like(current, saved)
     return tuple(saved) if isinstance(saved, list) and isinstance(current, tuple) else saved

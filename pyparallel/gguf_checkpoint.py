@@ -6,9 +6,9 @@ put back into Hugging Face's order here.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from pyparallel.checkpoint_format import Checkpoint, CheckpointError
+from pyparallel.gguf_metadata import check_metadata, hugging_face_names, scalars, stop_ids
+from pyparallel.gguf_parts import read_parts
 from pyparallel.quantize import BLOCK, BLOCK_BYTES, block_row_bytes
 from pyparallel.shard import REPLICATED, Range, Sharding
 
@@ -32,6 +34,7 @@ BLOCK_KINDS = {gguf.GGMLQuantizationType[kind.upper()]: kind for kind in BLOCK_B
 class _Entry:
     """Where a tensor lies: ``rows`` rows of ``row_bytes`` bytes from ``offset`` on."""
 
+    file: Path
     offset: int
     rows: int
     row_bytes: int
@@ -39,64 +42,35 @@ class _Entry:
     interleaved: bool
 
 
-class _HeaderReader(gguf.GGUFReader):
-    """The package's reader, which steps over the tokenizer's long lists of strings.
-
-    It makes several array views a string: over a second for a vocabulary that no rank reads.
-    """
-
-    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple:
-        offs = int(orig_offs)
-        is_array = raw_type == gguf.GGUFValueType.ARRAY and self.byte_order == "I"
-        if not is_array or self._get(offs, np.uint32)[0] != gguf.GGUFValueType.STRING:
-            return super()._get_field_parts(orig_offs, raw_type)
-        data = memoryview(self.data)
-        (count,) = struct.unpack_from("=Q", data, offs + 4)
-        offs += 12
-        for _ in range(count):
-            offs += 8 + struct.unpack_from("=Q", data, offs)[0]
-        return offs - int(orig_offs), [], [], [gguf.GGUFValueType.ARRAY]
-
-
 class GGUFCheckpoint(Checkpoint):
-    """A .gguf file of a Llama-like model."""
+    """A .gguf file of a Llama-like model, or the first of the files that it is split into."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            reader = _HeaderReader(path)
-        except Exception as error:
-            # The package fails in many ways on a file that ends early.
-            raise CheckpointError(f"{path}: not a whole GGUF file ({error})") from None
-        self._metadata = {
-            name: field.contents()
-            for name, field in reader.fields.items()
-            if field.types and field.types[0] != gguf.GGUFValueType.ARRAY
-        }
-        stop_ids = reader.fields.get("tokenizer.ggml.eos_token_ids")
-        if stop_ids is not None:
-            self._metadata["tokenizer.ggml.eos_token_id"] = stop_ids.contents()
+        parts = read_parts(path)
+        header = parts[0][1]
+        self._metadata = scalars(header.metadata)
+        self._end_tokens = header.end_tokens
         self._architecture = self._metadata.get("general.architecture")
-        names = _hugging_face_names(self._architecture, self._metadata, path)
+        tensors = [(file, tensor) for file, part in parts for tensor in part.tensors]
+        try:
+            check_metadata(self._metadata, len(tensors))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        names = hugging_face_names(self._architecture, self._metadata, path)
         self.shapes = {}
         self._entries: dict[str, _Entry] = {}
-        size = path.stat().st_size
-        for tensor in reader.tensors:
-            shape = tuple(int(n) for n in reversed(tensor.shape))
-            if tensor.data_offset + tensor.n_bytes > size:
-                raise CheckpointError(f"{path}: ends inside tensor {tensor.name}")
+        for file, tensor in tensors:
             name = names.get(tensor.name, tensor.name)
-            rows = shape[0] if len(shape) > 1 else 1
+            if name in self.shapes:
+                raise CheckpointError(f"{path}: tensor {tensor.name} is there twice, as {name}")
+            rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
             interleaved = self._architecture == "llama" and name.endswith(
                 ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")
             )
-            self.shapes[name] = shape
+            self.shapes[name] = tensor.shape
             self._entries[name] = _Entry(
-                int(tensor.data_offset),
-                rows,
-                int(tensor.n_bytes) // rows,
-                int(tensor.tensor_type),
-                interleaved,
+                file, tensor.offset, rows, tensor.num_bytes // rows, tensor.kind, interleaved
             )
 
     def config(self) -> Mapping[str, Any]:
@@ -110,9 +84,11 @@ class GGUFCheckpoint(Checkpoint):
             "attention_bias": "model.layers.0.self_attn.o_proj.bias" in self.shapes,
         }
         if "rope_freqs.weight" in self.shapes:
-            factors = self.read("rope_freqs.weight", REPLICATED, 0)
+            factors = self.read("rope_freqs.weight", REPLICATED, 0).flatten()
+            if not (torch.isfinite(factors) & (factors > 0)).all():
+                raise CheckpointError(f"{self.path}: tensor rope_freqs.weight is not all positive")
             found["rope_factors"] = tuple(factors.tolist())
-        return {**self._metadata, **found}
+        return {**self._metadata, **found, "stop_ids": stop_ids(self._metadata, self._end_tokens)}
 
     def dtype(self, name: str) -> torch.dtype:
         return torch.float32
@@ -145,6 +121,11 @@ class GGUFCheckpoint(Checkpoint):
 
     def _copy(self, name: str, dim: int, start: int, out: Tensor) -> None:
         entry = self._entries[name]
+        if not _is_readable(entry.kind) or out.dim() > 2:
+            raise CheckpointError(
+                f"{self.path}: tensor {name} of shape {self.shapes[name]} is of type "
+                f"{gguf.GGMLQuantizationType(entry.kind).name}, expected a vector or matrix of floats"
+            )
         if out.dim() == 1:
             values = _dequantized(self._stored(entry, 0, 1), entry)[0]
             values = _deinterleave(values, self._head_dim) if entry.interleaved else values
@@ -177,14 +158,38 @@ class GGUFCheckpoint(Checkpoint):
     def _stored(self, entry: _Entry, start: int, stop: int) -> Tensor:
         """The bytes of whole rows."""
         offset = entry.offset + start * entry.row_bytes
-        data = np.fromfile(self.path, np.uint8, (stop - start) * entry.row_bytes, offset=offset)
+        count = (stop - start) * entry.row_bytes
+        data = np.fromfile(entry.file, np.uint8, count, offset=offset)
+        if data.size != count:
+            raise CheckpointError(f"{entry.file}: it became shorter while it was read")
         return torch.from_numpy(data).view(stop - start, entry.row_bytes)
 
     @property
     def _head_dim(self) -> int:
-        heads = self._metadata[f"{self._architecture}.attention.head_count"]
-        width = self._metadata[f"{self._architecture}.embedding_length"]
-        return self._metadata.get(f"{self._architecture}.attention.key_length", width // heads)
+        get = self._metadata.get
+        heads, width = (
+            get(f"{self._architecture}.{key}") for key in ("attention.head_count", "embedding_length")
+        )
+        size = get(f"{self._architecture}.attention.key_length")
+        size = width // heads if size is None and heads and width else size
+        if not size or size % 2:
+            raise CheckpointError(
+                f"{self.path}: expected an even size of its heads, got {size}; its query and key rows "
+                f"can't be put in order"
+            )
+        return size
+
+
+@cache
+def _is_readable(kind: int) -> bool:
+    """Whether the gguf package can dequantise a type; it has integers too, which are no weights."""
+    number = gguf.GGMLQuantizationType(kind)
+    _, block_bytes = gguf.GGML_QUANT_SIZES[number]
+    try:
+        gguf.quants.dequantize(np.zeros((1, block_bytes), np.uint8), number)
+    except (KeyError, NotImplementedError):
+        return False
+    return True
 
 
 def _dequantized(rows: Tensor, entry: _Entry) -> Tensor:
@@ -203,27 +208,3 @@ def _dequantized(rows: Tensor, entry: _Entry) -> Tensor:
 def _deinterleave(rows: Tensor, head_dim: int) -> Tensor:
     """Rows (0, D/2, 1, D/2 + 1, ...) of each head back into the order 0, 1, 2, ..."""
     return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-
-
-def _hugging_face_names(
-    architecture: str | None, metadata: Mapping[str, Any], path: Path
-) -> dict[str, str]:
-    """GGUF's tensor names to Hugging Face's, for the parts that Llama-like decoders have."""
-    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    layers = metadata.get(f"{architecture}.block_count")
-    if architecture not in kinds or layers is None:
-        raise CheckpointError(f"{path}: unknown GGUF architecture {architecture!r}")
-    table = gguf.get_tensor_name_map(kinds[architecture], layers)
-    parts = ["model.embed_tokens", "model.norm", "lm_head"]
-    inside = ["input_layernorm", "post_attention_layernorm"]
-    inside += [f"self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", "o_proj")]
-    inside += [f"self_attn.{part}" for part in ("q_norm", "k_norm")]
-    inside += [f"mlp.{part}" for part in ("gate_proj", "up_proj", "down_proj")]
-    parts += [f"model.layers.{layer}.{part}" for layer in range(layers) for part in inside]
-    names = {}
-    for part in parts:
-        for suffix in (".weight", ".bias"):
-            found = table.get_name(part + suffix, try_suffixes=(".weight", ".bias"))
-            if found is not None:
-                names[found] = part + suffix
-    return names

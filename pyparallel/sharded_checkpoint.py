@@ -11,7 +11,6 @@ It opens like any other checkpoint, so ``load`` and ``generate`` take one.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyparallel.checkpoint_format import Checkpoint, CheckpointError, open_safetensors, read_json
+from pyparallel.checkpoint_boxes import Chunk, Stored, check_boxes
+from pyparallel.checkpoint_choice import inside, read_config
+from pyparallel.checkpoint_format import (
+    MAX_JSON_BYTES,
+    Checkpoint,
+    CheckpointError,
+    one_line,
+    open_safetensors,
+    read_json,
+    regular_file,
+    stored_type,
+)
+from pyparallel.checkpoint_schema import Key, check_keys, shown
+from pyparallel.checkpoint_state import check_optimizer
 
 INDEX = "pyparallel.index.json"
 FORMAT = 1
@@ -30,26 +42,9 @@ OPTIMIZER = "optimizer/"
 MAPPED_BYTES = 16 << 20
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """A box of a tensor and the file that holds it."""
-
-    file: str
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-    def key(self, name: str) -> str:
-        """Its name in the file."""
-        return f"{name}@{','.join(map(str, self.offsets))}"
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One dense tensor of a checkpoint."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    chunks: tuple[Chunk, ...]
+# What an index has, and its state.
+_INDEX = {"tensors": Key("object"), "files": Key("object"), "state": Key("object")}
+_STATE = {"optimizer": Key("object", null=True), "extra": Key("object")}
 
 
 @dataclass(frozen=True)
@@ -83,22 +78,29 @@ class Index:
         """Read and check the index of a folder.
 
         Raises:
-            CheckpointError: it is no index, or of another format, or a tensor's boxes are not all of it.
+            CheckpointError: it is no index, or of another format; a file is missing or of another size;
+                a tensor's boxes are not all of it, or overlap.
         """
         path = folder / INDEX
-        content = read_json(path)
-        if content.get("format") != FORMAT:
+        held = sum(regular_file(file) for file in folder.glob("*.safetensors"))
+        content = read_json(path, max_bytes=max_index_bytes(held))
+        if content.get("format") != FORMAT or isinstance(content["format"], bool):
             raise CheckpointError(
-                f"{path}: expected format {FORMAT}, got {content.get('format')!r}"
+                f"{path}: expected format {FORMAT}, got {shown(content.get('format'))}"
             )
         try:
-            tensors = {name: _stored(entry) for name, entry in content["tensors"].items()}
-            index = cls(tensors, dict(content["files"]), dict(content["state"]))
+            check_keys(f"{path}: not a whole index", content, _INDEX)
+            tensors = {name: Stored.of(name, entry) for name, entry in content["tensors"].items()}
+            files = {name: _size(name, size) for name, size in content["files"].items()}
+            state = dict(content["state"])
+            check_keys(f"{path}: not a whole index: state", state, _STATE)
+            check_optimizer(state.get("optimizer"))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: not a whole index ({error!r})") from None
-        for name, stored in tensors.items():
-            _check_cover(path, name, stored)
-        return index
+            reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+            where = "" if reason.startswith(str(path)) else f"{path}: not a whole index: "
+            raise CheckpointError(one_line(where + reason)) from None
+        check_boxes(path, tensors, files)
+        return cls(tensors, files, state)
 
 
 class ShardedCheckpoint(Checkpoint):
@@ -109,12 +111,11 @@ class ShardedCheckpoint(Checkpoint):
         self.index = Index.read(path)
         self._reader: tuple[Path, int, Any] | None = None
         for name, size in self.index.files.items():
-            file = path / name
-            if not file.is_file():
-                raise CheckpointError(f"{file}: no such file")
-            if file.stat().st_size != size:
+            file = inside(path, name, f"{path / INDEX}: files")
+            found = regular_file(file)
+            if found != size:
                 raise CheckpointError(
-                    f"{file}: expected {size} bytes, got {file.stat().st_size}; it is not whole"
+                    f"{file}: expected {size} bytes, got {found}; it is not whole"
                 )
         self.shapes = {
             name: stored.shape
@@ -132,7 +133,7 @@ class ShardedCheckpoint(Checkpoint):
                 f"{self.path}: there is no config.json in it; save() writes one where the model knows "
                 f"its own or source= is given"
             )
-        return read_json(file)
+        return read_config(file)
 
     def dtype(self, name: str) -> torch.dtype:
         return self.index.tensors[name].dtype
@@ -141,13 +142,17 @@ class ShardedCheckpoint(Checkpoint):
         """Fill ``out`` with the part of a box that begins at ``offsets`` within it."""
         tensors = self._open(self.path / chunk.file, out.numel() * out.itemsize)
         try:
+            box = tensors.get_slice(chunk.key(name))
+            stored = tuple(box.get_shape()), stored_type(self.path / chunk.file, name, box)
+            if stored != (chunk.sizes, self.dtype(name)):
+                raise ValueError(f"expected {chunk.sizes} of {self.dtype(name)}, got {stored}")
             if out.dim() == 0:
                 out.copy_(tensors.get_tensor(chunk.key(name)))
                 return
             held = tuple(
                 slice(start, start + size) for start, size in zip(offsets, out.shape, strict=True)
             )
-            out.copy_(tensors.get_slice(chunk.key(name))[held])
+            out.copy_(box[held])
         except Exception as error:
             raise CheckpointError(
                 f"{self.path / chunk.file}: tensor {chunk.key(name)} can't be read ({error})"
@@ -184,38 +189,21 @@ class ShardedCheckpoint(Checkpoint):
         return tensors
 
 
+def max_index_bytes(held: int) -> int:
+    """How long an index may be: about as long as the headers of its files, which list the same boxes.
+
+    Args:
+        held: the bytes of the files.
+    """
+    return min(MAX_JSON_BYTES + 4 * held, 4 << 30)
+
+
+def _size(name: str, size: Any) -> int:
+    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+        raise ValueError(f"files: {name}: expected its bytes, got {shown(size)}")
+    return size
+
+
 def is_sharded(path: Path) -> bool:
     """Whether a folder holds a sharded checkpoint."""
     return (path / INDEX).is_file()
-
-
-def _stored(entry: Mapping[str, Any]) -> Stored:
-    dtype = getattr(torch, entry["dtype"])
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"no dtype {entry['dtype']}")
-    chunks = tuple(
-        Chunk(Path(str(file)).name, tuple(map(int, offsets)), tuple(map(int, sizes)))
-        for file, offsets, sizes in entry["chunks"]
-    )
-    return Stored(tuple(map(int, entry["shape"])), dtype, chunks)
-
-
-def _check_cover(path: Path, name: str, stored: Stored) -> None:
-    """Every box lies inside, and together they are as large as the tensor."""
-    for chunk in stored.chunks:
-        ends = [a + n for a, n in zip(chunk.offsets, chunk.sizes, strict=False)]
-        inside = len(chunk.offsets) == len(chunk.sizes) == len(stored.shape) and all(
-            a >= 0 and n > 0 and end <= size
-            for a, n, end, size in zip(chunk.offsets, chunk.sizes, ends, stored.shape, strict=True)
-        )
-        if not inside:
-            raise CheckpointError(
-                f"{path}: tensor {name} of shape {stored.shape} has no box of {chunk.sizes} at "
-                f"{chunk.offsets}"
-            )
-    covered = sum(math.prod(chunk.sizes) for chunk in stored.chunks)
-    if covered != math.prod(stored.shape):
-        raise CheckpointError(
-            f"{path}: tensor {name} of shape {stored.shape} is not whole: its boxes hold {covered} of "
-            f"{math.prod(stored.shape)} elements"
-        )

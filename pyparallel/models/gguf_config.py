@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +14,15 @@ def from_gguf(metadata: Mapping[str, Any]) -> DecoderConfig:
 
     Raises:
         UnknownArchitectureError: the architecture is not one that is read from GGUF.
+        ValueError: a key is missing, or says what the decoder does not have.
     """
+    config = from_hugging_face(_gguf_config(metadata))
     factors = metadata.get("rope_factors")
-    return replace(from_hugging_face(_gguf_config(metadata)), rope_factors=factors)
+    if factors is not None and len(factors) != config.rotary_dim // 2:
+        raise ValueError(
+            f"GGUF: expected {config.rotary_dim // 2} factors in rope_freqs.weight, got {len(factors)}"
+        )
+    return replace(config, rope_factors=factors)
 
 
 def hugging_face_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,7 +59,18 @@ def _gguf_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
     heads = get("attention.head_count")
     hidden = get("embedding_length")
-    scaling = get("rope.scaling.type", None)
+    head_dim = get("attention.key_length", hidden // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if get(key, head_dim) != head_dim:
+            raise ValueError(
+                f"GGUF metadata: {architecture}.{key}: expected the size of a head, {head_dim}, as "
+                f"transformers and llama.cpp do for {architecture}, got {get(key)}"
+            )
+    if metadata.get(f"{architecture}.attention.causal", True) is not True:
+        raise ValueError(
+            f"GGUF metadata: {architecture}.attention.causal: expected true, got an encoder; only "
+            f"decoders are read from GGUF"
+        )
     return {
         "model_type": architecture,
         "vocab_size": metadata.get("vocab_size"),
@@ -62,15 +79,35 @@ def _gguf_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "num_hidden_layers": get("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": get("attention.head_count_kv", heads),
-        "head_dim": get("attention.key_length", hidden // heads),
+        "head_dim": head_dim,
         "max_position_embeddings": get("context_length"),
         "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
         "rope_theta": get("rope.freq_base", 10000.0),
-        "rope_scaling": None
-        if scaling in (None, "none")
-        else {"rope_type": scaling, "factor": get("rope.scaling.factor", 1.0)},
+        "rope_scaling": _rope_scaling(metadata, architecture),
         "tie_word_embeddings": metadata.get("tied", False),
         "attention_bias": metadata.get("attention_bias", False),
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
+        "eos_token_id": _one_or_list(metadata.get("stop_ids", ())),
     }
+
+
+def _rope_scaling(metadata: Mapping[str, Any], architecture: str) -> dict[str, Any] | None:
+    """As llama.cpp reads it: without a type a factor is linear, and 0 means none; ``scale_linear`` is the
+    factor's old name.
+    """
+    prefix = f"{architecture}.rope."
+    kind = metadata.get(prefix + "scaling.type", "linear")
+    factor = metadata.get(prefix + "scaling.factor", metadata.get(prefix + "scale_linear", 0)) or 1
+    if kind not in ("none", "linear"):
+        raise ValueError(
+            f"GGUF metadata: {prefix}scaling.type: expected 'none' or 'linear', got {kind!r}; load the "
+            f"model's safetensors, whose config.json says all of it"
+        )
+    if kind == "none" or factor == 1:
+        return None
+    return {"rope_type": "linear", "factor": float(factor)}
+
+
+def _one_or_list(ids: Sequence[int]) -> int | list[int] | None:
+    """As a config.json has it."""
+    return ids[0] if len(ids) == 1 else list(ids) or None
