@@ -15,7 +15,6 @@ from torch import Tensor
 
 from pyparallel.shard import Sharding
 
-
 # Of a config.json, an index of transformers', and the like: the largest known are below 20 MB.
 MAX_JSON_BYTES = 64 << 20
 
@@ -176,9 +175,7 @@ def open_safetensors(file: Path) -> Any:
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file}: not a whole safetensors file ({one_line(error)})"
-        ) from None
+        raise CheckpointError(f"{file}: not a whole safetensors file ({one_line(error)})") from None
 
 
 def stored_type(file: Path, name: str, tensor: Any) -> torch.dtype:

@@ -115,7 +115,9 @@ def empty_optimizer(
             )
         options = saved["groups"][numbers.pop()]["options"] if numbers else {}
         own = {key: value for key, value in group.items() if key != "params"}
-        own |= {key: _alike(key, own[key], value, what) for key, value in options.items() if key in own}
+        own |= {
+            key: _alike(key, own[key], value, what) for key, value in options.items() if key in own
+        }
         groups.append({**own, "params": positions})
     return {"state": state, "param_groups": groups}, pieces
 

@@ -131,7 +131,9 @@ def check_keys(where: str, content: Mapping[str, Any], table: Mapping[str, Key])
         if name in content:
             expected = key.fault(content[name])
             if expected is not None:
-                raise ValueError(f"{where}: {name}: expected {expected}, got {shown(content[name])}")
+                raise ValueError(
+                    f"{where}: {name}: expected {expected}, got {shown(content[name])}"
+                )
 
 
 def shown(value: Any) -> str:

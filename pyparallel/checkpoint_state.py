@@ -41,7 +41,9 @@ def check_optimizer(saved: Any) -> None:
             else:
                 good = value is None or value == TENSOR or isinstance(value, bool | int | float)
             if not good:
-                raise ValueError(f"optimizer: {key} of {name}: expected a number, got {shown(value)}")
+                raise ValueError(
+                    f"optimizer: {key} of {name}: expected a number, got {shown(value)}"
+                )
 
 
 def _of(content: Any, key: str, kind: type) -> Any:
@@ -53,6 +55,8 @@ def _of(content: Any, key: str, kind: type) -> Any:
 
 def _is_option(value: Any) -> bool:
     """A number that is one: no NaN. Words (a kind of schedule) are options too."""
-    return value is None or isinstance(value, str) or (
-        isinstance(value, bool | int | float) and value == value
+    return (
+        value is None
+        or isinstance(value, str)
+        or (isinstance(value, bool | int | float) and value == value)
     )

@@ -168,7 +168,8 @@ class GGUFCheckpoint(Checkpoint):
     def _head_dim(self) -> int:
         get = self._metadata.get
         heads, width = (
-            get(f"{self._architecture}.{key}") for key in ("attention.head_count", "embedding_length")
+            get(f"{self._architecture}.{key}")
+            for key in ("attention.head_count", "embedding_length")
         )
         size = get(f"{self._architecture}.attention.key_length")
         size = width // heads if size is None and heads and width else size

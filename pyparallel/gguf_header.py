@@ -7,6 +7,7 @@ github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import struct
@@ -102,9 +103,11 @@ def read_header(path: Path) -> Header:
     if size < 24:
         raise CheckpointError(f"{path}: not a whole GGUF file (it has {size} bytes)")
     try:
-        with open(path, "rb") as file:
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Reader(data).header()
+        with (
+            open(path, "rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
+            return _Reader(data).header()
     except _BadFileError as error:
         raise CheckpointError(f"{path}: not a whole GGUF file ({error})") from None
     except (OSError, ValueError) as error:
@@ -156,10 +159,14 @@ class _Reader:
     def _tensor(self) -> TensorInfo:
         name = self._string("a tensor's name")
         if not 0 < len(name.encode()) <= MAX_NAME:
-            raise _BadFileError(f"expected a tensor's name of at most {MAX_NAME} bytes, got {shown(name)}")
+            raise _BadFileError(
+                f"expected a tensor's name of at most {MAX_NAME} bytes, got {shown(name)}"
+            )
         num_dims = self._number("<I", name)
         if not 1 <= num_dims <= MAX_DIMS:
-            raise _BadFileError(f"tensor {name} has {num_dims} dimensions, expected 1 to {MAX_DIMS}")
+            raise _BadFileError(
+                f"tensor {name} has {num_dims} dimensions, expected 1 to {MAX_DIMS}"
+            )
         dims = struct.unpack(f"<{num_dims}Q", self._take(8 * num_dims, name))
         kind, offset = self._number("<I", name), self._number("<Q", name)
         try:
@@ -264,7 +271,7 @@ def _placed(
             raise _BadFileError(f"it ends inside tensor {tensor.name}")
         placed.append(TensorInfo(tensor.name, tensor.shape, tensor.kind, start, tensor.num_bytes))
     ordered = sorted(placed, key=lambda tensor: tensor.offset)
-    for one, other in zip(ordered, ordered[1:], strict=False):
+    for one, other in itertools.pairwise(ordered):
         if one.offset + one.num_bytes > other.offset:
             raise _BadFileError(f"tensors {one.name} and {other.name} overlap")
     return tuple(placed)

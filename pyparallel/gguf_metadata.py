@@ -42,7 +42,7 @@ ARCHITECTURE = {
 
 
 def scalars(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata that are kept; a list of one number over and over, a layer each, becomes the number."""
+    """The metadata that are kept; of a list of one number for each layer the number."""
     found = {}
     for name, value in metadata.items():
         same = isinstance(value, list) and name != STOP_LIST and len(set(value)) == 1

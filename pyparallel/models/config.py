@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyparallel.layers.rotary_embedding import RopeScaling
+from pyparallel.models.config_keys import complete
 
 GATED = {
     "silu": "swiglu",
@@ -77,7 +78,7 @@ def from_hugging_face(config: Mapping[str, Any]) -> DecoderConfig:
 
     Raises:
         UnknownArchitectureError: the model type is not one of the decoder's.
-        ValueError: a setting that the decoder does not have.
+        ValueError: a setting that the decoder does not have, or a key of another type or out of range.
     """
     model_type = config.get("model_type")
     readers = {
@@ -88,14 +89,11 @@ def from_hugging_face(config: Mapping[str, Any]) -> DecoderConfig:
         "gpt2": _gpt2,
         "gpt_neox": _gpt_neox,
     }
-    if model_type not in readers:
+    if not isinstance(model_type, str) or model_type not in readers:
         raise UnknownArchitectureError(
             f"model_type: expected one of {', '.join(readers)}, got {model_type!r}"
         )
-    try:
-        return readers[model_type](config)
-    except KeyError as error:
-        raise ValueError(f"config of a {model_type}: {error} is missing") from None
+    return readers[model_type](complete(config))
 
 
 def _ids(value: int | list[int] | None) -> tuple[int, ...]:
@@ -174,15 +172,19 @@ def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
 
 
 def _gpt2(config: Mapping[str, Any]) -> DecoderConfig:
-    for name, wanted in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
-        if config.get(name, wanted) != wanted:
+    for name, wanted in (
+        ("scale_attn_weights", True),
+        ("scale_attn_by_inverse_layer_idx", False),
+        ("add_cross_attention", False),
+    ):
+        if config[name] != wanted:
             raise ValueError(f"{name}: expected {wanted}, got {config[name]}")
     hidden, heads, layers = config["n_embd"], config["n_head"], config["n_layer"]
     return DecoderConfig(
         family="gpt2",
         vocab_size=config["vocab_size"],
         hidden_size=hidden,
-        intermediate_size=config.get("n_inner") or 4 * hidden,
+        intermediate_size=4 * hidden if config["n_inner"] is None else config["n_inner"],
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=heads,
@@ -215,7 +217,13 @@ def _gpt_neox(config: Mapping[str, Any]) -> DecoderConfig:
     )
     positions = config["max_position_embeddings"]
     theta, share, scaling = _rope(config, positions)
-    bias = bool(config.get("attention_bias", True))
+    bias = config["attention_bias"]
+    rotary_dim = int(hidden // heads * share)
+    if rotary_dim < 1:
+        raise ValueError(
+            f"config of a gpt_neox: rotary_pct: expected a feature of a head's {hidden // heads} at "
+            f"least, got {share}"
+        )
     return DecoderConfig(
         family="gpt_neox",
         vocab_size=config["vocab_size"],
@@ -233,7 +241,7 @@ def _gpt_neox(config: Mapping[str, Any]) -> DecoderConfig:
         out_bias=bias,
         mlp_bias=True,
         qk_norm=False,
-        rotary_dim=int(hidden // heads * share),
+        rotary_dim=rotary_dim,
         rope_theta=theta,
         rope_scaling=scaling,
         parallel_residual=bool(config.get("use_parallel_residual", True)),

@@ -12,6 +12,7 @@ from pyparallel.checkpoint import Checkpoint, CheckpointError
 from pyparallel.huge_pages import HugePages, taken_bytes
 from pyparallel.layers.parameters import ShardedModule
 from pyparallel.models.decoder import Decoder
+from pyparallel.models.stored import TIED_NAMES, stored_name
 from pyparallel.models.weights import Source, Sources, sources
 from pyparallel.quantize import BLOCK_BYTES, block_row_bytes
 from pyparallel.shard import Sharding
@@ -63,16 +64,23 @@ def fill(
         CheckpointError: a tensor is missing, extra or mis-shaped; the message names it.
     """
     wanted = _as_stored(sources(model.config, model.group.size), checkpoint)
+    if model.config.tied:
+        wanted = _tied_as_stored(wanted, model.config.family, checkpoint)
     extra = set(checkpoint.shapes) - {source.name for found in wanted.values() for source in found}
     extra = {name for name in extra if not name.endswith(IGNORED)}
     if model.config.tied:
-        extra -= {"lm_head.weight", "embed_out.weight"}
+        extra -= set(TIED_NAMES[model.config.family])
     if extra:
         raise CheckpointError(
             f"{checkpoint.path}: tensor {min(extra)} is not one of a {model.config.family} model"
             + (f" (nor are {len(extra) - 1} others)" if len(extra) > 1 else "")
         )
     rank = model.group.rank
+    for source in {source.name for found in wanted.values() for source in found}:
+        if source in checkpoint.shapes and not checkpoint.dtype(source).is_floating_point:
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor {source} holds {checkpoint.dtype(source)}, expected floats"
+            )
     parameters = dict(model.named_parameters())
     found = {name: wanted[model.tied_copies.get(name, name)] for name in parameters}
     forms = {name: _form(model, name, found[name], checkpoint, weights) for name in parameters}
@@ -151,6 +159,15 @@ def _read(
         part = part.t() if source.transposed else part
         read_into(part, source.name, source.sharding, rank)
         filled += rows
+
+
+def _tied_as_stored(wanted: Sources, family: str, checkpoint: Checkpoint) -> Sources:
+    """The embedding from the head's tensor, where only that is stored."""
+    head = stored_name(checkpoint, TIED_NAMES[family][1])
+    (embedding,) = wanted["embedding.weight"]
+    if embedding.name in checkpoint.shapes or head is None:
+        return wanted
+    return {**wanted, "embedding.weight": (replace(embedding, name=head),)}
 
 
 def _as_stored(wanted: Sources, checkpoint: Checkpoint) -> Sources:

@@ -92,8 +92,8 @@ def _gguf_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope_scaling(metadata: Mapping[str, Any], architecture: str) -> dict[str, Any] | None:
-    """As llama.cpp reads it: without a type a factor is linear, and 0 means none; ``scale_linear`` is the
-    factor's old name.
+    """As llama.cpp reads it: without a type a factor is linear, and 0 means none; ``scale_linear`` is
+    the factor's old name.
     """
     prefix = f"{architecture}.rope."
     kind = metadata.get(prefix + "scaling.type", "linear")

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from pyparallel.checkpoint import Checkpoint, CheckpointError
+from pyparallel.checkpoint_format import one_line
 from pyparallel.mesh import Mesh
 from pyparallel.models.plans import parent_of
+from pyparallel.models.stored import equal_tensors
 from pyparallel.models.transformers_decoder import TransformersDecoder
 from pyparallel.parallelize import named_dense_shapes, named_shardings, parallelize
 from pyparallel.shard import REPLICATED
@@ -53,13 +55,29 @@ def load_hugging_face(
         ValueError: transformers or parallelize does not know the model.
     """
     model = _empty_model(checkpoint, dtype)
+    if _is_untied(model, checkpoint):
+        model = _empty_model(checkpoint, dtype, untie=True)
     parallelize(model, mesh, sequence_parallel=sequence_parallel)
     _fill(model, checkpoint, mesh.tp.rank, torch.device(device), progress)
     model.eval()
     return TransformersDecoder(model, mesh.tp) if model.can_generate() else model
 
 
-def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:
+def _is_untied(model: nn.Module, checkpoint: Checkpoint) -> bool:
+    """Whether tensors that the config ties are all stored, and differ: transformers keeps them apart."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    stored = _stored_names(model, checkpoint) if tied else {}
+    return any(
+        one in stored
+        and other in stored
+        and not equal_tensors(checkpoint, stored[one], stored[other])
+        for one, other in tied.items()
+    )
+
+
+def _empty_model(
+    checkpoint: Checkpoint, dtype: torch.dtype | None, *, untie: bool = False
+) -> nn.Module:
     try:
         import transformers
     except ImportError:
@@ -75,9 +93,20 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module
             f"{checkpoint.path}: transformers {transformers.__version__} has no model type "
             f"{model_type!r} with the architecture {names[0]!r}"
         )
-    config = transformers.CONFIG_MAPPING[model_type].from_dict(values)
-    with parameters_on_meta():
-        return kind._from_config(config, dtype=dtype or config.dtype or torch.float32)
+    if untie:
+        values["tie_word_embeddings"] = False
+        if isinstance(values.get("text_config"), dict):
+            values["text_config"] = {**values["text_config"], "tie_word_embeddings": False}
+    try:
+        config = transformers.CONFIG_MAPPING[model_type].from_dict(values)
+        with parameters_on_meta():
+            return kind._from_config(config, dtype=dtype or config.dtype or torch.float32)
+    except Exception as error:
+        # Its classes check their keys, and raise in many ways, over several lines.
+        raise CheckpointError(
+            f"{checkpoint.path}: transformers makes no {names[0]} of its config "
+            f"({type(error).__name__}: {one_line(error)})"
+        ) from error
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pyparallel.checkpoint import Checkpoint, open_checkpoint
+from pyparallel.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from pyparallel.gguf_checkpoint import GGUFCheckpoint
 from pyparallel.mesh import Mesh
 from pyparallel.models.config import (
@@ -20,8 +20,12 @@ from pyparallel.models.decoder import Decoder
 from pyparallel.models.fill import Progress, fill
 from pyparallel.models.gguf_config import from_gguf
 from pyparallel.models.stage import Stage, stages_of, stages_of_rank
+from pyparallel.models.stored import check_sizes, stored_dtype, untie_if_stored
+
+__all__ = ["WEIGHTS", "decoder_config", "load", "load_stages", "stored_dtype"]
 
 WEIGHTS = ("int8", "blocks")
+_SIZES = ("hidden_size", "intermediate_size", "vocab_size", "head_dim")
 
 
 def load(
@@ -49,7 +53,8 @@ def load(
 
     Args:
         path: a folder of safetensors, a .safetensors or .gguf file, or an opened checkpoint.
-        dtype: of the parameters; by default the checkpoint's (fp32 for a GGUF).
+        dtype: of the parameters; by default what the checkpoint's config names, else what its first
+            tensor of floats is (fp32 for a GGUF).
         progress: called with (bytes read, bytes of this rank in all) after each parameter.
         sequence_parallel, recompute: for training, as :class:`Decoder` takes them; a transformers
             model recomputes by its own ``gradient_checkpointing_enable()``.
@@ -119,7 +124,7 @@ def load(
         model = load_hugging_face(
             checkpoint,
             mesh,
-            dtype=dtype,
+            dtype=dtype or stored_dtype(checkpoint),
             device=device,
             progress=progress,
             sequence_parallel=sequence_parallel,
@@ -182,14 +187,25 @@ def load_stages(
     ]
 
 
-def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """What a checkpoint's config says its weights are; fp32 for a GGUF, whose blocks are neither."""
-    config = checkpoint.config()
-    return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
-
-
 def decoder_config(checkpoint: Checkpoint) -> DecoderConfig:
-    """The decoder that a checkpoint describes."""
-    if isinstance(checkpoint, GGUFCheckpoint):
-        return from_gguf(checkpoint.config())
-    return from_hugging_face(checkpoint.config())
+    """The decoder that a checkpoint describes; where both the embedding and the head of a tied one are
+    stored, and differ, it is not tied.
+
+    Raises:
+        CheckpointError: the config is not one of a decoder, or of a larger one than the tensors are.
+        UnknownArchitectureError: the decoder has no such model type.
+    """
+    values = checkpoint.config()
+    check_sizes(checkpoint, values)
+    try:
+        if isinstance(checkpoint, GGUFCheckpoint):
+            config = from_gguf(values)
+        else:
+            config = from_hugging_face(values)
+    except (UnknownArchitectureError, CheckpointError):
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from None
+    sizes = {field: getattr(config, field) for field in _SIZES}
+    check_sizes(checkpoint, {**sizes, "num_hidden_layers": config.num_layers})
+    return untie_if_stored(config, checkpoint)
