@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,17 @@ def _ints(name: str, values: Any) -> tuple[int, ...]:
     if not good:
         raise ValueError(f"tensor {name}: expected a list of sizes, got {shown(values)}")
     return tuple(values)
+
+
+def check_count(entries: Iterable[Mapping[str, Any]], held: int) -> None:
+    """The boxes are not more than files of ``held`` bytes can list.
+
+    Raises:
+        ValueError, KeyError, TypeError: they are, or an entry is none.
+    """
+    count = sum(len(entry["chunks"]) for entry in entries)
+    if count * ENTRY_BYTES > held:
+        raise ValueError(f"it has {count} boxes, more than its files of {held} bytes can hold")
 
 
 def check_boxes(path: Path, tensors: Mapping[str, Stored], files: Mapping[str, int]) -> None:

@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyparallel.checkpoint_boxes import Chunk, Stored, check_boxes
+from pyparallel.checkpoint_boxes import Chunk, Stored, check_boxes, check_count
 from pyparallel.checkpoint_choice import inside, read_config
 from pyparallel.checkpoint_format import (
-    MAX_JSON_BYTES,
     Checkpoint,
     CheckpointError,
     one_line,
@@ -42,6 +41,8 @@ OPTIMIZER = "optimizer/"
 MAPPED_BYTES = 16 << 20
 
 
+# How much of an index may be no boxes: the optimizer's counters, and what the user added.
+EXTRA_BYTES = 16 << 20
 # What an index has, and its state.
 _INDEX = {"tensors": Key("object"), "files": Key("object"), "state": Key("object")}
 _STATE = {"optimizer": Key("object", null=True), "extra": Key("object")}
@@ -90,6 +91,7 @@ class Index:
             )
         try:
             check_keys(f"{path}: not a whole index", content, _INDEX)
+            check_count(content["tensors"].values(), held)
             tensors = {name: Stored.of(name, entry) for name, entry in content["tensors"].items()}
             files = {name: _size(name, size) for name, size in content["files"].items()}
             state = dict(content["state"])
@@ -195,7 +197,7 @@ def max_index_bytes(held: int) -> int:
     Args:
         held: the bytes of the files.
     """
-    return min(MAX_JSON_BYTES + 4 * held, 4 << 30)
+    return min(EXTRA_BYTES + 4 * held, 4 << 30)
 
 
 def _size(name: str, size: Any) -> int:

@@ -59,6 +59,7 @@ PYTHON_FLOORS = (
         "checkpoint_choice",
         "checkpoint_boxes",
         "checkpoint_state",
+        "checkpoint_tokenizer",
         "gguf_checkpoint",
         "gguf_header",
         "gguf_metadata",

@@ -1,6 +1,6 @@
 """The keys of a config.json that the decoder reads: type, range, and an absent one's value.
 
-An absent key means what transformers' own config class makes of it. The defaults are transformers 5.24's,
+An absent key means what transformers' own config class makes of it. They are transformers 5.24's,
 written down here because the decoder needs no transformers; tests/models/test_config_keys.py holds them
 against the installed classes.
 """

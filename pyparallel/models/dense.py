@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pyparallel.checkpoint import CheckpointError
+from pyparallel.checkpoint_tokenizer import check_tokenizer_files
 from pyparallel.functional.next_token import Sampling, sample
 from pyparallel.group import Group
 from pyparallel.quantize import PackedWeight, quantize_rows
@@ -48,9 +49,13 @@ def load_tokenizer(path: str) -> Any:
     transformers = _transformers()
     if not Path(path).exists():
         raise CheckpointError(f"{path}: no such file or folder for the tokenizer")
+    check_tokenizer_files(Path(path))
     try:
         return transformers.AutoTokenizer.from_pretrained(**_place(path))
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        # What panics in Rust is no Exception.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{path}: no tokenizer could be read from it ({reason}); name its folder with --tokenizer"
