@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from pyparallel.checkpoint import CheckpointError, open_checkpoint
 from pyparallel.checkpoint_boxes import Chunk, _covered_once
 from pyparallel.shard import REPLICATED
-from pyparallel.sharded_checkpoint import INDEX, max_index_bytes
+from pyparallel.sharded_checkpoint import INDEX
 
 VALUE = torch.arange(24.0).view(4, 6)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pyparallel.checkpoint import CheckpointError
+from pyparallel.checkpoint_format import one_line
 from pyparallel.checkpoint_tokenizer import check_tokenizer_files
 from pyparallel.functional.next_token import Sampling, sample
 from pyparallel.group import Group
@@ -56,7 +57,7 @@ def load_tokenizer(path: str) -> Any:
         raise
     except BaseException as error:
         # What panics in Rust is no Exception.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = one_line(str(error).splitlines()[0] if str(error) else type(error).__name__)
         raise CheckpointError(
             f"{path}: no tokenizer could be read from it ({reason}); name its folder with --tokenizer"
         ) from None
