@@ -83,7 +83,7 @@ class Index:
                 a tensor's boxes are not all of it, or overlap.
         """
         path = folder / INDEX
-        held = sum(regular_file(file) for file in folder.glob("*.safetensors"))
+        held = sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.is_file())
         content = read_json(path, max_bytes=max_index_bytes(held))
         if content.get("format") != FORMAT or isinstance(content["format"], bool):
             raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from pyparallel.checkpoint import Checkpoint, CheckpointError
-from pyparallel.checkpoint_schema import MAX_SIZE, shown
+from pyparallel.checkpoint_schema import shown
 from pyparallel.models.config import DecoderConfig
 from pyparallel.shard import REPLICATED, Sharding
 
@@ -28,6 +29,12 @@ TIED_NAMES = {
 }
 # Elements of two tensors that are compared at a time.
 COMPARED = 1 << 22
+# Tables of positions are made before a tensor is read; Llama 4's 10 million are the most.
+POSITIONS = 1 << 24
+_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length")
+# What a model may loop over that is no tensor of its own: a default of its class, left as it is.
+LOOPED = 1024
+_LOOPED = ("_layers", "_heads", "_experts", "_labels", "_groups", "_blocks")
 # Keys of a config.json that count what tensors are made of, whatever the model.
 _COUNTS = (
     "num_hidden_layers",
@@ -82,23 +89,22 @@ def check_sizes(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
     shapes = checkpoint.shapes.values()
     # A fused tensor of several parts is longer than each; experts and layers are tensors, or an axis.
     most = max([len(checkpoint.shapes), *(size for shape in shapes for size in shape)], default=0)
-    for name in _COUNTS:
-        value = config.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and not 0 <= value <= most:
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            # A text_config and its like.
+            check_sizes(checkpoint, value)
+        if not isinstance(value, int) or isinstance(value, bool):
+            continue
+        limit = most if name in _COUNTS else math.inf
+        if name.endswith(_LOOPED):
+            limit = min(limit, max(most, LOOPED))
+        if name in _POSITIONS:
+            limit = max(most, POSITIONS)
+        if value > limit or (value < 0 and name in _COUNTS):
             raise CheckpointError(
-                f"{checkpoint.path}: {name} of its config: expected at most {most}, the longest axis or "
+                f"{checkpoint.path}: {name} of its config: expected at most {limit}, by the shapes and "
                 f"the number of its tensors; got {value}"
             )
-    for value in config.values():
-        # A text_config and its like.
-        if isinstance(value, Mapping):
-            check_sizes(checkpoint, value)
-    positions = config.get("max_position_embeddings")
-    if isinstance(positions, int) and not 0 <= positions <= MAX_SIZE:
-        raise CheckpointError(
-            f"{checkpoint.path}: max_position_embeddings of its config: expected at most {MAX_SIZE}, "
-            f"got {positions}"
-        )
 
 
 def untie_if_stored(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderConfig:
