@@ -23,6 +23,8 @@ from pyparallel.checkpoint_schema import CONFIG, GENERATION, check_keys, shown
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+# Of a file below a folder; longer ones are no names on any file system.
+MAX_NAME = 1024
 
 _told: set[Path] = set()
 
@@ -118,7 +120,12 @@ def inside(folder: Path, name: str, where: str) -> Path:
         CheckpointError: it leads elsewhere.
     """
     parts = PurePosixPath(name).parts
-    plain = name and "\0" not in name and not name.startswith("/") and ".." not in parts
+    plain = (
+        0 < len(name) <= MAX_NAME
+        and "\0" not in name
+        and not name.startswith("/")
+        and ".." not in parts
+    )
     if not plain or name in (".", "./"):
         raise CheckpointError(
             f"{where}: expected a name inside {folder}, without '..', got {shown(name)}"

@@ -21,7 +21,7 @@ class Key:
     """One key of a file.
 
     Attributes:
-        kind: "int", "number", "bool", "str", "object"; "ids" (an integer or a list of them), "ints",
+        kind: "int", "float" (no integer, as transformers), "number" (either), "bool", "str", "object"; "ids" (an integer or a list of them), "ints",
             "numbers", "strs": lists.
         low, high: the range of numbers, ends included; of a list's, each.
         null: may be null.
@@ -47,8 +47,8 @@ class Key:
         return None if good else self._expected()
 
     def _is(self, kind: str, value: Any) -> bool:
-        if kind in ("int", "number"):
-            types = int if kind == "int" else int | float
+        if kind in ("int", "float", "number"):
+            types = {"int": int, "float": float, "number": int | float}[kind]
             return (
                 isinstance(value, types)
                 and not isinstance(value, bool)
@@ -61,6 +61,7 @@ class Key:
     def _expected(self) -> str:
         names = {
             "int": "an integer",
+            "float": "a number with a point",
             "number": "a number",
             "bool": "true or false",
             "str": "a string",
@@ -71,7 +72,7 @@ class Key:
             "strs": "a list of strings",
         }
         text = names[self.kind]
-        if self.kind in ("int", "number", "ids", "ints", "numbers"):
+        if self.kind in ("int", "float", "number", "ids", "ints", "numbers"):
             text += f" from {self.low:g} to {self.high:g}"
         return text + (" or null" if self.null else "")
 
@@ -79,7 +80,7 @@ class Key:
 SIZE = Key("int", 1)
 BOOL = Key("bool")
 TEXT = Key("str")
-EPS = Key("number", 0, 1)
+EPS = Key("float", 0, 1)
 THETA = Key("number", 1e-6, MAX_THETA)
 IDS = Key("ids", -1, MAX_SIZE, null=True)
 ID = Key("int", -1, MAX_SIZE, null=True)

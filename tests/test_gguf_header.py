@@ -137,7 +137,11 @@ def test_names_are_there_once(small: Path, tmp_path: Path) -> None:
             float("nan"),
             "expected a number from 0 to 1, got nan",
         ),
-        ("llama.attention.layer_norm_rms_epsilon", -1e-5, "expected a number from 0 to 1"),
+        (
+            "llama.attention.layer_norm_rms_epsilon",
+            -1e-5,
+            "expected a number with a point from 0 to 1",
+        ),
         ("llama.rope.freq_base", -1.0, "llama.rope.freq_base: expected a number from 1e-06"),
         ("llama.rope.freq_base", float("inf"), "llama.rope.freq_base: expected a number"),
         ("llama.rope.scaling.factor", -2.0, "scaling.factor: expected a number from 0"),

@@ -159,12 +159,11 @@ def _llama(config: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    window = config.get("sliding_window")
-    if config["model_type"] == "mistral":
+    window, kinds = config.get("sliding_window"), config.get("layer_types")
+    if config["model_type"] == "mistral" and kinds is None:
         return (window,) * layers
-    if not window or not config.get("use_sliding_window"):
+    if not window or not config.get("use_sliding_window", config["model_type"] == "mistral"):
         return (None,) * layers
-    kinds = config.get("layer_types")
     if kinds is not None:
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
     first = config.get("max_window_layers", layers)

@@ -118,6 +118,8 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "num_key_value_heads": Setting(SIZE, 8),
         "max_position_embeddings": Setting(SIZE, 131072),
         "sliding_window": Setting(_SIZE_OR_NULL, 4096),
+        # With them transformers' AutoConfig makes a Ministral of it.
+        "layer_types": Setting(Key("strs", null=True), None),
         "attention_dropout": Setting(_SHARE, 0.0),
     },
     "qwen2": _QWEN,
@@ -249,9 +251,9 @@ def _rope(where: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_windows(where: str, config: Mapping[str, Any]) -> None:
-    """The kinds of attention that a Qwen lists: one a layer, and a window where one slides."""
-    kinds = config.get("layer_types") if "use_sliding_window" in config else None
-    if kinds is None or config["model_type"] not in ("qwen2", "qwen3"):
+    """The kinds of attention that are listed: one a layer, and a window where one slides."""
+    kinds = config.get("layer_types")
+    if kinds is None or "layer_types" not in SETTINGS[config["model_type"]]:
         return
     layers = config["num_hidden_layers"]
     if len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:
@@ -259,10 +261,9 @@ def _check_windows(where: str, config: Mapping[str, Any]) -> None:
             f"{where}: layer_types: expected full_attention or sliding_attention for each of {layers} "
             f"layers, got {shown(kinds)}"
         )
-    slides = config["use_sliding_window"] and config["sliding_window"] is not None
-    if "sliding_attention" in kinds and not slides:
+    window, uses = config["sliding_window"], config.get("use_sliding_window", True)
+    if "sliding_attention" in kinds and not (uses and window is not None):
         raise ValueError(
             f"{where}: layer_types: expected full_attention alone, since use_sliding_window is "
-            f"{str(config['use_sliding_window']).lower()} and sliding_window "
-            f"{shown(config['sliding_window'])}; got {shown(kinds)}"
+            f"{str(uses).lower()} and sliding_window {shown(window)}; got {shown(kinds)}"
         )

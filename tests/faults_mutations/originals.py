@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,11 +199,14 @@ def _answer(model: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
 
 
 def alike(one: Tensor, other: Tensor) -> bool:
-    """The same logits, up to the rounding of other kernels; NaN where the other has NaN."""
+    """The same logits, up to the rounding of other kernels.
+
+    Where the other's are not finite, a changed weight of 1e38 overflowed in it: what comes of that
+    depends on the order of the sums, and is not compared.
+    """
     if one.shape != other.shape:
         return False
-    scale = other[other.isfinite()].abs().max().item() if other.isfinite().any() else 1.0
-    tolerance = 2e-4 * max(scale, 1e-3)
-    return math.isfinite(tolerance) and torch.allclose(
-        one, other, rtol=2e-4, atol=tolerance, equal_nan=True
-    )
+    finite = other.isfinite()
+    one, other = one[finite], other[finite]
+    scale = other.abs().max().item() if other.numel() else 1.0
+    return torch.allclose(one, other, rtol=2e-4, atol=2e-4 * max(scale, 1e-3))

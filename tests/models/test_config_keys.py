@@ -84,6 +84,9 @@ def variants(model_type: str) -> Iterator[tuple[str, dict[str, Any]]]:
             "rope_parameters": {"rope_type": "default", "rope_theta": 7.0},
         }
         yield "scaling before parameters", {**flat, **both}
+    if model_type == "mistral":
+        # AutoConfig makes a Ministral of it, with windows where they are listed.
+        yield "windows listed", {**written, "layer_types": ["sliding_attention", "full_attention"]}
 
 
 def _architectures(model_type: str) -> list[str]:
@@ -164,16 +167,28 @@ WRONG = [
     (
         "llama",
         {"rms_norm_eps": float("nan")},
-        "rms_norm_eps: expected a number from 0 to 1, got nan",
+        "rms_norm_eps: expected a number with a point from 0 to 1, got nan",
     ),
-    ("llama", {"rms_norm_eps": -1e-5}, "rms_norm_eps: expected a number from 0 to 1, got -1e-05"),
+    (
+        "llama",
+        {"rms_norm_eps": -1e-5},
+        "rms_norm_eps: expected a number with a point from 0 to 1, got -1e-05",
+    ),
     (
         "llama",
         {"rms_norm_eps": float("inf")},
-        "rms_norm_eps: expected a number from 0 to 1, got inf",
+        "rms_norm_eps: expected a number with a point from 0 to 1, got inf",
     ),
-    ("gpt2", {"layer_norm_epsilon": -1.0}, "layer_norm_epsilon: expected a number from 0 to 1"),
-    ("gpt_neox", {"layer_norm_eps": "x"}, "layer_norm_eps: expected a number from 0 to 1, got 'x'"),
+    (
+        "gpt2",
+        {"layer_norm_epsilon": -1.0},
+        "layer_norm_epsilon: expected a number with a point from 0 to 1",
+    ),
+    (
+        "gpt_neox",
+        {"layer_norm_eps": "x"},
+        "layer_norm_eps: expected a number with a point from 0 to 1, got 'x'",
+    ),
     ("llama", {"rope_theta": -1.0}, "rope_theta: expected a number from 1e-06"),
     ("llama", {"rope_theta": 0}, "rope_theta: expected a number from 1e-06"),
     ("llama", {"rope_theta": None}, "rope_theta: expected a number from 1e-06"),
