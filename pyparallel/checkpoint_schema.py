@@ -21,8 +21,8 @@ class Key:
     """One key of a file.
 
     Attributes:
-        kind: "int", "float" (no integer, as transformers), "number" (either), "bool", "str", "object"; "ids" (an integer or a list of them), "ints",
-            "numbers", "strs": lists.
+        kind: "int", "float" (no integer, as transformers), "number" (either), "bool", "str", "object";
+            "ids" (an integer or a list of them); "ints", "numbers", "strs": lists.
         low, high: the range of numbers, ends included; of a list's, each.
         null: may be null.
     """
