@@ -23,6 +23,8 @@ from pyparallel.checkpoint_schema import CONFIG, GENERATION, check_keys, shown
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+# Of a config.json; one with the names of 20,000 classes has 2 MB.
+CONFIG_BYTES = 16 << 20
 # Of a file below a folder; longer ones are no names on any file system.
 MAX_NAME = 1024
 
@@ -154,7 +156,7 @@ def read_config(file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it can't be read, or a key is something else.
     """
-    config = read_json(file)
+    config = read_json(file, max_bytes=CONFIG_BYTES)
     _checked(str(file), config, CONFIG)
     if config.get("quantization_config"):
         method = shown(config["quantization_config"].get("quant_method"))
@@ -174,7 +176,7 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
     file = folder / "generation_config.json"
     if not file.exists():
         return {}
-    content = read_json(file)
+    content = read_json(file, max_bytes=CONFIG_BYTES)
     _checked(str(file), content, GENERATION)
     return content
 

@@ -29,6 +29,8 @@ MAX_DIMS, MAX_NAME = 4, 63
 KEY_BYTES, TENSOR_BYTES = 8 + 1 + 4 + 1, 8 + 1 + 4 + 8 + 4 + 8
 # Lists of numbers that are kept are at most so long; no rank reads a tokenizer's scores.
 KEPT_NUMBERS = 4096
+# A key's bytes (ggml's limit), a text's (a chat template has some 10,000), a vocabulary's words.
+MAX_KEY, KEPT_TEXT, MAX_STRINGS = 65535, 16 << 20, 1 << 24
 
 # Tokens that end a text wherever they are in a vocabulary, as llama.cpp finds them.
 END_TEXTS = frozenset(
@@ -183,7 +185,7 @@ class _Reader:
 
     def _value(self, key: str, kind: int) -> Any:
         if kind == _STRING:
-            return self._string(key)
+            return self._string(key, most=KEPT_TEXT)
         if kind in _SCALARS:
             value = self._number(_SCALARS[kind], key)
             if kind == _BOOL and value > 1:
@@ -195,9 +197,10 @@ class _Reader:
         if part in _SCALARS:
             width = struct.calcsize(_SCALARS[part])
             count = self._count(key, width)
-            data = self._take(count * width, key)
             if count > KEPT_NUMBERS:
+                self._at += count * width
                 return None
+            data = self._take(count * width, key)
             return list(struct.unpack(f"<{count}{_SCALARS[part][1]}", data))
         if part != _STRING:
             raise _BadFileError(f"key {key} is a list of the unknown type {part}")
@@ -207,6 +210,8 @@ class _Reader:
     def _skip_strings(self, key: str) -> None:
         """A vocabulary has 150,000, of which no rank reads any: stepped over, but for texts that end."""
         count = self._count(key, 8)
+        if count > MAX_STRINGS:
+            raise _BadFileError(f"key {key} lists {count} texts, expected at most {MAX_STRINGS}")
         data, at, last = self._data, self._at, self._size - 8
         unpack = struct.Struct("<Q").unpack_from
         is_vocabulary = key == "tokenizer.ggml.tokens"
@@ -234,9 +239,12 @@ class _Reader:
             )
         return count
 
-    def _string(self, what: str) -> str:
+    def _string(self, what: str, *, most: int = MAX_KEY) -> str:
+        length = self._count(what, 1)
+        if length > most:
+            raise _BadFileError(f"{what} is a text of {length} bytes, expected at most {most}")
         try:
-            return self._take(self._count(what, 1), what).decode()
+            return self._take(length, what).decode()
         except UnicodeDecodeError:
             raise _BadFileError(f"{what} is no UTF-8 text") from None
 

@@ -226,7 +226,7 @@ def test_json_is_of_a_bounded_size(whole: Path, tmp_path: Path) -> None:
         kept = (folder / name).read_bytes()
         with open(folder / name, "wb") as file:
             file.truncate(1 << 33)
-        assert "expected at most 67108864 bytes of JSON, got 8589934592" in refused(folder)
+        assert "expected at most 16777216 bytes of JSON, got 8589934592" in refused(folder)
         for text, words in (
             (b"[" * 100000, "not readable as JSON"),
             (b'{"a": ' * 100000, "not readable as JSON"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,24 @@ def test_names_are_there_once(small: Path, tmp_path: Path) -> None:
     ):
         (tmp_path / "x.gguf").write_bytes(small.read_bytes().replace(name, other))
         assert words in refused(tmp_path / "x.gguf")
+
+
+def test_what_a_sparse_file_allows_takes_no_memory_and_no_time(tmp_path: Path) -> None:
+    """Lists, texts and words of 2 GiB and more, in files that have the bytes: holes."""
+    for kind, part, count, words in (
+        (9, 0, 2**31, "unknown GGUF architecture None"),
+        (8, None, 2**31, "is a text of 2147483648 bytes, expected at most"),
+        (9, 8, 2**31, "lists 2147483648 texts, expected at most"),
+    ):
+        head = b"GGUF" + u32(3) + u64(0) + u64(1) + u64(1) + b"k" + u32(kind)
+        head += (b"" if part is None else u32(part)) + u64(count)
+        with open(tmp_path / "x.gguf", "wb") as file:
+            file.write(head)
+            file.truncate(len(head) + 8 * count)
+        tracemalloc.start()
+        assert words in refused(tmp_path / "x.gguf")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 26
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,6 @@ ROPE = {
 _NEEDED = {
     "linear": ("factor",),
     "dynamic": ("factor",),
-    "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "longrope": ("short_factor", "long_factor"),
 }
