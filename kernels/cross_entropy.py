@@ -3,12 +3,15 @@
 Rank r holds logits [T, V_r], columns vocab_start .. vocab_start + V_r of V. Per row:
 
     1. statistics (this rank):  m = max, e = sum exp(logit - m), t = target's logit (0 if
-       not here), s = sum of logits                                       -> [T, 4] fp32
-    2. combine (from all ranks' [R, T, 4], in rank order):
-           M = max m,  lse = M + log(sum e exp(m - M))
-           loss = lse - (1 - smoothing) * sum t - smoothing / V * sum s
+       not here), s = sum of logits, or of (logit - m) if centered        -> [T, 4] fp32
+    2. combine (from all ranks' [R, T, 4], in rank order; s as it is):
+           M = max m,  L = log(sum e exp(m - M)),  lse = M + L
+           loss = L + M - (1 - smoothing) * sum t - smoothing / V * sum s
     3. gradient, written over the logits:
-           dlogit = dloss * (exp(logit - lse) - (1 - smoothing) [v = target] - smoothing / V)
+           dlogit = dloss * (exp(logit - M - L) - (1 - smoothing) [v = target] - smoothing / V)
+
+Where logits are far from 0 the sum M + L loses L's digits, so M - t comes first in 2, and 3
+takes M and L apart; s is then exact only centered.
 
 Only the [T, 4] statistics travel between ranks. Rows whose target is ignore_index have
 loss 0 and gradient 0. The running maximum and sum of step 1 follow Milakov and Gimelshein
@@ -30,7 +33,7 @@ BLOCK_V = 4096
 @triton.jit
 def cross_entropy_statistics_kernel(
     logits_ptr, targets_ptr, stats_ptr, V, stride_t, vocab_start, ignore_index,
-    BLOCK_V: tl.constexpr,
+    BLOCK_V: tl.constexpr, CENTERED: tl.constexpr = False,
 ):
     """Grid (T): one row a program; stats [T, 4] = (m, e, t, s)."""
     row = tl.program_id(0).to(tl.int64)
@@ -47,8 +50,13 @@ def cross_entropy_statistics_kernel(
         # A row of -inf so far: subtracting it from itself would give NaN.
         base = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(maximum - base) + tl.sum(tl.exp(x - base), axis=0)
+        if CENTERED:
+            # The columns before this block were centered on another maximum.
+            before = tl.where(maximum == float("-inf"), 0.0, maximum)
+            logit_sum += start * (before - base) + tl.sum(tl.where(mask, x - base, 0.0), axis=0)
+        else:
+            logit_sum += tl.sum(tl.where(mask, x, 0.0), axis=0)
         maximum = higher
-        logit_sum += tl.sum(tl.where(mask, x, 0.0), axis=0)
     here = (target >= 0) & (target < V) & (target + vocab_start != ignore_index)
     target_logit = tl.load(logits_ptr + row * stride_t + target, mask=here, other=0.0)
     tl.store(stats_ptr + row * 4, maximum)
@@ -80,9 +88,9 @@ def cross_entropy_combine_kernel(
         target_logit += tl.load(base + 2, mask=ok, other=0.0)
         logit_sum += tl.load(base + 3, mask=ok, other=0.0)
     lse = maximum + tl.log(total)
-    loss = lse - (1.0 - label_smoothing) * target_logit
+    loss = tl.log(total) + (1.0 - label_smoothing) * (maximum - target_logit)
     if SMOOTH:
-        loss -= label_smoothing * (logit_sum / vocab_size)
+        loss += label_smoothing * (maximum - logit_sum / vocab_size)
     target = tl.load(targets_ptr + rows, mask=ok, other=0)
     tl.store(loss_ptr + rows, tl.where(target == ignore_index, 0.0, loss), mask=ok)
     tl.store(lse_ptr + rows, lse, mask=ok)
@@ -91,7 +99,7 @@ def cross_entropy_combine_kernel(
 @triton.jit
 def cross_entropy_backward_kernel(
     logits_ptr, targets_ptr, lse_ptr, dloss_ptr, V, stride_t, stride_d, vocab_start,
-    vocab_size, ignore_index, label_smoothing, BLOCK_V: tl.constexpr,
+    vocab_size, ignore_index, label_smoothing, BLOCK_V: tl.constexpr, base_ptr=None,
 ):
     """Grid (T, tiles of V): the gradient over the logits, in place."""
     row = tl.program_id(0).to(tl.int64)
@@ -102,6 +110,8 @@ def cross_entropy_backward_kernel(
     lse = tl.load(lse_ptr + row)
     ptrs = logits_ptr + row * stride_t + cols
     x = tl.load(ptrs, mask=mask, other=float("-inf")).to(tl.float32)
+    if base_ptr is not None:
+        x -= tl.load(base_ptr + row)
     grad = tl.exp(x - lse) - label_smoothing / vocab_size
     grad -= tl.where(cols == target - vocab_start, 1.0 - label_smoothing, 0.0)
     # Not a product with dloss: an ignored row's logits may be infinite.
@@ -120,7 +130,8 @@ def _check(logits: torch.Tensor, targets: torch.Tensor) -> None:
 
 
 def cross_entropy_statistics(
-    logits: torch.Tensor, targets: torch.Tensor, *, vocab_start: int = 0, ignore_index: int = -100
+    logits: torch.Tensor, targets: torch.Tensor, *, vocab_start: int = 0, ignore_index: int = -100,
+    centered: bool = False,
 ) -> torch.Tensor:
     """Step 1: logits [T, V_r], targets [T] (ids of the whole vocabulary) -> [T, 4] fp32."""
     _check(logits, targets)
@@ -128,7 +139,7 @@ def cross_entropy_statistics(
     if logits.shape[0]:
         cross_entropy_statistics_kernel[(logits.shape[0],)](
             logits, targets.contiguous(), stats, logits.shape[1], logits.stride(0), vocab_start,
-            ignore_index, BLOCK_V=BLOCK_V, num_warps=8,
+            ignore_index, BLOCK_V=BLOCK_V, CENTERED=centered, num_warps=8,
         )
     return stats
 
@@ -157,10 +168,14 @@ def cross_entropy_combine(
 def cross_entropy_backward_(
     logits: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor, dloss: torch.Tensor, *,
     vocab_size: int, vocab_start: int = 0, ignore_index: int = -100, label_smoothing: float = 0.0,
+    base: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Step 3: overwrite logits [T, V_r] with their gradient. dloss [T], or one value."""
+    """Step 3: overwrite logits [T, V_r] with their gradient. dloss [T], or one value; lse [T] is
+    that of logits - base, where base [T] is given."""
     _check(logits, targets)
     check_shape("lse", lse, (logits.shape[0],))
+    if base is not None:
+        check_shape("base", base, (logits.shape[0],))
     stride_d = 0 if dloss.numel() == 1 else 1
     if stride_d:
         check_shape("dloss", dloss, (logits.shape[0],))
@@ -168,6 +183,6 @@ def cross_entropy_backward_(
         cross_entropy_backward_kernel[logits.shape[0], cdiv(logits.shape[1], BLOCK_V)](
             logits, targets.contiguous(), lse, dloss.contiguous(), logits.shape[1],
             logits.stride(0), stride_d, vocab_start, vocab_size, ignore_index, label_smoothing,
-            BLOCK_V=BLOCK_V, num_warps=8,
+            BLOCK_V=BLOCK_V, base_ptr=base, num_warps=8,
         )
     return logits

@@ -93,6 +93,7 @@ def _(
     ignored: int,
     smoothing: float,
     z_loss: float,
+    base: Tensor | None = None,
 ) -> None:
     return None
 

@@ -134,7 +134,7 @@ def rank_sum(
 def cross_entropy_statistics(
     logits: Tensor, targets: Tensor, *, start: int, ignored: int
 ) -> Tensor:
-    """[M, 4]: max, sum of exponentials, the target's logit, sum of the logits of these columns."""
+    """[M, 4]: max, sum of exponentials, the target's logit, sum of the logits less their max."""
     _check_loss(logits, targets)
     return _ops.cuda_cross_entropy_stats(logits, targets, start, ignored)
 
@@ -150,15 +150,17 @@ def cross_entropy_gradient_(
     ignored: int,
     smoothing: float = 0.0,
     z_loss: float = 0.0,
+    base: Tensor | None = None,
 ) -> Tensor:
-    """The logits [M, V_r], overwritten with their gradient."""
+    """The logits [M, V_r], overwritten with their gradient; ``lse`` is that of ``logits - base``."""
     _check_loss(logits, targets)
-    for name, tensor in (("lse", lse), ("dloss", dloss)):
-        check_vector(name, tensor.contiguous(), logits.shape[0])
-        check_dtype(name, tensor, torch.float32)
-    check_devices(logits=logits, lse=lse, dloss=dloss)
+    for name, tensor in (("lse", lse), ("dloss", dloss), ("base", base)):
+        if tensor is not None:
+            check_vector(name, tensor.contiguous(), logits.shape[0])
+            check_dtype(name, tensor, torch.float32)
+    check_devices(logits=logits, lse=lse, dloss=dloss, base=base)
     numbers = (start, vocab, ignored, smoothing, z_loss)
-    _ops.cuda_cross_entropy_gradient_(logits, targets, lse, dloss.contiguous(), *numbers)
+    _ops.cuda_cross_entropy_gradient_(logits, targets, lse, dloss.contiguous(), *numbers, base)
     return logits
 
 

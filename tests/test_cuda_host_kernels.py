@@ -204,11 +204,13 @@ def test_gated_activation(library, dtype, columns, wide, kind) -> None:
 @pytest.mark.parametrize("lanes", [1, 4])
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("vocab", [(37, False), (240, True)])
-@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 1e-3)])
-def test_cross_entropy(library, dtype, lanes, ranks, vocab, smoothing, z_loss) -> None:
+@pytest.mark.parametrize(
+    ("smoothing", "z_loss", "offset"), [(0.0, 0.0, 0.0), (0.1, 1e-3, 0.0), (0.1, 1e-6, 4096.0)]
+)
+def test_cross_entropy(library, dtype, lanes, ranks, vocab, smoothing, z_loss, offset) -> None:
     """Statistics as `functional.cross_entropy_shard` defines them; the gradient against autograd."""
     (size, wide), rows, ignored = vocab, 6, -100
-    logits = randn(rows, size, dtype=dtype) * 4
+    logits = randn(rows, size, dtype=dtype) * 4 + offset
     if not smoothing:
         logits[1, 0] = -torch.inf
     targets = torch.tensor([0, size - 1, 5, ignored, size // 2, size // 3])
@@ -227,7 +229,8 @@ def test_cross_entropy(library, dtype, lanes, ranks, vocab, smoothing, z_loss) -
         assert torch.equal(stats[:, 2], want[:, 2].float())
         close(stats[:, 1], want[:, 1], torch.float32, terms=columns)
         finite = want[:, 3].isfinite()
-        largest = float(shard.double().abs().nan_to_num(posinf=0.0).sum(1).max())
+        centered = (shard.double() - want[:, :1]).nan_to_num(posinf=0.0, neginf=0.0)
+        largest = float(centered.abs().sum(1).max())
         close(stats[finite, 3], want[finite, 3], torch.float32, terms=columns, largest=largest)
 
     truth = logits.double().requires_grad_()
@@ -242,9 +245,10 @@ def test_cross_entropy(library, dtype, lanes, ranks, vocab, smoothing, z_loss) -
         columns = shard.shape[1]
         run(
             library.host_cross_entropy_gradient,
-            *(CODE[dtype], wide, lanes, shard, targets, lse.detach().float(), dloss),
+            *(CODE[dtype], wide, lanes, shard, targets, (lse.detach() - offset).float(), dloss),
             *(rows, columns, columns, cuts[rank], ignored),
             *(1.0 - smoothing, smoothing / size, z_loss),
+            torch.full((rows,), offset) if offset else None,
         )
         close(shard, truth.grad[:, cuts[rank] : cuts[rank + 1]], dtype, terms=64, largest=1.0)
 

@@ -2,11 +2,12 @@
 // their gradient. How ranks join the statistics is the caller's.
 //
 //   statistics  m = max logit, s = sum exp(logit - m), t = the target's logit (0 if it is not here),
-//               a = sum logit
-//   gradient    dlogit = dloss ((1 + 2 z lse) exp(logit - lse) - (1 - e) [v = target] - e / V)
+//               a = sum (logit - m), m taken as 0 where it is -inf
+//   gradient    dlogit = dloss ((1 + 2 z lse) exp(logit - M - L) - (1 - e) [v = target] - e / V)
+//               with lse = M + L, M the base: apart, since the sum would round L where M is large
 //
 // logits [M, V_r] with a row stride, columns offset .. offset + V_r of the vocabulary of V; targets [M]
-// int64; statistics [M, 4], lse and dloss [M] fp32; e label smoothing, z the weight of the z-loss.
+// int64; statistics [M, 4], L, base and dloss [M] fp32; e label smoothing, z the weight of the z-loss.
 // Rows whose target is `ignored` have t = 0 and gradient 0.
 #pragma once
 
@@ -32,13 +33,14 @@ struct CrossEntropy {
 template <class T>
 struct CrossEntropyGradient {
   CrossEntropy<T> logits;
-  const float* lse;
+  const float* lse;  // L
   const float* dloss;
   T* dlogits;  // rows of `out_stride`; may be the logits themselves
   int64_t out_stride;
   float on_target;  // 1 - e
   float off_target;  // e / V
   float z_loss;
+  const float* base = nullptr;  // M; without it L is the whole log-sum-exp
 };
 
 template <int W, class T, class Lanes>
@@ -53,16 +55,17 @@ PP_HOST_DEVICE void cross_entropy_stats_row(const Lanes& lanes, const CrossEntro
         load_vec(value, logits + v * W);
         if (!count) return;
 #pragma unroll
-        for (int i = 0; i < W; ++i) {
-          largest = fmaxf(largest, value[i]);
-          plain += value[i];
-        }
+        for (int i = 0; i < W; ++i) largest = fmaxf(largest, value[i]);
       },
       [&] { largest = lanes.max(largest); },
       [&](float(&value)[W], int64_t) {
-#pragma unroll
         // A row of -inf alone counts nothing; -inf - -inf would make it NaN.
-        for (int i = 0; i < W; ++i) total += largest == -INFINITY ? 0.0f : expf(value[i] - largest);
+        const float base = largest == -INFINITY ? 0.0f : largest;
+#pragma unroll
+        for (int i = 0; i < W; ++i) {
+          plain += value[i] - base;
+          total += expf(value[i] - base);
+        }
       });
   total = lanes.sum(total);
   plain = lanes.sum(plain);
@@ -83,14 +86,15 @@ PP_HOST_DEVICE void cross_entropy_gradient_row(const Lanes& lanes, const CrossEn
   const int64_t target = a.targets[row] - a.offset;
   const bool ignored = a.targets[row] == a.ignored;
   const float lse = g.lse[row], scale = g.dloss[row];
-  const float factor = 1.0f + 2.0f * g.z_loss * lse;
+  const float base = g.base == nullptr ? 0.0f : g.base[row];
+  const float factor = 1.0f + 2.0f * g.z_loss * (base + lse);
   for (int64_t v = lanes.index(); v < a.columns / W; v += lanes.count()) {
     float value[W];
     load_vec(value, logits + v * W);
 #pragma unroll
     for (int i = 0; i < W; ++i) {
       const float taken = v * W + i == target ? g.on_target : 0.0f;
-      const float slope = factor * expf(value[i] - lse) - taken - g.off_target;
+      const float slope = factor * expf(value[i] - base - lse) - taken - g.off_target;
       // Not a product with 0: an ignored row's logits may be infinite.
       value[i] = ignored ? 0.0f : scale * slope;
     }

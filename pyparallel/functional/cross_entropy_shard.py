@@ -3,8 +3,9 @@
 Legend: T tokens, V vocabulary, V_r this rank's part, e smoothing, z the weight of the z-loss.
 
     statistics  m = max logit, s = sum exp(logit - m), t = the target's logit (0 if it is not here),
-                a = sum logit
-    gradient    dlogit = dloss ((1 + 2 z lse) exp(logit - lse) - (1 - e) [v = target] - e / V)
+                a = sum (logit - m); m counts as 0 where it is -inf
+    gradient    dlogit = dloss ((1 + 2 z (M + L)) exp(logit - M - L) - (1 - e) [v = target] - e / V)
+                M, L: the largest logit of all ranks, and the log of the sum of exp(logit - M)
 
 How ranks join these is in :mod:`pyparallel.functional.vocab_parallel_cross_entropy`.
 """
@@ -48,9 +49,10 @@ def statistics(logits: Tensor, targets: Tensor, start: int, ignore_index: int) -
         out[:, 0] = x.amax(1)
         # A row of -inf alone: subtracting it from itself would give NaN.
         base = out[:, :1].masked_fill(out[:, :1].isneginf(), 0.0)
-        out[:, 1] = (x - base).exp_().sum(1)
         out[:, 2] = x.gather(1, local[rows]).squeeze(1).masked_fill(~here[rows], 0.0)
+        x = x - base
         out[:, 3] = x.sum(1)
+        out[:, 1] = x.exp_().sum(1)
     return found
 
 
@@ -66,11 +68,17 @@ def gradient_(
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
+    base: Tensor | None = None,
 ) -> Tensor:
-    """``logits [T, V_r]`` overwritten with their gradient; ``grad [T]`` is the loss's."""
+    """``logits [T, V_r]`` overwritten with their gradient; ``grad [T]`` is the loss's.
+
+    Args:
+        lse, base: L and M, [T]; without M, L is the whole log-sum-exp.
+    """
     width = logits.shape[1]
     if width == 0:
         return logits
+    whole = lse if base is None else base + lse
     local = targets - start
     here = (local >= 0) & (local < width)
     local = local.masked_fill(~here, 0).unsqueeze(1)
@@ -80,9 +88,11 @@ def gradient_(
         x = logits[rows]
         # In place where the logits are wide themselves; else in a block of fp32.
         y = x if x.dtype == lse.dtype else x.to(lse.dtype)
+        if base is not None:
+            y.sub_(base[rows].unsqueeze(1))
         y.sub_(lse[rows].unsqueeze(1)).exp_()
         if z_loss:
-            y.mul_(1.0 + 2.0 * z_loss * lse[rows].unsqueeze(1))
+            y.mul_(1.0 + 2.0 * z_loss * whole[rows].unsqueeze(1))
         if label_smoothing:
             y.sub_(label_smoothing / vocab_size)
         y.scatter_add_(1, local[rows], taken[rows])
@@ -111,7 +121,9 @@ def _triton_reason(logits: Tensor, *_: object) -> str | None:
 def _triton_statistics(logits: Tensor, targets: Tensor, start: int, ignore_index: int) -> Tensor:
     from pyparallel.kernels.cross_entropy import cross_entropy_statistics
 
-    return cross_entropy_statistics(logits, targets, vocab_start=start, ignore_index=ignore_index)
+    return cross_entropy_statistics(
+        logits, targets, vocab_start=start, ignore_index=ignore_index, centered=True
+    )
 
 
 @backend.register("cross_entropy_gradient_", "triton", supports=_triton_reason)
@@ -125,18 +137,21 @@ def _triton_gradient_(
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
+    base: Tensor | None = None,
 ) -> Tensor:
     from pyparallel.kernels.cross_entropy import cross_entropy_backward_
 
     if z_loss:
         # f exp(x - lse) = exp(x - (lse - log f)): the kernel needs no factor of its own. f is positive
         # while lse > -1 / (2 z), and no loss that is being minimised goes there.
-        lse = lse - torch.log(1.0 + 2.0 * z_loss * lse)
+        whole = lse if base is None else base + lse
+        lse = lse - torch.log(1.0 + 2.0 * z_loss * whole)
     return cross_entropy_backward_(
         logits,
         targets,
         lse,
         grad,
+        base=base,
         vocab_size=vocab_size,
         vocab_start=start,
         ignore_index=ignore_index,

@@ -101,6 +101,7 @@ def gradient_(
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
+    base: Tensor | None = None,
 ) -> Tensor:
     """See :mod:`pyparallel.functional.cross_entropy_shard`."""
     from pyparallel import cuda_ops
@@ -115,4 +116,5 @@ def gradient_(
         ignored=ignore_index,
         smoothing=label_smoothing,
         z_loss=z_loss,
+        base=base,
     )

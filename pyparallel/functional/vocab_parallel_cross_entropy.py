@@ -3,10 +3,13 @@
 Legend: T tokens, V vocabulary, V_r this rank's part, e smoothing, z the weight of the z-loss.
 
     statistics  m = max logit, s = sum exp(logit - m), t = the target's logit (0 elsewhere),
-                a = sum logit; of this rank's columns, [T, 4]
-    combine     M = max over ranks of m,  lse = M + log(sum over ranks, in rank order, of s exp(m - M))
-                loss = lse - (1 - e) sum t - (e / V) sum a + z lse^2
-    gradient    dlogit = dloss ((1 + 2 z lse) exp(logit - lse) - (1 - e) [v = target] - e / V)
+                a = sum (logit - m); of this rank's columns, [T, 4]
+    combine     M = max over ranks of m,  L = log(sum over ranks, in rank order, of s exp(m - M))
+                loss = L + (1 - e) (M - sum t) - (e / V) sum (a + V_r (m - M)) + z lse^2,  lse = M + L
+    gradient    dlogit = dloss ((1 + 2 z lse) exp(logit - M - L) - (1 - e) [v = target] - e / V)
+
+Large numbers are subtracted from each other before a small one is added: M + L would round L away where
+the logits are far from 0.
 
 A token whose target is ``ignore_index`` has loss 0 and gradient 0. The gradient is written over the
 logits, so the loss needs no second [T, V_r].
@@ -21,6 +24,8 @@ Szegedy et al. 2016, section 7 (smoothing).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -34,34 +39,39 @@ from pyparallel.shard import even_parts
 REDUCTIONS = ("none", "mean", "sum")
 
 
-def combine(found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All ranks' statistics [R, T, 4] to lse, target logit and sum of logits, each [T]."""
+def combine(found: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All ranks' statistics [R, T, 4] to M, L, target logit and sum of (logit - M), each [T].
+
+    Args:
+        sizes: how many columns each rank has.
+    """
     highest = found[:, :, 0].amax(0)
     base = highest.masked_fill(highest.isneginf(), 0.0)
     total = torch.zeros_like(highest)
     target, everything = torch.zeros_like(highest), torch.zeros_like(highest)
-    for m, s, t, a in (part.unbind(1) for part in found):
+    for size, (m, s, t, a) in zip(sizes, (part.unbind(1) for part in found), strict=True):
         total += s * torch.exp(m - base)
         target += t
-        everything += a
-    return base + torch.log(total), target, everything
+        # Nothing was subtracted from a rank's columns that are all -inf, and from none.
+        everything += a + size * (torch.where(m.isneginf(), 0.0, m - base))
+    return base, torch.log(total), target, everything
 
 
 class _VocabParallelCrossEntropy(Function):
     @staticmethod
     def forward(ctx, logits, targets, group, cut, ignore_index, label_smoothing, z_loss) -> Tensor:
-        start, vocab_size = cut
+        start, vocab_size, sizes = cut
         found = backend.call("cross_entropy_statistics", logits, targets, start, ignore_index)
         found = found.unsqueeze(0)
         if group.size > 1:
             found = all_gather_raw(found, group)
-        lse, target, everything = combine(found)
-        loss = lse - (1.0 - label_smoothing) * target
+        base, lse, target, everything = combine(found, sizes)
+        loss = lse + (1.0 - label_smoothing) * (base - target)
         if label_smoothing:
             loss -= label_smoothing * (everything / vocab_size)
         if z_loss:
-            loss += z_loss * lse.square()
-        ctx.save_for_backward(logits, targets, lse)
+            loss += z_loss * (base + lse).square()
+        ctx.save_for_backward(logits, targets, lse, base)
         ctx.options = start, vocab_size, ignore_index, label_smoothing, z_loss
         ctx.spent = False
         return loss.masked_fill(targets == ignore_index, 0.0)
@@ -75,9 +85,9 @@ class _VocabParallelCrossEntropy(Function):
                 "the gradient over the logits, so compute the loss again"
             )
         ctx.spent = True
-        logits, targets, lse = ctx.saved_tensors
+        logits, targets, lse, base = ctx.saved_tensors
         gradient = backend.call(
-            "cross_entropy_gradient_", logits, targets, lse, grad.contiguous(), *ctx.options
+            "cross_entropy_gradient_", logits, targets, lse, grad.contiguous(), *ctx.options, base
         )
         return gradient, None, None, None, None, None, None
 
@@ -124,7 +134,8 @@ def vocab_parallel_cross_entropy(
             f"targets: expected shape {tuple(logits_shard.shape[:-1])}, one for each row of the "
             f"logits, got {tuple(targets.shape)}"
         )
-    ((start, stop),) = even_parts(vocab_size, group.size).ranges[group.rank]
+    cut = even_parts(vocab_size, group.size)
+    ((start, stop),) = cut.ranges[group.rank]
     if stop - start != logits_shard.shape[-1]:
         raise ValueError(
             f"logits_shard: expected {stop - start} of vocab_size={vocab_size} columns on rank "
@@ -139,7 +150,13 @@ def vocab_parallel_cross_entropy(
     )
     logits = logits_shard.flatten(0, -2) if logits_shard.dim() > 1 else logits_shard.unsqueeze(0)
     loss = _VocabParallelCrossEntropy.apply(
-        logits, flat, group, (start, vocab_size), ignore_index, label_smoothing, z_loss
+        logits,
+        flat,
+        group,
+        (start, vocab_size, cut.sizes),
+        ignore_index,
+        label_smoothing,
+        z_loss,
     )
     if reduction == "none":
         return loss.view(targets.shape)

@@ -77,3 +77,17 @@ def test_empty_and_bad_input(device):
         ce.cross_entropy_statistics(torch.zeros(2, 3, 5, device=device), none)
     with pytest.raises(ValueError, match=r"targets: expected shape \(2,\)"):
         ce.cross_entropy_statistics(torch.zeros(2, 5, device=device), none)
+
+
+def test_centered_statistics(device, monkeypatch):
+    """Blocks whose maxima grow and fall, a first block of -inf, logits far from zero."""
+    monkeypatch.setattr(ce, "BLOCK_V", 32)
+    logits = normal(3, 97, device=device, scale=4) + torch.tensor([[4096.0], [-4096.0], [0.0]])
+    logits[1, 64:] += 10
+    logits[2, :32] = float("-inf")
+    targets = torch.tensor([0, 96, 33], device=device)
+    stats = ce.cross_entropy_statistics(logits, targets, centered=True).double()
+    wide = logits.double()
+    centered = (wide - wide.amax(1, keepdim=True)).sum(1)
+    assert_within(stats[:2, 3], centered[:2], 97 * 40 * UNIT[torch.float32])
+    assert stats[2, 3] == float("-inf")

@@ -27,9 +27,9 @@ def test_dropout_drops_the_same_elements(seed, dtype, device):
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-def test_cross_entropy(label_smoothing, z_loss, device):
-    logits = normals(5, 33, seed=1, scale=4.0).to(device)
+@pytest.mark.parametrize(("z_loss", "offset"), [(0.0, 0.0), (1e-2, 0.0), (0.0, 4096.0)])
+def test_cross_entropy(label_smoothing, z_loss, offset, device):
+    logits = (normals(5, 33, seed=1, scale=4.0) + offset).to(device)
     targets = torch.tensor([0, 32, -100, 7, 16], device=device)
     results = []
     for name in ("triton", "torch"):

@@ -149,12 +149,12 @@ void host_cross_entropy_stats(int dtype, int wide, int lanes, void* logits, int6
 void host_cross_entropy_gradient(int dtype, int wide, int lanes, void* logits, int64_t* targets,
                                  float* lse, float* dloss, int64_t rows, int64_t columns,
                                  int64_t stride, int64_t offset, int64_t ignored, float on_target,
-                                 float off_target, float z_loss) {
+                                 float off_target, float z_loss, float* base) {
   dispatch(dtype, wide, [&](auto zero, auto width) {
     using T = decltype(zero);
     const CrossEntropy<T> a{as<T>(logits), targets, rows, columns, stride, offset, ignored};
     const CrossEntropyGradient<T> g{a,      lse,       dloss,      as<T>(logits),
-                                    stride, on_target, off_target, z_loss};
+                                    stride, on_target, off_target, z_loss,     base};
     for_rows(lanes, rows,
              [&](const auto& l, int64_t row) { cross_entropy_gradient_row<width>(l, g, row); });
   });

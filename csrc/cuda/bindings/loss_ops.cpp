@@ -35,19 +35,21 @@ Tensor op_cross_entropy_stats(Tensor logits, Tensor targets, int64_t offset, int
 // Overwrites the logits [M, V_r] with their gradient.
 void op_cross_entropy_gradient(Tensor logits, Tensor targets, Tensor lse, Tensor dloss,
                                int64_t offset, int64_t vocab, int64_t ignored, double smoothing,
-                               double z_loss) {
+                               double z_loss, OptionalTensor base) {
   check_arguments(logits, targets);
   check_vector("dloss", dloss, logits.size(0));
   check_vector("lse", lse, logits.size(0));
   check_dtype("dloss", dloss, ScalarType::Float);
   check_dtype("lse", lse, ScalarType::Float);
+  const float* bases =
+      optional_vector<float>("base", base, logits.size(0), ScalarType::Float);
   OnDeviceOf device(logits);
   dispatch_floats("logits", logits, [&](auto zero) {
     using T = decltype(zero);
     cross_entropy_gradient<T>(
         {arguments<T>(logits, targets, offset, ignored), data_of<float>(lse), data_of<float>(dloss),
          data_of<T>(logits), logits.stride(0), float(1.0 - smoothing),
-         float(smoothing / double(vocab)), float(z_loss)},
+         float(smoothing / double(vocab)), float(z_loss), bases},
         device.stream());
   });
 }
@@ -81,7 +83,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyparallel, m) {
   m.def("cuda_cross_entropy_stats(Tensor logits, Tensor targets, int offset, int ignored) -> Tensor");
   m.def(
       "cuda_cross_entropy_gradient_(Tensor(a!) logits, Tensor targets, Tensor lse, Tensor dloss,"
-      " int offset, int vocab, int ignored, float smoothing, float z_loss) -> ()");
+      " int offset, int vocab, int ignored, float smoothing, float z_loss, Tensor? base=None)"
+      " -> ()");
   m.def("cuda_rank_sum(Tensor parts, Tensor? bias, Tensor? residual, Tensor(a!) out) -> ()");
 }
 
