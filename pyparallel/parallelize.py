@@ -28,6 +28,7 @@ from pyparallel.models.own_attention import use_own_attention
 from pyparallel.models.plans import parent_of
 from pyparallel.models.sequence_region import check_sequence, cut_sequence
 from pyparallel.models.shared_parameter import sum_gradients
+from pyparallel.models.whole_call import check_drops
 from pyparallel.shard import REPLICATED, Sharding
 
 
@@ -96,6 +97,9 @@ def parallelize(
                 f"cp={mesh.cp.size}; load() gives a decoder of the library's own, which has both"
             )
     cuts = cuts_of(model, group)
+    cores = [cut.attention.core for cut in cuts.attentions]
+    if mesh.cp.size > 1:
+        check_drops(model, cores)
     if sequence_parallel:
         check_sequence(model, cuts)
     stage = plan_stage(model, mesh.pp.rank, mesh.pp.size) if mesh.pp.size > 1 else None
@@ -114,7 +118,8 @@ def parallelize(
     for attention in cuts.attentions:
         _localize(model, attention, group)
     if mesh.cp.size > 1:
-        cut_context(model, mesh.cp, context_algorithm)
+        cut_context(model, mesh.cp, context_algorithm, cores)
+        share_generator_state(mesh.cp, torch.device(mesh.device_mesh.device_type))
     elif mesh.device_mesh.device_type == "cpu":
         use_own_attention(model)
     if group.size > 1:

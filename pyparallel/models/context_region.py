@@ -13,8 +13,10 @@ Legend: B sequences, S tokens of each, S_r this rank's, N_r and G_r heads of thi
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +25,7 @@ from pyparallel.context import ContextShards, check_length
 from pyparallel.functional.context_parallel_attention import context_parallel_attention
 from pyparallel.group import Group
 from pyparallel.models.own_attention import OTHER
+from pyparallel.models.whole_call import WholeCall, see_whole_calls
 
 NAME = "pyparallel_context"
 
@@ -59,6 +62,7 @@ class ContextRegion:
     def __init__(self, group: Group, algorithm: str) -> None:
         self.group = group
         self.algorithm = algorithm
+        self.call = WholeCall()
 
     def enter(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -78,11 +82,13 @@ class ContextRegion:
             algorithm=self.algorithm,
         )
         positions = given.get("position_ids")
-        given["position_ids"] = (
-            shards.positions(device=tokens[0].device)
-            if positions is None
-            else shards.split(positions)
-        )
+        self.call.shards = shards
+        if positions is None:
+            self.call.last = torch.tensor(length - 1, device=tokens[0].device)
+            given["position_ids"] = shards.positions(device=tokens[0].device)
+        else:
+            self.call.last = positions.max()
+            given["position_ids"] = shards.split(positions)
         for name in WITH_TOKENS:
             if given.get(name) is not None:
                 given[name] = shards.split(given[name])
@@ -94,7 +100,8 @@ class ContextRegion:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """Behind the model: the loss of all ranks' tokens."""
-        if kwargs.get("shift_labels") is None:
+        self.call.last = None
+        if output is None or kwargs.get("shift_labels") is None:
             return None
         if isinstance(output, tuple):
             return (all_reduce(output[0], self.group), *output[1:])
@@ -135,16 +142,21 @@ def context_attention(
     return o, None
 
 
-def cut_context(model: nn.Module, group: Group, algorithm: str) -> None:
-    """Let every call of ``model``, whose modules are cut already, work on this rank's tokens."""
+def cut_context(model: nn.Module, group: Group, algorithm: str, cores: Sequence[str]) -> None:
+    """Let every call of ``model``, whose modules are cut already, work on this rank's tokens.
+
+    Args:
+        cores: its attention modules.
+    """
     from transformers import AttentionInterface
 
     # A name that no mask is known for: none is built.
     AttentionInterface.register(NAME, context_attention)
     model.set_attn_implementation(NAME)
     region = ContextRegion(group, algorithm)
+    see_whole_calls(model, region.call, cores)
     model.register_forward_pre_hook(region.enter, with_kwargs=True)
-    model.register_forward_hook(region.leave, with_kwargs=True)
+    model.register_forward_hook(region.leave, with_kwargs=True, always_call=True)
 
 
 def check_context(model: nn.Module) -> None:

@@ -29,7 +29,8 @@ from pyparallel.layers.sequence_parallel_dropout import SequenceParallelDropout
 from pyparallel.models.cuts import Cuts
 from pyparallel.models.plans import parent_of
 from pyparallel.models.shared_parameter import sum_gradients
-from pyparallel.sequence import gather_sequence, split_sequence
+from pyparallel.models.whole_call import WholeCall, drop
+from pyparallel.sequence import gather_sequence, shard_sizes, split_sequence
 
 # Dropouts that an attention module applies behind its output projection; its others act on heads.
 BEHIND_OUTPUT = ("resid_dropout",)
@@ -39,9 +40,15 @@ class RegionDropout(SequenceParallelDropout):
     """A dropout of the region, with the mask of the whole sequence."""
 
     region: SequenceRegion
+    call: WholeCall | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x, length=self.region.length)
+        length = self.region.length
+        if self.call is None or self.call.shards is None or not self.training or self.p == 0.0:
+            return super().forward(x, length=length)
+        # The whole sequence is cut over cp first, and a rank's part of it over tp.
+        sizes = [] if length is None else shard_sizes(x, length, self.group)
+        return drop(x, self.p, self.call.shards, sum(sizes[: self.group.rank]))
 
 
 class SequenceRegion:
@@ -113,6 +120,7 @@ def cut_sequence(model: nn.Module, cuts: Cuts, group: Group) -> None:
     for name in list(_dropouts(model, stack, cuts)):
         dropout = RegionDropout(model.get_submodule(name).p, group=group)
         dropout.region = region
+        dropout.call = getattr(model.get_submodule(name), "call", None)
         dropout.train(model.get_submodule(name).training)
         setattr(model.get_submodule(parent_of(name)), name.rpartition(".")[2], dropout)
     for name, module in layers.named_modules(prefix=stack):
