@@ -96,6 +96,8 @@ def parallelize(
                 f"mesh: expected pp=1 or cp=1 for a {type(model).__name__}, got pp={mesh.pp.size} and "
                 f"cp={mesh.cp.size}; load() gives a decoder of the library's own, which has both"
             )
+    if (sequence_parallel and group.size > 1) or mesh.pp.size > 1:
+        _check_layer_inputs(model, "sequence_parallel" if mesh.pp.size == 1 else "pp")
     cuts = cuts_of(model, group)
     cores = [cut.attention.core for cut in cuts.attentions]
     if mesh.cp.size > 1:
@@ -168,6 +170,16 @@ def _check(model: nn.Module) -> None:
         raise ValueError(
             f"model: expected all weights on one device, got "
             f"{', '.join(sorted(map(str, devices))) or 'no weights'}; load it without device_map"
+        )
+
+
+def _check_layer_inputs(model: nn.Module, asked: str) -> None:
+    """Raise where every layer gets inputs of its own beside the hidden states (Gemma 3n and 4)."""
+    size = getattr(model.config.get_text_config(decoder=True), "hidden_size_per_layer_input", None)
+    if size:
+        raise ValueError(
+            f"{asked}: expected a model whose layers take hidden states alone, got a "
+            f"{type(model).__name__} with hidden_size_per_layer_input={size}; use tp without {asked}"
         )
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pyparallel import backend
 from pyparallel.launch import launch
 from pyparallel.mesh import init_mesh
+from pyparallel.models.own_attention import own_attention, own_mask
 from pyparallel.parallelize import parallelize
 from tests.transformers_models import build
 
@@ -116,6 +118,23 @@ def static_cache(_: int) -> list[float]:
 def test_a_static_cache_is_read_as_far_as_it_is_filled() -> None:
     for difference in launch(static_cache, 1, 0)[0]:
         assert difference < 1e-4
+
+
+def test_values_of_another_size_than_keys() -> None:
+    """Left padding, with a mask of several tokens and of one: as SDPA has it, but for the padding."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, heads, 6, 8, generator=generator) for heads in (4, 2))
+    v = torch.randn(2, 2, 6, 12, generator=generator)
+    padding = torch.ones(2, 6, dtype=torch.bool)
+    padding[1, :2] = False
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    for first in (0, 5):
+        mask = own_mask(2, 6 - first, 6, q_offset=first, attention_mask=padding)
+        ours, _ = own_attention(module, q[:, :, first:], k, v, mask)
+        truth, _ = sdpa_attention_forward(module, q[:, :, first:], k, v, mask)
+        seen = padding[:, first:]
+        torch.testing.assert_close(ours[seen], truth[seen])
 
 
 def user_choice(_: int) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 import transformers
 from torch import nn
 
 from pyparallel.communicator import LocalCommunicator
 from pyparallel.group import Group
 from pyparallel.mesh import init_mesh
+from pyparallel.models.hugging_face_stage import plan_stage
 from pyparallel.parallelize import parallelize
 from tests.transformers_models import build
 
@@ -124,3 +126,40 @@ def test_max_norm_is_kept_out() -> None:
     model = build("llama")
     model.model.embed_tokens.max_norm = 1.0
     refused(model, 2, "model.embed_tokens", "max_norm")
+
+
+def test_layers_with_inputs_of_their_own() -> None:
+    config = transformers.Gemma4TextConfig(
+        **{**TINY, "num_hidden_layers": 2},
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        global_head_dim=8,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=61,
+    )
+    model = transformers.Gemma4ForCausalLM(config)
+    with pytest.raises(ValueError, match=r"sequence_parallel: .*hidden_size_per_layer_input=8"):
+        parallelize(model, mesh_of(2), sequence_parallel=True)
+    mesh = mesh_of(1)
+    mesh.pp = Group(0, 2, LocalCommunicator())
+    with pytest.raises(ValueError, match=r"pp: .*hidden_size_per_layer_input=8"):
+        parallelize(model, mesh)
+
+
+@pytest.mark.parametrize("kind", ["Granite", "Olmo", "NanoChat", "Llama"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_one_guard_of_stages_for_tensors_with_and_without_memory(kind: str, device: str) -> None:
+    config = getattr(transformers, f"{kind}Config")(
+        **{**TINY, "num_hidden_layers": 2}, num_attention_heads=4, num_key_value_heads=2
+    )
+    config.embedding_multiplier = 2.0
+    with torch.device(device):
+        model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    tensors = {n: id(t) for n, t in (*model.named_parameters(), *model.named_buffers())}
+    if kind == "Llama":
+        plan_stage(model, 0, 2)
+    else:
+        with pytest.raises(ValueError, match=f"pp: {kind}ForCausalLM changes its hidden states"):
+            plan_stage(model, 0, 2)
+    assert {n: id(t) for n, t in (*model.named_parameters(), *model.named_buffers())} == tensors

@@ -13,7 +13,8 @@ class KVCache:
     """A static cache: slot t of a sequence holds its token at position t.
 
     Attributes:
-        keys, values: [B, G_r, T, D]: each head's slots lie one after another in memory.
+        keys, values: [B, G_r, T, D]: each head's slots lie one after another in memory; values of
+            ``value_dim`` features where that is given.
     """
 
     def __init__(
@@ -23,12 +24,14 @@ class KVCache:
         length: int,
         head_dim: int,
         *,
+        value_dim: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         shape = (batch, num_kv_heads, length, head_dim)
         # Zeros, since attention multiplies the hidden slots' values by a weight of zero.
         self.keys = huge_pages.zeros(shape, device=device, dtype=dtype)
+        shape = (*shape[:-1], head_dim if value_dim is None else value_dim)
         self.values = huge_pages.zeros(shape, device=device, dtype=dtype)
 
     def write(self, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:

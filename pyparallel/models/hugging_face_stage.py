@@ -154,19 +154,48 @@ def _stack(model: nn.Module) -> str:
 @torch.no_grad()
 def _try_out(model: nn.Module) -> None:
     """A stage that is neither end must, without layers of its own, hand on what it is given."""
-    if model.device.type == "meta":
-        return
-    x = torch.linspace(-1.0, 1.0, 3 * model.config.hidden_size, device=model.device)
+    on_meta = model.device.type == "meta"
+    device = torch.device("cpu") if on_meta else model.device
+    config = model.config.get_text_config(decoder=True)
+    x = torch.linspace(-1.0, 1.0, 3 * config.hidden_size, device=device)
     x = x.to(model.dtype).view(1, 3, -1)
     taken = _leave(model, range(0), first=False, last=False)
+    # What has no memory gets some for this call: numbers that would show in the result.
+    stand_ins = _materialize(model.base_model) if on_meta else []
+    why = None
     try:
         y = model.base_model(inputs_embeds=x, use_cache=False).last_hidden_state
+    except Exception as error:
+        why = f"fails without layers of its own ({type(error).__name__}: {error})".splitlines()[0]
     finally:
+        for owner, name, tensor in stand_ins:
+            owner[name] = tensor
         for path, module in taken.items():
             owner, _, name = path.rpartition(".")
             setattr(model.base_model.get_submodule(owner), name, module)
+    if why is not None:
+        raise ValueError(
+            f"pp: {type(model).__name__} {why}, which a stage has to do without; use pp=1, and tp or cp"
+        )
     if not torch.equal(y, x):
         raise ValueError(
             f"pp: {type(model).__name__} changes its hidden states outside of its layers, which a "
             f"stage can't leave out; use pp=1, and tp or cp"
         )
+
+
+def _materialize(base: nn.Module) -> list[tuple[dict[str, Tensor | None], str, Tensor]]:
+    """Put tensors with memory in the places of those without; what stood there."""
+    replaced = []
+    for module in base.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                replaced.append((held, name, tensor))
+                if tensor.is_floating_point():
+                    value = torch.full(tensor.shape, 0.37, dtype=tensor.dtype)
+                else:
+                    value = torch.zeros(tensor.shape, dtype=tensor.dtype)
+                held[name] = nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value
+    return replaced

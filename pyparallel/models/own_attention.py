@@ -72,7 +72,7 @@ def _padded_on_the_left(
     q: Tensor, k: Tensor, v: Tensor, starts: tuple[int, ...], **how: Any
 ) -> Tensor:
     """[B, S, N_r, D]: row b attends to its keys from ``starts[b]`` on; padding queries give zeros."""
-    o = q.new_zeros(q.shape)
+    o = q.new_zeros(*q.shape[:-1], v.shape[-1])
     before = k.shape[1] - q.shape[1]
     for row, start in enumerate(starts):
         first = max(start - before, 0)

@@ -31,17 +31,13 @@ class SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make room, once the local KV heads and their size are known."""
-        if key_states.shape != value_states.shape:
-            raise ValueError(
-                f"KV cache: expected keys and values of one shape, got {tuple(key_states.shape)} "
-                f"and {tuple(value_states.shape)}; use the model's own generate()"
-            )
         _, num_kv_heads, _, head_dim = key_states.shape
         self._slots = KVCache(
             self.batch,
             num_kv_heads,
             self.length,
             head_dim,
+            value_dim=value_states.shape[-1],
             device=key_states.device,
             dtype=key_states.dtype,
         )
