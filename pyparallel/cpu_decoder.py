@@ -65,12 +65,16 @@ class CPUDecoder:
             self._shape(model), self._weights(model), group=engine, threads=threads, cores=cores
         )
 
-    def start(self, batch: int, slots: int) -> None:
-        """Begin ``batch`` sequences of up to ``slots`` tokens, with empty caches."""
+    def start(self, batch: int, slots: int, *, prompt: int = 0) -> None:
+        """Begin ``batch`` sequences of up to ``slots`` tokens, with empty caches.
+
+        Args:
+            prompt: how many tokens the first call of each has, where rotary frequencies depend on it.
+        """
         self.cache = [attention.new_cache(batch, slots) for attention in self._attentions]
         cos = sin = None
         if self._rotary is not None:
-            cos, sin = (t[0].contiguous() for t in self._rotary(torch.arange(slots)[None]))
+            cos, sin = (t.contiguous() for t in self._rotary.table(slots, prompt))
         # Held for as long as their addresses are in use.
         self._tables = (cos, sin)
         self.engine.use_cache(
@@ -175,7 +179,7 @@ class CPUSession:
 
     def __init__(self, model: Decoder, prompts: Sequence[Sequence[int]], slots: int) -> None:
         self.decoder = compiled(model)
-        self.decoder.start(len(prompts), slots)
+        self.decoder.start(len(prompts), slots, prompt=len(prompts[0]))
         self.prompts = prompts
 
     def prefill(self, sampling: Sampling, draws: Tensor) -> list[int]:
@@ -234,6 +238,8 @@ def reason_against(model: nn.Module, *args: Any) -> str | None:
     dtypes = {p.dtype for p in parameters if p.is_floating_point()}
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
         return f"expected one of fp32, bf16, fp16 throughout, got {sorted(map(str, dtypes))}"
+    if args and len(args[0]) > 1 and model.rows_apart:
+        return "its rotary frequencies depend on each prompt's length"
     if model.group.size > 1 and not isinstance(model.group.communicator, SharedMemoryCommunicator):
         return f"expected ranks that share memory, got {model.group.communicator.name}"
     return None

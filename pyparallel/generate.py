@@ -171,6 +171,8 @@ def generate(
             )
         device = next(model.parameters()).device
         return _joined(made, len(prompts), max_new_tokens, replicas, device)
+    if len(prompts) > 1 and not is_stage and getattr(model, "rows_apart", False):
+        return _one_by_one(model, prompts, max_new_tokens, sampling, stop_ids, on_token)
     started = time.perf_counter()
     if is_stage:
         session = backend.call("pipeline_session", model, prompts, max_new_tokens, micro_batches)
@@ -205,6 +207,36 @@ def generate(
         chosen = session.step(chosen, starts, sampling, draws(steps))
         take(chosen)
     return Generation(tokens, prefilled - started, time.perf_counter() - prefilled, steps)
+
+
+def _one_by_one(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_ids: Sequence[int] | None,
+    on_token: Callable[[int, int], None] | None,
+) -> Generation:
+    """Every prompt in a batch of its own: its answer must not depend on its neighbours' lengths."""
+    tokens, prefill_s, decode_s, steps = [], 0.0, 0.0, 0
+    for row, prompt in enumerate(prompts):
+
+        def tell(_: int, token: int, row: int = row) -> None:
+            if on_token is not None:
+                on_token(row, token)
+
+        made = generate(
+            model,
+            [prompt],
+            max_new_tokens=max_new_tokens,
+            sampling=replace(sampling, first_row=sampling.first_row + row),
+            stop_ids=stop_ids,
+            on_token=tell,
+        )
+        tokens += made.tokens
+        prefill_s, decode_s = prefill_s + made.prefill_s, decode_s + made.decode_s
+        steps += made.steps
+    return Generation(tokens, prefill_s, decode_s, steps)
 
 
 def _joined(

@@ -82,6 +82,8 @@ class PipelineSession:
         self.device = next(model.parameters()).device
         self.max_new_tokens = max_new_tokens
         count = micro_batches or min(len(prompts), model.stage.count)
+        if model.rows_apart:
+            count = len(prompts)
         self.parts: list[_MicroBatch] = []
         start = 0
         for size in part_sizes(len(prompts), count):

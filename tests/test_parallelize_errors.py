@@ -163,3 +163,12 @@ def test_one_guard_of_stages_for_tensors_with_and_without_memory(kind: str, devi
         with pytest.raises(ValueError, match=f"pp: {kind}ForCausalLM changes its hidden states"):
             plan_stage(model, 0, 2)
     assert {n: id(t) for n, t in (*model.named_parameters(), *model.named_buffers())} == tensors
+
+
+def test_a_plan_for_the_embedding_alone() -> None:
+    config = transformers.Lfm2Config(**TINY, num_attention_heads=4, num_key_value_heads=2)
+    with torch.device("meta"):
+        model = transformers.Lfm2ForCausalLM(config)
+    refused(
+        model, 2, "'lfm2'", "covers embed_tokens", "alone", "a base_model_tp_plan for its layers"
+    )

@@ -7,6 +7,7 @@ has the same few new tokens, and its part of a cache.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -93,11 +94,14 @@ def prefill_span(
 ) -> Span:
     """The span of this rank's tokens; positions count anew in every document."""
     positions = shards.positions(device=device, in_documents=True)
+    # The longest document of all ranks says how long the call is, as its largest position does.
+    bounds = shards.documents or ((0, shards.length),)
+    longest = max(stop - start for row in bounds for start, stop in itertools.pairwise(row))
     return Span(
         positions.expand(batch, -1),
         shards.length,
         uniform=True,
-        rotation=None if rotary is None else rotary(positions),
+        rotation=None if rotary is None else rotary(positions, longest),
         context=ContextPrefill(shards, ContextSlots(shards) if cached else None),
     )
 

@@ -65,5 +65,5 @@ class Span:
             behind = positions.unsqueeze(-1) - torch.arange(end, device=device)
             seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
             mask = seen.unsqueeze(1)
-        rotation = None if rotary is None else rotary(positions)
+        rotation = None if rotary is None else rotary(positions, end)
         return cls(positions.expand(len(starts), length), end, uniform, rotation, mask)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pyparallel.layers.rotary_embedding import RopeScaling
+from pyparallel.layers.rope_scaling import scaling_of
+from pyparallel.layers.rotary_embedding import RopeScaling, Stretch
 from pyparallel.models.config_keys import complete
 
 GATED = {
@@ -65,7 +66,7 @@ class DecoderConfig:
     qk_norm: bool
     rotary_dim: int
     rope_theta: float
-    rope_scaling: RopeScaling
+    rope_scaling: Stretch
     parallel_residual: bool
     windows: tuple[int | None, ...]
     tied: bool
@@ -93,7 +94,12 @@ def from_hugging_face(config: Mapping[str, Any]) -> DecoderConfig:
         raise UnknownArchitectureError(
             f"model_type: expected one of {', '.join(readers)}, got {model_type!r}"
         )
-    return readers[model_type](complete(config))
+    found = readers[model_type](complete(config))
+    if found.rope_scaling.kind == "dynamic":
+        # Frequencies that grow from the trained length on are for texts that are longer.
+        longest = int(found.max_positions * found.rope_scaling.factor)
+        found = replace(found, max_positions=max(found.max_positions, longest))
+    return found
 
 
 def _ids(value: int | list[int] | None) -> tuple[int, ...]:
@@ -108,19 +114,12 @@ def _kind(names: Mapping[str, str], key: str, value: str) -> str:
     return names[value]
 
 
-def _rope(config: Mapping[str, Any], max_positions: int) -> tuple[float, float, RopeScaling]:
+def _rope(config: Mapping[str, Any], max_positions: int) -> tuple[float, float, Stretch]:
     """Base, rotated share of the head, and scaling, in any of the spellings in use."""
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = given.get("rope_theta") or config.get("rope_theta") or config.get("rotary_emb_base")
     share = given.get("partial_rotary_factor") or config.get("rotary_pct")
-    kind = given.get("rope_type") or given.get("type") or "default"
-    scaling = RopeScaling(
-        kind,
-        given.get("factor", 1.0),
-        given.get("low_freq_factor", 1.0),
-        given.get("high_freq_factor", 4.0),
-        given.get("original_max_position_embeddings") or max_positions,
-    )
+    scaling = scaling_of(given, config, max_positions)
     return float(theta or 10000.0), float(share or 1.0), scaling
 
 

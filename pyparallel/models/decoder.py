@@ -189,6 +189,11 @@ class Decoder(nn.Module):
         """The tokens that end a text."""
         return self.config.stop_ids
 
+    @property
+    def rows_apart(self) -> bool:
+        """Whether a prompt's answer depends on what else is in its batch."""
+        return self.rotary is not None and self.rotary.depends_on_length
+
     def own_tokens(self, length: int) -> int:
         """How many of a sequence's ``length`` tokens a stage hands to the next one on this rank."""
         return (

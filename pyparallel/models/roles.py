@@ -58,10 +58,13 @@ def roles_of(model: nn.Module) -> Roles:
         shipped = dict(getattr(model, "tp_plan", None) or {})
         # The LM head and the embedding have an entry even where the layers have none.
         if not any("*" in name for name in shipped):
+            covered = ", ".join(sorted(name.rpartition(".")[2] for name in shipped))
+            why = f"its base_model_tp_plan covers {covered} alone" if shipped else "it ships none"
             raise ValueError(
-                f"parallelize: no plan for model type {model_type!r} ({type(model).__name__}); first "
-                f"module without one: {_first_matrix(model)}; supported: {', '.join(sorted(PLANS))}, "
-                f"and every type whose config ships a base_model_tp_plan"
+                f"parallelize: no plan for the layers of model type {model_type!r} "
+                f"({type(model).__name__}): {why}; first module without one: {_first_matrix(model)}; "
+                f"supported: {', '.join(sorted(PLANS))}, and every type whose config ships a "
+                f"base_model_tp_plan for its layers"
             )
         roles = _by_shipped_plan(model, shipped)
     _share_the_rest(model, roles)

@@ -18,6 +18,9 @@ from pyparallel.layers.kv_cache import KVCache
 from pyparallel.layers.parallel_lm_head import ParallelLMHead
 from pyparallel.layers.span import Span
 
+# Types whose generate() forgets its cache where the frequencies change.
+RESTARTING = ("phi3", "phi4_multimodal", "phimoe")
+
 
 class SlotLayer(CacheLayerMixin):
     """One layer's static cache, in which a token's slot is its position."""
@@ -125,6 +128,13 @@ class TransformersDecoder(nn.Module):
             () if stop is None else tuple(stop) if isinstance(stop, list) else (stop,)
         )
         self._config = config
+        # transformers reads the length off the largest position of a whole batch.
+        kinds = [vars(m).get("rope_type", "") for m in model.modules()]
+        named = {k for kind in kinds for k in (kind.values() if isinstance(kind, dict) else [kind])}
+        if any("dynamic" in kind for kind in named):
+            rope = getattr(config, "rope_parameters", None) or {}
+            self.max_positions = int(self.max_positions * max(rope.get("factor") or 1.0, 1.0))
+        self.rows_apart = any("dynamic" in kind or "longrope" in kind for kind in named)
         self._check_forward()
 
     def new_cache(self, batch: int, length: int) -> Cache:
@@ -134,6 +144,28 @@ class TransformersDecoder(nn.Module):
 
     def hidden(self, ids: Tensor, starts: Sequence[int], cache: Cache | None = None) -> Tensor:
         """The last hidden states [B, S, H] of ``ids [B, S]``, whose rows begin at ``starts``."""
+        if cache is not None and self.rows_apart:
+            cache.seen, ids, starts, new = self._with_seen(cache, ids, starts)
+            return self._hidden(ids, starts, cache)[:, -new:]
+        return self._hidden(ids, starts, cache)
+
+    def _with_seen(
+        self, cache: Cache, ids: Tensor, starts: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Sequence[int], int]:
+        """All tokens of a sequence; those of this call and where they begin; how many are new.
+
+        Where a sequence grows beyond the length that its keys' frequencies were for, transformers
+        forgets the cache of a Phi-3 and reads the sequence anew.
+        """
+        new, start = ids.shape[1], starts[0]
+        seen = ids if start == 0 else torch.cat([cache.seen[:, :start], ids], 1)
+        length = getattr(self._config, "original_max_position_embeddings", None)
+        restarts = length is not None and self._config.model_type in RESTARTING
+        if restarts and 0 < start <= length < start + new:
+            return seen, seen, [0] * len(starts), new
+        return seen, ids, starts, new
+
+    def _hidden(self, ids: Tensor, starts: Sequence[int], cache: Cache | None) -> Tensor:
         span = Span.of(starts, ids.shape[1], device=ids.device)
         for layer in [] if cache is None else cache.layers:
             layer.span = span
