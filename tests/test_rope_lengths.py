@@ -77,13 +77,7 @@ def answer(sizes: dict[str, int], folder: str, name: str | None) -> tuple[list[l
     # A rank of cp needs a token of every prompt.
     prompts = PROMPTS if sizes.get("cp", 1) == 1 else [PROMPTS[0], PROMPTS[2]]
     with backend.use(name) if name else torch.no_grad():
-        made = generate(
-            model,
-            prompts,
-            max_new_tokens=NEW,
-            stop_ids=[],
-            replicas=mesh.dp if mesh.dp.size > 1 else None,
-        )
+        made = generate(model, prompts, max_new_tokens=NEW, stop_ids=[], replicas=mesh.dp)
     return made.tokens, prompts
 
 

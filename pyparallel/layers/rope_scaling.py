@@ -3,8 +3,8 @@
 Legend: E rotated pairs of features, D = 2 E, b the base, s the factor, L0 the trained length, n the
 length of a call: one more than its largest position.
 
-    yarn      f_i = (1 - k_i) / (s b^(2i/D)) + k_i / b^(2i/D), k falling from 1 to 0 between the pairs that
-              turn beta_fast and beta_slow times in L0; cosines and sines times 0.1 log s + 1
+    yarn      f_i = (1 - k_i) / (s b^(2i/D)) + k_i / b^(2i/D), k falling from 1 to 0 between the pairs
+              that turn beta_fast and beta_slow times in L0; cosines and sines times 0.1 log s + 1
     dynamic   b' = b (s n / L0 - (s - 1))^(D / (D - 2)) where n > L0
     longrope  f_i = 1 / (g_i b^(2i/D)), g the long factors where n > L0, else the short ones; cosines and
               sines times sqrt(1 + log s / log L0)
