@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from pyparallel.communicator import LocalCommunicator
 from pyparallel.group import Group
@@ -105,6 +106,22 @@ def test_hooks_are_not_lost() -> None:
     model = build("gpt2")
     model.transformer.h[0].mlp.c_fc.register_forward_hook(lambda *_: None)
     refused(model, 2, "transformer.h.0.mlp.c_fc", "hooks")
+
+
+def test_backward_hooks_and_gradient_hooks_are_not_lost() -> None:
+    model = build("gpt2")
+    model.lm_head.register_full_backward_hook(lambda *_: None)
+    refused(model, 2, "lm_head", "backward hooks")
+    model = build("llama")
+    model.model.layers[1].mlp.up_proj.weight.register_hook(lambda _: None)
+    refused(model, 2, "model.layers.1.mlp.up_proj.weight", "gradient hooks")
+    model = build("llama")
+    spectral_norm(model.model.layers[0].mlp.down_proj)
+    refused(model, 2, "model.layers.0.mlp.down_proj", "weight is parametrized")
+    model = build("gpt2")
+    model.transformer.h[0].mlp.dropout.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"h.0.mlp.dropout: has forward hooks"):
+        parallelize(model, mesh_of(2), sequence_parallel=True)
 
 
 def test_tie_to_a_module_that_stays_whole() -> None:

@@ -13,6 +13,7 @@ from pyparallel.group import Group
 from pyparallel.layers.context_kv_cache import ContextKVCache
 from pyparallel.layers.kv_cache import KVCache
 from pyparallel.layers.norm import HeadRMSNorm
+from pyparallel.layers.owner import check_replaceable
 from pyparallel.layers.qkv_parallel_linear import QKVParallelLinear
 from pyparallel.layers.rotary_embedding import RotaryEmbedding
 from pyparallel.layers.row_parallel_linear import RowParallelLinear
@@ -109,6 +110,7 @@ class ParallelAttention(nn.Module):
             ValueError: the module has what this one has not (dropout, other key or value sizes,
                 added bias or zero attention), or takes its batch second.
         """
+        check_replaceable(attention)
         for name, wanted in (
             ("dropout", 0.0),
             ("batch_first", True),
@@ -132,7 +134,7 @@ class ParallelAttention(nn.Module):
         dense = {"weight": attention.in_proj_weight, "bias": attention.in_proj_bias}
         module.qkv_proj.load_dense(dense)
         module.out_proj.load_dense(attention.out_proj)
-        return module
+        return module.train(attention.training)
 
     def new_cache(
         self, batch: int, length: int, *, context: Group | None = None

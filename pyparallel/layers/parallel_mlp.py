@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from pyparallel import backend
 from pyparallel.group import Group
 from pyparallel.layers.column_parallel_linear import ColumnParallelLinear
+from pyparallel.layers.owner import join_dense
 from pyparallel.layers.row_parallel_linear import RowParallelLinear
 from pyparallel.shard import features, fuse
 
@@ -101,13 +102,15 @@ class ParallelMLP(nn.Module):
             group=group,
             sequence_parallel=sequence_parallel,
         )
-        parts = [up] if gate is None else [gate, up]
-        dense = {"weight": torch.cat([part.weight.detach() for part in parts])}
-        if up.bias is not None:
-            dense["bias"] = torch.cat([part.bias.detach() for part in parts])
-        module.up_proj.load_dense(dense)
+        if (down.bias is None) != (up.bias is None):
+            raise ValueError(
+                f"bias: expected both of up and down or neither, got {up.bias is not None} and "
+                f"{down.bias is not None}; give both a bias, of zeros where there was none"
+            )
+        names = ("up",) if gate is None else ("gate", "up")
+        module.up_proj.load_dense(join_dense([up] if gate is None else [gate, up], names))
         module.down_proj.load_dense(down)
-        return module
+        return module.train(up.training)
 
     def forward(self, x: Tensor, *, length: int | None = None) -> Tensor:
         """Apply the MLP.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyparallel.collectives import all_reduce_raw
 from pyparallel.group import Group
+from pyparallel.layers.owner import check_replaceable
 from pyparallel.quantize import PackedWeight, largest_of_rows, quantize_rows, weave_blocks_
 from pyparallel.shard import Sharding
 
@@ -125,6 +126,26 @@ class ShardedModule(nn.Module):
         self.shardings[name] = sharding
         self.dense_shapes[name] = shape
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        base, _, kind = name.rpartition("_")
+        if kind in ("orig", "g", "v") and base in self.shardings:
+            self._refuse_derived(base)
+        super().register_parameter(name, param)
+
+    def __delattr__(self, name: str) -> None:
+        # What torch does first where it makes a parameter from others.
+        if name in self.shardings:
+            self._refuse_derived(name)
+        super().__delattr__(name)
+
+    def _refuse_derived(self, name: str) -> None:
+        if self.group.size > 1:
+            raise ValueError(
+                f"{type(self).__name__}.{name}: expected to stay a parameter, since parametrizations, "
+                f"weight_norm, spectral_norm and pruning would look at this rank's shard alone; apply "
+                f"them to the dense module, and make them permanent before it is cut"
+            )
+
     def split_dense(self, name: str, dense: Tensor) -> Tensor:
         """This rank's part of the dense parameter ``name``."""
         if tuple(dense.shape) != self.dense_shapes[name]:
@@ -137,9 +158,15 @@ class ShardedModule(nn.Module):
     def load_dense(self, dense: nn.Module | Mapping[str, Tensor | None]) -> ShardedModule:
         """Take this rank's parts of a dense module's (or mapping's) parameters; returns self.
 
+        ``requires_grad``, dtype, device and training mode are the dense one's.
+
         Raises:
-            ValueError: a parameter is missing or has another shape.
+            ValueError: a parameter is missing or has another shape; the module has hooks, or else what
+                a twin would lose (:mod:`pyparallel.layers.owner`).
         """
+        if isinstance(dense, nn.Module):
+            check_replaceable(dense)
+            self.train(dense.training)
         self.weight_kind = self.weight_scale = self._dtype = None
         for name in self.shardings:
             value = dense.get(name) if isinstance(dense, Mapping) else getattr(dense, name, None)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from pyparallel.group import Group
 from pyparallel.layers.column_parallel_linear import ColumnParallelLinear
+from pyparallel.layers.owner import join_dense
 from pyparallel.shard import HeadLayout, fuse
 
 
@@ -83,6 +84,7 @@ class QKVParallelLinear(ColumnParallelLinear):
     ) -> QKVParallelLinear:
         """The parallel twin of three projections that read the same x."""
         parts = (query, key, value)
+        dense = join_dense(parts, ("query", "key", "value"))
         module = cls(
             query.in_features,
             query.out_features // head_dim,
@@ -94,10 +96,8 @@ class QKVParallelLinear(ColumnParallelLinear):
             group=group,
             sequence_parallel=sequence_parallel,
         )
-        dense = {"weight": torch.cat([part.weight.detach() for part in parts])}
-        if query.bias is not None:
-            dense["bias"] = torch.cat([part.bias.detach() for part in parts])
-        return module.load_dense(dense)
+        module.load_dense(dense)
+        return module.train(query.training)
 
     def forward(self, x: Tensor, *, length: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         heads = super().forward(x, length=length).unflatten(-1, (-1, self.head_dim))

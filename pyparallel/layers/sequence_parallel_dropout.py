@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from pyparallel.functional.dropout import dropout
 from pyparallel.group import Group
+from pyparallel.layers.owner import check_replaceable
 from pyparallel.sequence import shard_sizes
 
 
@@ -43,7 +44,8 @@ class SequenceParallelDropout(nn.Module):
     @classmethod
     def from_dense(cls, module: nn.Dropout, *, group: Group) -> SequenceParallelDropout:
         """The parallel twin of ``module``."""
-        return cls(module.p, module.inplace, group=group)
+        check_replaceable(module)
+        return cls(module.p, module.inplace, group=group).train(module.training)
 
     def forward(self, x: Tensor, *, length: int | None = None) -> Tensor:
         """Drop elements, in training.

@@ -11,6 +11,7 @@ from pyparallel import backend
 from pyparallel.functional.shared_parameters import sum_gradients
 from pyparallel.group import Group
 from pyparallel.layers.norm import LayerNorm
+from pyparallel.layers.owner import check_replaceable
 
 
 class SequenceParallelLayerNorm(LayerNorm):
@@ -46,6 +47,7 @@ class SequenceParallelLayerNorm(LayerNorm):
     @classmethod
     def from_dense(cls, norm: nn.LayerNorm, *, group: Group) -> SequenceParallelLayerNorm:
         """The parallel twin of ``norm``, with copies of its parameters."""
+        check_replaceable(norm)
         affine = norm.weight is not None
         module = cls(
             norm.normalized_shape,
@@ -59,7 +61,7 @@ class SequenceParallelLayerNorm(LayerNorm):
         for name, parameter in norm.named_parameters(recurse=False):
             copy = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
             setattr(module, name, copy)
-        return module
+        return module.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = sum_gradients(self.weight, self.bias, group=self.group)

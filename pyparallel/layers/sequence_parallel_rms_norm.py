@@ -11,6 +11,7 @@ from pyparallel import backend
 from pyparallel.functional.shared_parameters import sum_gradients
 from pyparallel.group import Group
 from pyparallel.layers.norm import RMSNorm
+from pyparallel.layers.owner import check_replaceable
 
 
 class SequenceParallelRMSNorm(RMSNorm):
@@ -45,6 +46,7 @@ class SequenceParallelRMSNorm(RMSNorm):
     @classmethod
     def from_dense(cls, norm: nn.RMSNorm, *, group: Group) -> SequenceParallelRMSNorm:
         """The parallel twin of ``norm``, with a copy of its weight."""
+        check_replaceable(norm)
         affine = norm.weight is not None
         module = cls(
             norm.normalized_shape,
@@ -57,7 +59,7 @@ class SequenceParallelRMSNorm(RMSNorm):
         if affine:
             weight = norm.weight
             module.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
-        return module
+        return module.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
         (weight,) = sum_gradients(self.weight, group=self.group)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from pyparallel.group import Group
+from pyparallel.layers.owner import check_replaceable
 from pyparallel.layers.vocab_parallel_embedding import vocab_sharding
 from pyparallel.models.roles import Attention, Roles, roles_of
 from pyparallel.shard import HeadLayout, Sharding, features, fuse
@@ -181,6 +183,8 @@ def _check_module(module: nn.Module, name: str, cut: Cut) -> None:
     kind = type(module).__name__
     if cut.kind == "shared":
         return
+    if parametrize.is_parametrized(module):
+        check_replaceable(module, name)
     if cut.kind == "embedding":
         good = type(module) is nn.Embedding or kind.endswith("ScaledWordEmbedding")
     else:
@@ -191,8 +195,7 @@ def _check_module(module: nn.Module, name: str, cut: Cut) -> None:
             f"{name}: a module of type {kind} can't be cut; expected a plain torch one "
             f"(parallelize before adding adapters, and without quantization)"
         )
-    if module._forward_hooks or module._forward_pre_hooks:
-        raise ValueError(f"{name}: has forward hooks, which would be lost; add them afterwards")
+    check_replaceable(module, name)
 
 
 def _divide(name: str, whole: int, parts: int, what: str) -> int:

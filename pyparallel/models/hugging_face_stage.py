@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyparallel.models.sequence_region import SequenceRegion
 from pyparallel.models.stage import Stage, partition
 
 
@@ -28,14 +29,17 @@ class Elsewhere(nn.Module):
                 and not isinstance(value, (Tensor, nn.Module))
             ):
                 setattr(self, name, value)
-        # The stack's ends are where sequence parallelism cuts and gathers.
-        for hooks in (
-            "_forward_pre_hooks",
-            "_forward_pre_hooks_with_kwargs",
-            "_forward_hooks",
-            "_forward_hooks_with_kwargs",
+        # The stack's ends are where sequence parallelism cuts and gathers; an owner's hooks on the layer
+        # run where the layer is.
+        for hooks, told in (
+            ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+            ("_forward_hooks", "_forward_hooks_with_kwargs"),
         ):
-            setattr(self, hooks, getattr(layer, hooks))
+            for number, hook in getattr(layer, hooks).items():
+                if isinstance(getattr(hook, "__self__", None), SequenceRegion):
+                    getattr(self, hooks)[number] = hook
+                    if number in getattr(layer, told):
+                        getattr(self, told)[number] = True
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from pyparallel.group import Group
+from pyparallel.layers.owner import check_replaceable
 from pyparallel.layers.parameters import ShardedModule
 from pyparallel.layers.sequence_parallel_dropout import SequenceParallelDropout
 from pyparallel.models.cuts import Cuts
@@ -157,6 +158,8 @@ def check_sequence(model: nn.Module, cuts: Cuts) -> None:
     places = _places(cuts, cuts.modules)
     if stack in {parent_of(place) for place in places}:
         raise ValueError(f"{stack}: a layer's own projection is cut; expected it in a module")
+    for name in _dropouts(model, stack, cuts):
+        check_replaceable(model.get_submodule(name), name)
     cores = {attention.attention.core for attention in cuts.attentions}
     for name, module in model.get_submodule(stack).named_modules(prefix=stack):
         for attribute, value in vars(module).items():
