@@ -161,7 +161,8 @@ def _share_the_rest(model: nn.Module, roles: Roles) -> None:
     for place in dict.fromkeys(places):
         for name, module in model.get_submodule(place).named_modules(prefix=place):
             own = dict(module.named_parameters(recurse=False))
-            if not own or name in covered:
+            # A parametrized module is refused by its own name, where it is to be replaced.
+            if not own or name.partition(".parametrizations")[0] in covered:
                 continue
             known = name.rpartition(".")[2] in SHARED_ON_SHARDS
             if known and place in cores:

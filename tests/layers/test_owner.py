@@ -88,17 +88,17 @@ def test_flags_dtype_and_mode_survive(name: str) -> None:
 def test_a_part_that_is_frozen_alone() -> None:
     dense = TWINS["qkv"][0]()
     dense[1].requires_grad_(False)
-    with pytest.raises(ValueError, match="weight: .*query: True, key: False.*freeze all"):
+    with pytest.raises(ValueError, match=r"weight: .*query: True, key: False.*freeze all"):
         qkv(*dense)
     dense = TWINS["mlp"][0]()
     dense[2].bias.requires_grad_(False)
-    with pytest.raises(ValueError, match="bias: .*gate: False, up: True.*freeze all"):
+    with pytest.raises(ValueError, match=r"bias: .*gate: False, up: True.*freeze all"):
         mlp(*dense)
     dense = [nn.Linear(8, 6), nn.Linear(6, 8, bias=False), nn.Linear(8, 6)]
-    with pytest.raises(ValueError, match="bias: expected both of up and down"):
+    with pytest.raises(ValueError, match=r"bias: expected both of up and down"):
         mlp(*dense)
     dense = [nn.Linear(8, 8), nn.Linear(8, 4, bias=False), nn.Linear(8, 4)]
-    with pytest.raises(ValueError, match="bias: .*key: False"):
+    with pytest.raises(ValueError, match=r"bias: .*key: False"):
         qkv(*dense)
     # A frozen bias alone stays so.
     linear = nn.Linear(8, 6)
@@ -143,7 +143,7 @@ def test_hooks_of_every_kind_are_told(name: str) -> None:
             assert "\n" not in str(caught.value)
     dense = build()
     dense[0].forward = lambda x: x
-    with pytest.raises(ValueError, match="its forward was replaced"):
+    with pytest.raises(ValueError, match=r"its forward was replaced"):
         twin_of(*dense)
 
 
@@ -151,7 +151,7 @@ def test_hooks_of_gradients_are_told() -> None:
     for add in ("register_hook", "register_post_accumulate_grad_hook"):
         linear = nn.Linear(8, 6)
         getattr(linear.weight, add)(lambda *_: None)
-        with pytest.raises(ValueError, match="Linear.weight: has gradient hooks"):
+        with pytest.raises(ValueError, match=r"Linear.weight: has gradient hooks"):
             RowParallelLinear.from_dense(linear, group=GROUP)
 
 
@@ -173,9 +173,9 @@ def test_what_makes_a_parameter_from_others(name: str) -> None:
         ColumnParallelLinear(8, 6, group=GROUP),
         RowParallelLinear(8, 6, group=GROUP),
     ):
-        with pytest.raises(ValueError, match="weight: expected to stay a parameter"):
+        with pytest.raises(ValueError, match=r"weight: expected to stay a parameter"):
             MAKERS[name](twin)
-    with pytest.raises(ValueError, match="parametrized|forward pre-hooks"):
+    with pytest.raises(ValueError, match=r"parametrized|forward pre-hooks"):
         ColumnParallelLinear.from_dense(MAKERS[name](nn.Linear(8, 6)), group=GROUP)
     alone = MAKERS[name](ColumnParallelLinear(8, 6, group=Group.single()))
     assert alone(torch.ones(2, 8)).shape == (2, 6)
