@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from pyparallel import _C, backend
 from pyparallel.cpu_ops import ACTIVATIONS
-from pyparallel.cpu_weights import PRECISIONS, weight_argument, widened
+from pyparallel.cpu_weights import PRECISIONS, hold, weight_argument, widened
 from pyparallel.functional.next_token import Sampling, sample
 from pyparallel.layers.kv_cache import KVCache
 from pyparallel.layers.parallel_mlp import GATED
 from pyparallel.layers.parameters import ShardedModule
 from pyparallel.models.context_decoder import ContextDecoder
 from pyparallel.models.decoder import Decoder
+from pyparallel.models.plain import unlike_plain
 from pyparallel.shared_memory import SharedMemoryCommunicator
 
 
@@ -55,8 +56,9 @@ class CPUDecoder:
         self.group = model.group
         self.head_start = model.head._start
         self.vocab_rows = model.head.weight.shape[0]
-        # Everything the C++ side holds addresses of.
+        # Everything the C++ side holds addresses of, and what of it had to be copied.
         self._kept: list[Tensor] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []
         self.cache: list[KVCache] | None = None
         threads = threads or torch.get_num_threads()
         cores = _cores(self.group.rank, self.group.size, threads) if pin else []
@@ -71,6 +73,9 @@ class CPUDecoder:
         Args:
             prompt: how many tokens the first call of each has, where rotary frequencies depend on it.
         """
+        # Weights are read in place. What is a copy is taken anew, however its source was changed.
+        for source, copy in self._copies:
+            copy.copy_(source)
         self.cache = [attention.new_cache(batch, slots) for attention in self._attentions]
         cos = sin = None
         if self._rotary is not None:
@@ -113,7 +118,7 @@ class CPUDecoder:
         """The address of a tensor in fp32 that will live as long as this object; 0 for None."""
         if tensor is None:
             return 0
-        self._kept.append(widened(tensor.detach()))
+        hold(tensor, widened(tensor.detach()), self._kept, self._copies)
         return self._kept[-1].data_ptr()
 
     def _norm(self, module: nn.Module) -> tuple[int, int]:
@@ -122,7 +127,8 @@ class CPUDecoder:
 
     def _weight(self, module: ShardedModule) -> tuple[int, int, int, int, int]:
         weight = module.weight if module.packed is None else module.packed
-        return weight_argument("weight", weight, getattr(module, "bias", None), self._kept)
+        bias = getattr(module, "bias", None)
+        return weight_argument("weight", weight, bias, self._kept, self._copies)
 
     def _shape(self, model: Decoder) -> dict[str, Any]:
         attention, mlp = model.layers[0].attention, model.layers[0].mlp
@@ -213,10 +219,9 @@ _compiled: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, CPUDecoder]] = (
 
 def compiled(model: Decoder) -> CPUDecoder:
     """The model's :class:`CPUDecoder`, made anew only if its parameters have moved."""
-    # Norms and biases may be copies, so a change in place counts; inference tensors do not count theirs.
-    versions = (0 if p.is_inference() else p._version for p in model.parameters())
-    addresses = (p.data_ptr() for p in model.parameters())
-    key = (torch.get_num_threads(), *zip(addresses, versions, strict=True))
+    held = (*model.parameters(), *model.buffers())
+    places = ((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in held)
+    key = (torch.get_num_threads(), model.config, *places)
     known = _compiled.get(model)
     if known is None or known[0] != key:
         known = (key, CPUDecoder(model))
@@ -242,7 +247,7 @@ def reason_against(model: nn.Module, *args: Any) -> str | None:
         return "its rotary frequencies depend on each prompt's length"
     if model.group.size > 1 and not isinstance(model.group.communicator, SharedMemoryCommunicator):
         return f"expected ranks that share memory, got {model.group.communicator.name}"
-    return None
+    return unlike_plain(model)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -14,13 +14,18 @@ PRECISIONS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2} | {
 
 
 def weight_argument(
-    name: str, weight: Tensor | PackedWeight, bias: Tensor | None, held: list[Tensor]
+    name: str,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None,
+    held: list[Tensor],
+    copies: list[tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[int, int, int, int, int]:
     """A weight as the kernels take it: (data, precision, bias, scale, rows).
 
     Args:
         held: gets what has to live as long as the addresses are in use: aliases, so that a parameter
             may be given other data.
+        copies: gets (source, copy) of what had to be copied.
     """
     N = weight.shape[0]
     data, scale, precision = weight, None, form(weight)
@@ -32,10 +37,22 @@ def weight_argument(
     for part in (bias, scale):
         if part is not None:
             expect(part.shape == (N,), f"{name}'s bias or scale", (N,), tuple(part.shape))
-            held.append(widened(part.detach()))
+            hold(part, widened(part.detach()), held, copies)
         addresses.append(0 if part is None else held[-1].data_ptr())
-    held.append(data.detach().contiguous())
+    hold(data, data.detach().contiguous(), held, copies)
     return held[-1].data_ptr(), PRECISIONS[precision], *addresses, N
+
+
+def hold(
+    source: Tensor,
+    as_read: Tensor,
+    held: list[Tensor],
+    copies: list[tuple[Tensor, Tensor]] | None,
+) -> None:
+    """Keep ``as_read``, which kernels read for ``source``, and note it where it is a copy."""
+    held.append(as_read)
+    if copies is not None and as_read.data_ptr() != source.data_ptr():
+        copies.append((source.detach(), as_read))
 
 
 def form(weight: Tensor | PackedWeight) -> torch.dtype | str:

@@ -19,7 +19,7 @@ from pyparallel import backend, cpu_decoder, pipeline_session  # noqa: F401
 from pyparallel.batch import join_rows, part_of
 from pyparallel.collectives import all_reduce_raw
 from pyparallel.context import check_length
-from pyparallel.functional.next_token import Sampling
+from pyparallel.functional.next_token import Sampling, sample
 from pyparallel.group import Group
 
 
@@ -64,7 +64,7 @@ class ModuleSession:
         for row, prompt in zip(ids, self.prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt)
         hidden = self.model.last_hidden(ids.to(self.device), lengths, self.cache)
-        return self.model.head.sample(hidden, sampling, draws).tolist()
+        return self._choose(hidden, sampling, draws)
 
     def step(
         self, tokens: Sequence[int], starts: Sequence[int], sampling: Sampling, draws: Tensor
@@ -72,7 +72,14 @@ class ModuleSession:
         """The token after each of ``tokens``, which stand at ``starts``."""
         ids = torch.tensor(tokens, device=self.device).unsqueeze(1)
         hidden = self.model.hidden(ids, starts, self.cache)
-        return self.model.head.sample(hidden[:, 0], sampling, draws).tolist()
+        return self._choose(hidden[:, 0], sampling, draws)
+
+    def _choose(self, hidden: Tensor, sampling: Sampling, draws: Tensor) -> list[int]:
+        head = self.model.head
+        if hasattr(head, "sample"):
+            return head.sample(hidden, sampling, draws).tolist()
+        # A head that its owner has put there makes whole logits, alike on all ranks.
+        return sample(head(hidden), sampling, draws, start=0, group=Group.single()).tolist()
 
 
 def _modules_reason(model: CausalLM, *args: Any) -> str | None:
@@ -146,6 +153,7 @@ def generate(
     sampling = sampling or Sampling()
     stops = set(model.stop_ids if stop_ids is None else stop_ids)
     check_prompts(prompts, max_new_tokens, model.vocab_size, model.max_positions)
+    _check_root(model)
     context = getattr(model, "context", None)
     if context is not None:
         check_length(max(map(len, prompts)), context)
@@ -247,6 +255,18 @@ def _joined(
     spent = torch.tensor([made.prefill_s, made.decode_s, made.steps], dtype=torch.float64)
     prefill_s, decode_s, steps = all_reduce_raw(spent.to(device), replicas, op="max").tolist()
     return Generation(tokens, prefill_s, decode_s, int(steps))
+
+
+def _check_root(model: CausalLM) -> None:
+    """Generation goes through the model's parts, so what runs around the whole would be left out."""
+    for module in (model, getattr(model, "model", None)):
+        if module is not None and (
+            module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        ):
+            raise ValueError(
+                f"model: expected a {type(module).__name__} without forward hooks or a forward of its "
+                f"own, since generate() calls its parts; put them on a module inside it"
+            )
 
 
 def check_micro_batches(count: int | None, most: int) -> None:

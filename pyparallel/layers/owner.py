@@ -30,6 +30,11 @@ def hooks_of(module: nn.Module) -> list[str]:
     return [kind for place, kind in HOOKS.items() if getattr(module, place, None)]
 
 
+def is_touched(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than its class's forward: hooks, or another forward."""
+    return bool(hooks_of(module)) or "forward" in vars(module)
+
+
 def check_replaceable(module: nn.Module, name: str | None = None) -> None:
     """Raise where a twin of ``module`` would lose something that its owner has added.
 

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from pyparallel.functional.column_parallel_linear import column_parallel_linear
-from pyparallel.functional.next_token import Sampling, greedy, sample
+from pyparallel.functional.next_token import Sampling, sample
 from pyparallel.functional.packed_linear import packed_linear
 from pyparallel.group import Group
 from pyparallel.layers.column_parallel_linear import ColumnParallelLinear
+from pyparallel.layers.owner import is_touched
 from pyparallel.layers.vocab_parallel_embedding import vocab_sharding
 
 
@@ -56,7 +57,7 @@ class ParallelLMHead(ColumnParallelLinear):
 
     def greedy(self, x: Tensor) -> Tensor:
         """The likeliest id [B] after each hidden state of ``x [B, K]``; no logits are gathered."""
-        return greedy(self.local_logits(x), start=self._start, group=self.group)
+        return self.sample(x, Sampling(), torch.zeros(x.shape[0], dtype=torch.long))
 
     def sample(self, x: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
         """A drawn id [B] after each hidden state of ``x [B, K]``; no logits are gathered.
@@ -64,7 +65,20 @@ class ParallelLMHead(ColumnParallelLinear):
         Args:
             draws: [B], int64: a number of its own for each draw of ``sampling.seed``.
         """
-        return sample(self.local_logits(x), sampling, draws, start=self._start, group=self.group)
+        logits, start, group = self.logits_to_sample(x)
+        return sample(logits, sampling, draws, start=start, group=group)
+
+    def logits_to_sample(self, x: Tensor) -> tuple[Tensor, int, Group]:
+        """The logits that tokens are chosen from, the first one's id, and the ranks they are cut over.
+
+        They are this rank's; where a hook sees the output, or another forward makes it, they are whole.
+        """
+        if not is_touched(self) and type(self).forward is ColumnParallelLinear.forward:
+            return self.local_logits(x), self._start, self.group
+        logits = self(x)
+        if logits.shape[-1] == self.out_features:
+            return logits, 0, Group.single()
+        return logits, self._start, self.group
 
     @property
     def _start(self) -> int:

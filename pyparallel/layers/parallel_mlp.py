@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pyparallel import backend
 from pyparallel.group import Group
 from pyparallel.layers.column_parallel_linear import ColumnParallelLinear
-from pyparallel.layers.owner import join_dense
+from pyparallel.layers.owner import is_touched, join_dense
 from pyparallel.layers.row_parallel_linear import RowParallelLinear
 from pyparallel.shard import features, fuse
 
@@ -129,6 +129,7 @@ class ParallelMLP(nn.Module):
         """``act(gate) * up`` where a backend has a kernel for both at once."""
         up = self.up_proj
         plain = up.bias is None and not up.sequence_parallel and not up.input_is_gathered
+        plain = plain and type(up) is ColumnParallelLinear and not is_touched(up)
         if not plain or self.activation not in GATED or up.packed is not None:
             return None
         arguments = x, up.weight, GATED[self.activation], up.group

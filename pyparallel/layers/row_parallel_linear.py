@@ -12,6 +12,7 @@ from pyparallel.functional.packed_linear import packed_linear
 from pyparallel.functional.row_parallel_linear import row_parallel_linear
 from pyparallel.group import Group
 from pyparallel.layers.norm import RMSNorm
+from pyparallel.layers.owner import is_touched
 from pyparallel.layers.parameters import ShardedModule, init_linear
 from pyparallel.sequence import sequence_sizes
 from pyparallel.shard import REPLICATED, Sharding, features
@@ -99,6 +100,7 @@ class RowParallelLinear(ShardedModule):
         """``(norm(h), h)`` with ``h = residual + self(x)``: reduction, addition and norm in one where a
         backend has a kernel for that."""
         plain = self.bias is None and self.input_is_parallel and not self.sequence_parallel
+        plain = plain and not is_touched(self) and not is_touched(norm)
         one_dtype = x.dtype == residual.dtype == self.dtype
         if plain and one_dtype and type(norm) is RMSNorm and norm.weight is not None:
             rest = residual, norm.weight, norm.epsilon(x), self.group

@@ -76,26 +76,26 @@ class _Head:
     Between the LM head and the logits some models divide, multiply, or squash them.
     """
 
-    def __init__(self, head: ParallelLMHead, config: object, group: Group) -> None:
+    def __init__(self, head: ParallelLMHead, config: object) -> None:
         self._head = head
-        self._group = group
         self._factor = (getattr(config, "logit_scale", None) or 1.0) / (
             getattr(config, "logits_scaling", None) or 1.0
         )
         self._cap = getattr(config, "final_logit_softcapping", None)
-        self._start = head.shardings["weight"].ranges[group.rank][0][0]
 
     def local_logits(self, x: Tensor) -> Tensor:
         """[..., V_r] of ``x [..., H]``."""
-        logits = self._head.local_logits(x)
+        return self._adjusted(self._head.local_logits(x))
+
+    def _adjusted(self, logits: Tensor) -> Tensor:
         if self._factor != 1.0:
             logits = logits * self._factor
         return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
 
     def sample(self, x: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
         """A drawn id [B] after each hidden state of ``x [B, H]``; temperature 0: the likeliest."""
-        logits = self.local_logits(x)
-        return sample(logits, sampling, draws, start=self._start, group=self._group)
+        logits, start, group = self._head.logits_to_sample(x)
+        return sample(self._adjusted(logits), sampling, draws, start=start, group=group)
 
 
 class TransformersDecoder(nn.Module):
@@ -120,7 +120,7 @@ class TransformersDecoder(nn.Module):
                 f"use the model's own generate()"
             )
         config = model.config.get_text_config(decoder=True)
-        self.head = _Head(head, config, group)
+        self.head = _Head(head, config)
         self.vocab_size: int = head.out_features
         self.max_positions: int = config.max_position_embeddings
         stop = config.eos_token_id
