@@ -21,6 +21,7 @@ from pyparallel.collectives import all_reduce_raw
 from pyparallel.context import check_length
 from pyparallel.functional.next_token import Sampling, sample
 from pyparallel.group import Group
+from pyparallel.models.agreement import check_alike
 
 
 class Head(Protocol):
@@ -152,6 +153,19 @@ def generate(
     """
     sampling = sampling or Sampling()
     stops = set(model.stop_ids if stop_ids is None else stop_ids)
+    device = next(model.parameters()).device
+    alike = [
+        model.group,
+        getattr(model, "context", None),
+        getattr(model, "pipeline", None),
+        replicas,
+    ]
+    check_alike(
+        "prompts and options",
+        ([list(map(int, prompt)) for prompt in prompts], max_new_tokens, sampling, sorted(stops)),
+        [group for group in alike if group is not None],
+        device,
+    )
     check_prompts(prompts, max_new_tokens, model.vocab_size, model.max_positions)
     _check_root(model)
     context = getattr(model, "context", None)
@@ -260,9 +274,11 @@ def _joined(
 def _check_root(model: CausalLM) -> None:
     """Generation goes through the model's parts, so what runs around the whole would be left out."""
     for module in (model, getattr(model, "model", None)):
-        if module is not None and (
-            module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-        ):
+        if module is None:
+            continue
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        added = [hook for hook in hooks if not hasattr(hook, "pyparallel_own")]
+        if added or "forward" in vars(module):
             raise ValueError(
                 f"model: expected a {type(module).__name__} without forward hooks or a forward of its "
                 f"own, since generate() calls its parts; put them on a module inside it"

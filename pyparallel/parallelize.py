@@ -18,6 +18,7 @@ from pyparallel.layers.parameters import ShardedModule
 from pyparallel.layers.row_parallel_linear import RowParallelLinear
 from pyparallel.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from pyparallel.mesh import Mesh
+from pyparallel.models.agreement import keep_alike, share_weights
 from pyparallel.models.context_region import check_context, cut_context
 from pyparallel.models.conv1d import ColumnParallelConv1D, RowParallelConv1D
 from pyparallel.models.cuts import AttentionCut, Cut, cuts_of, is_conv1d
@@ -57,8 +58,10 @@ def parallelize(
     Every rank calls it with the same model: weights loaded, or on the meta device. Afterwards each
     module whose weights are cut is a :class:`ShardedModule`, tied parameters are still one, and the
     gradient of every parameter is the dense one's slice. The ranks also get the random state of their
-    first one, since whatever is replicated (dropout, sampling) has to draw alike; dropout inside
-    attention draws different numbers on each rank.
+    first one, since whatever is replicated (dropout, sampling) has to draw alike, and get it again when
+    ``model.generate`` starts; dropout inside attention draws different numbers on each rank. Weights
+    that differ between ranks, as a head's that was just made do, become the first one's, with a warning
+    that names them; ids of the first call that differ are a ValueError.
 
     Plans of our own: GPT-2, GPT-NeoX, BERT, Phi-3, GLM. Every other type needs a ``base_model_tp_plan``
     in its config, as Llama, Mistral, Qwen2, Qwen3, Gemma and most dense decoders have; plans that cut
@@ -108,6 +111,8 @@ def parallelize(
     ties = _ties(model, cuts.modules)
     for cut in cuts.attentions:
         local_sizes(model.get_submodule(cut.attention.core), cut, group.rank)
+    alike = (group, mesh.cp, mesh.pp)
+    share_weights(model, alike)
     for name, cut in cuts.modules.items():
         module = model.get_submodule(name)
         if cut.kind == "shared":
@@ -119,6 +124,7 @@ def parallelize(
         _tie(model, names)
     for attention in cuts.attentions:
         _localize(model, attention, group)
+    keep_alike(model, alike[:2])
     if mesh.cp.size > 1:
         cut_context(model, mesh.cp, context_algorithm, cores)
         share_generator_state(mesh.cp, torch.device(mesh.device_mesh.device_type))
