@@ -110,5 +110,6 @@ def test_checksums() -> None:
             y = x.clone()
             y[place] = ~y[place] if dtype == torch.bool else y[place] + 1
             assert int(checksum(y)) != truth, (dtype, place)
-        assert int(checksum(x.flip(0))) != truth
+        if dtype != torch.bool:
+            assert int(checksum(x.flip(0))) != truth
     assert int(checksum(torch.zeros(0))) != int(checksum(torch.zeros(1)))
