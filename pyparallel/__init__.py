@@ -1,5 +1,10 @@
 """pyparallel: many devices work on one transformer."""
 
+from pyparallel import command_start  # isort: skip
+
+if command_start.is_command():
+    command_start.begin()
+
 # The extension links against torch's libraries, which importing torch loads.
 import torch  # noqa: F401  isort: skip
 

@@ -1,15 +1,25 @@
 """The command line: ``pyparallel generate``, ``train``, ``export``, ``doctor`` and ``kernels``.
 
 Each command is a module of :mod:`pyparallel.commands` with ``add_arguments(parser)`` and ``run(args)``.
-Exit status: 0; 1 where ranks failed or a check did not hold; 2 for a mistake in what was asked.
+Exit status: 0; 1 where ranks failed, a check did not hold or the system refused; 2 for a mistake in what
+was asked; 128 + the signal's number where one ended it; 141 where nobody reads the output any more.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from importlib import import_module
+from types import FrameType
+from typing import NoReturn
+
+from pyparallel.command_start import drop, say
+from pyparallel.limits import check_environment
 
 COMMANDS = {
     "generate": "answer prompts with a model cut over the ranks of this machine",
@@ -18,22 +28,89 @@ COMMANDS = {
     "doctor": "what this machine and this build offer",
     "kernels": "compile the Triton kernels ahead of time and show what they take",
 }
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class _Ended(BaseException):
+    """A signal asked the command to end."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        say(message)
+        raise SystemExit(2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    parser = argparse.ArgumentParser(prog="pyparallel", description=__doc__.splitlines()[0])
+    with _signals():
+        try:
+            status = _run(argv)
+            _flush()
+            return status
+        except (_Ended, KeyboardInterrupt) as ended:
+            number = getattr(ended, "number", signal.SIGINT)
+            say(f"ended by {signal.Signals(number).name}")
+            return 128 + number
+        except BrokenPipeError:
+            # `| head -1`: as other programs, quietly.
+            drop(1)
+            return 128 + signal.SIGPIPE
+        except Exception as error:
+            return _report(error)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = _Parser(prog="pyparallel", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    check_environment()
     for name, text in COMMANDS.items():
         module = import_module(f"pyparallel.commands.{name}")
         module.add_arguments(commands.add_parser(name, help=text, description=text))
     args = parser.parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        # A terminal that can't show a character shows its number.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    return import_module(f"pyparallel.commands.{args.command}").run(args)
+
+
+def _flush() -> None:
     try:
-        return import_module(f"pyparallel.commands.{args.command}").run(args)
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        return _report(error)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        drop(1)
+        raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Signals that end the command do it through its clean-up; a second one finds none to wait for."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # Both what a plain program has and what the console command began with; not what is ignored.
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for other in SIGNALS:
+            signal.signal(other, signal.SIG_IGN)
+        raise _Ended(number)
+
+    taken = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, before[number])
 
 
 def _report(error: Exception) -> int:
@@ -44,14 +121,21 @@ def _report(error: Exception) -> int:
         cause = error.__cause__
         if isinstance(cause, ValueError):
             return _say(str(cause), 2)
-        if cause is not None and not isinstance(cause, (OSError, RuntimeError)):
+        if cause is not None and not isinstance(cause, (OSError, RuntimeError, MemoryError)):
             sys.stderr.write(error.remote_traceback)
         return _say(f"rank {error.rank} of {error.world_size}: {error.reason}", 1)
     if isinstance(error, ValueError):
         return _say(str(error), 2)
+    if isinstance(error, OSError):
+        place = error.filename if error.filename is not None else "the system"
+        if isinstance(place, bytes):
+            place = os.fsdecode(place)
+        return _say(f"{place}: {error.strerror or error}", 1)
+    if isinstance(error, MemoryError):
+        return _say(f"not enough memory: {str(error) or 'an allocation failed'}", 1)
     raise error
 
 
 def _say(message: str, status: int) -> int:
-    print(f"pyparallel: error: {' '.join(message.split())}", file=sys.stderr)
+    say(message)
     return status

@@ -17,6 +17,7 @@ _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather
 
 # What one rank may tell at once; a length is a number from outside.
 MAX_BYTES = 1 << 30
+FIRST_BYTES = 1024
 TENSOR = "tensor\0"
 
 
@@ -36,13 +37,14 @@ def encode(value: Any) -> bytes:
         return name
 
     text = json.dumps(value, default=plain).encode()
-    return len(text).to_bytes(8, "little") + text + safetensors.torch.save(tensors)
+    told = safetensors.torch.save(tensors) if tensors else b""
+    return len(text).to_bytes(8, "little") + text + told
 
 
 def decode(data: bytes) -> Any:
     """What :func:`encode` told."""
     end = 8 + int.from_bytes(data[:8], "little")
-    tensors = safetensors.torch.load(data[end:])
+    tensors = safetensors.torch.load(data[end:]) if len(data) > end else {}
 
     def whole(item: Any) -> Any:
         if isinstance(item, list):
@@ -56,23 +58,30 @@ def decode(data: bytes) -> Any:
 
 def gather_objects(process_group: dist.ProcessGroup, value: T) -> list[T]:
     """``value`` of every rank, JSON and tensors; a call of all of them."""
-    device = _device(process_group)
-    own = torch.frombuffer(bytearray(encode(value)), dtype=torch.uint8).to(device)
-    size = process_group.size()
-    lengths = torch.empty(size, dtype=torch.int64, device=device)
-    _all_gather_single(lengths, torch.tensor([own.numel()], device=device), process_group)
-    longest = int(lengths.max())
-    if not 0 < int(lengths.min()) <= longest <= MAX_BYTES:
-        raise RuntimeError(f"a rank tells {longest} bytes, expected at most {MAX_BYTES}")
-    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
-    padded[: own.numel()] = own
-    told = torch.empty(size * longest, dtype=torch.uint8, device=device)
-    _all_gather_single(told, padded, process_group)
-    rows = told.view(size, longest).cpu()
+    data, size = encode(value), process_group.size()
+    # Most values fit into the first message, beside their length.
+    head = len(data).to_bytes(8, "little") + data[: FIRST_BYTES - 8]
+    heads = _rows(process_group, size, FIRST_BYTES, head)
+    lengths = [int.from_bytes(row[:8], "little") for row in heads]
+    if max(lengths) > MAX_BYTES:
+        raise RuntimeError(f"a rank tells {max(lengths)} bytes, expected at most {MAX_BYTES}")
+    rest = max(lengths) - (FIRST_BYTES - 8)
+    tails = [b""] * size
+    if rest > 0:
+        tails = _rows(process_group, size, rest, data[FIRST_BYTES - 8 :])
     return [
-        decode(row[:length].numpy().tobytes())
-        for row, length in zip(rows, lengths.tolist(), strict=True)
+        decode((head[8:] + tail)[:length])
+        for head, tail, length in zip(heads, tails, lengths, strict=True)
     ]
+
+
+def _rows(process_group: dist.ProcessGroup, size: int, length: int, own: bytes) -> list[bytes]:
+    """``own`` of every rank, each filled up to ``length``."""
+    device = _device(process_group)
+    padded = torch.frombuffer(bytearray(own.ljust(length, b"\0")), dtype=torch.uint8).to(device)
+    told = torch.empty(size * length, dtype=torch.uint8, device=device)
+    _all_gather_single(told, padded, process_group)
+    return [row.tobytes() for row in told.view(size, length).cpu().numpy()]
 
 
 def _device(process_group: dist.ProcessGroup) -> torch.device:

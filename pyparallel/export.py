@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pyparallel.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from pyparallel.checkpoint_exchange import together
 from pyparallel.checkpoint_files import set_dtype, source_of, write_files
 from pyparallel.checkpoint_names import unwrap
 from pyparallel.checkpoint_paths import naming, to_disk
@@ -27,7 +28,7 @@ from pyparallel.checkpoint_place import Place
 from pyparallel.exchange import gather_objects
 from pyparallel.mesh import Mesh
 from pyparallel.models.fill import IGNORED
-from pyparallel.save import save, together
+from pyparallel.save import save
 from pyparallel.shard import REPLICATED
 
 MAX_FILE_BYTES = 5 * 10**9

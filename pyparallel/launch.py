@@ -21,14 +21,13 @@ from pyparallel.limits import (
     check_timeout,
     cores,
 )
-from pyparallel.rank_life import is_rank, pack_job, rank_main, report
+from pyparallel.rank_life import is_rank, pack_job, preparation, report
 from pyparallel.rank_outcome import GRACE_S, Inbox, Outcome, RankError, Report, message_of
-from pyparallel.rank_outcome import failure as _failure
+from pyparallel.rank_outcome import failure as _failure  # noqa: F401
 from pyparallel.rank_process import LOOK_S, RankProcess, StartError, server
-from pyparallel.rank_server import preparation
 from pyparallel.rank_store import StoreServer
 
-__all__ = ["RankError", "launch", "rank_main", "report"]
+__all__ = ["RankError", "launch", "report"]
 
 # Seconds in which the other ranks' failures are still heard after the first one: a rank that lost its
 # peer may report sooner than the operating system reports the peer's death.
@@ -147,9 +146,10 @@ def _collect(
     while waiting:
         left = LOOK_S if deadline is None else max(0.0, deadline - time.monotonic())
         # A process that a rank forked may hold its pipe: the end of the rank itself is watched too.
-        ends = [getattr(process, "sentinel", inbox.receiver) for process, inbox in waiting.values()]
-        ready = connection.wait([*(inbox.receiver for _, inbox in waiting.values()), *ends], left)
-        if not ready and deadline is not None:
+        watched = {inbox.receiver for _, inbox in waiting.values()}
+        watched |= {p.sentinel for p, _ in waiting.values() if hasattr(p, "sentinel")}
+        ready = connection.wait(list(watched), left)
+        if deadline is not None and (not ready or time.monotonic() > deadline):
             break
         for rank, (process, inbox) in list(waiting.items()):
             gone = getattr(process, "sentinel", None) in ready

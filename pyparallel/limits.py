@@ -1,7 +1,7 @@
 """What numbers from outside may be: checked by name, before anything is spawned or allocated for them.
 
-The rule: a launch has at most 64 ranks, as many as one shared memory serves; a rank has at most 4 threads
-a core and may always have 16; all ranks together have at most 8 threads a core and may always have 128.
+The rule: a launch has at most 64 ranks, as many as one shared memory serves; a rank has at most 4
+threads a core and may always have 16; all ranks together have at most 8 a core and may always have 128.
 A wait lasts more than 0 seconds and at most a year.
 """
 
@@ -36,13 +36,15 @@ def max_threads() -> int:
     return max(16, 4 * cores())
 
 
-def check_count(name: str, value: object, most: int, *, least: int = 1, why: str = "") -> int:
+def check_count(
+    name: str, value: object, most: int, *, least: int = 1, why: str = "", unit: str = ""
+) -> int:
     """``value``, an integer from ``least`` to ``most``; the ValueError names it otherwise."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ValueError(f"{name}: expected an integer, got {_short(value)}")
     number = value.__index__()
     if number < least:
-        raise ValueError(f"{name}: expected at least {least}, got {_short(number)}")
+        raise ValueError(f"{name}: expected at least {least}{unit}, got {_short(number)}")
     if number > most:
         raise ValueError(f"{name}: expected at most {most}{why}, got {_short(number)}")
     return number
@@ -110,7 +112,9 @@ def environment_number(name: str, default: int | None, *, least: int, most: int)
     if text is None and default is not None:
         return default
     if text is None:
-        raise ValueError(f"{name}: expected {least} to {most}, but it is not set; start with torchrun")
+        raise ValueError(
+            f"{name}: expected {least} to {most}, but it is not set; start with torchrun"
+        )
     try:
         number = int(text) if len(text) < 20 else -1
     except ValueError:
@@ -121,7 +125,7 @@ def environment_number(name: str, default: int | None, *, least: int, most: int)
 
 
 def check_process_limit(world_size: int, threads: int) -> None:
-    """Raise where the user's limit on processes and threads (``ulimit -u``) has no room for the ranks."""
+    """Raise where the user's limit on processes (``ulimit -u``) has no room for the ranks."""
     limit = resource.getrlimit(resource.RLIMIT_NPROC)[0]
     if os.geteuid() == 0 or limit == resource.RLIM_INFINITY:
         return

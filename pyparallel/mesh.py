@@ -21,8 +21,12 @@ from pyparallel.communicator import Communicator, LocalCommunicator
 from pyparallel.connect import connect
 from pyparallel.connect_gpus import connect_gpus
 from pyparallel.group import Group
+from pyparallel.limits import check_count, check_timeout, environment_number
+from pyparallel.peer_watch import naming_lost_peers
 
 AXES = ("dp", "pp", "cp", "tp")
+# Of all machines together.
+MAX_WORLD = 1 << 20
 
 _open: list[Communicator] = []
 
@@ -89,12 +93,16 @@ def init_mesh(
     Raises:
         ValueError: a size below 1, a product that is not the world's size, or a timeout not above 0.
     """
-    if timeout_s is not None and timeout_s <= 0:
-        raise ValueError(f"timeout_s: expected more than 0 seconds, got {timeout_s}")
+    if timeout_s is not None:
+        timeout_s = check_timeout("timeout_s", timeout_s)
     sizes = {"dp": dp, "pp": pp, "cp": cp, "tp": tp}
     for axis, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{axis}: expected at least 1 rank, got {size}")
+        sizes[axis] = check_count(axis, size, MAX_WORLD, unit=" rank")
+    with naming_lost_peers("init_mesh"):
+        return _init_mesh(sizes, device_type, timeout_s)
+
+
+def _init_mesh(sizes: dict[str, int], device_type: str | None, timeout_s: float | None) -> Mesh:
     _init_distributed(timeout_s)
     world_size = dist.get_world_size()
     product = math.prod(sizes.values())
@@ -146,9 +154,12 @@ def _init_distributed(timeout_s: float | None) -> None:
         # A single process has no peers: an in-memory store serves it.
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         return
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    world = environment_number("WORLD_SIZE", None, least=1, most=MAX_WORLD)
+    environment_number("RANK", None, least=0, most=world - 1)
+    local_world = environment_number("LOCAL_WORLD_SIZE", 1, least=1, most=world)
     if torch.cuda.device_count() >= local_world:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        local = environment_number("LOCAL_RANK", None, least=0, most=local_world - 1)
+        torch.cuda.set_device(local)
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout)
     else:
         dist.init_process_group("gloo", timeout=timeout)

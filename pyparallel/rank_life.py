@@ -12,12 +12,11 @@ import signal
 import sys
 import threading
 from datetime import timedelta
-from multiprocessing import process
+from multiprocessing import process, spawn, util
 from multiprocessing.connection import Connection
 from typing import Any
 
 from pyparallel.rank_outcome import Report, failure, success
-from pyparallel.rank_server import finish, prepare
 
 # In a rank: the pipe to its launcher.
 _sender: Connection | None = None
@@ -44,9 +43,7 @@ def pack_job(setup: dict[str, Any], job: bytes) -> int:
     return descriptor
 
 
-def rank_main(
-    rank: int, sender: int, store: int, job: int, folder: int, launcher: int
-) -> None:
+def rank_main(rank: int, sender: int, store: int, job: int, folder: int, launcher: int) -> None:
     """Run the job, tell what came of it, and return.
 
     Args:
@@ -123,7 +120,7 @@ def _live(rank: int, setup: dict[str, Any], store_end: int, job: memoryview) -> 
         peer_proof.prove(dist.group.WORLD)
         store.set(f"connected/{rank}", "")
     with naming_lost_peers("torch.distributed"):
-        prepare(setup["program"])
+        spawn.prepare(setup["program"])
         fn, args = pickle.loads(job)
         # A rank that fails closes nothing first: closing may wait for peers that wait for this one.
         message = success(fn(*args))
@@ -148,3 +145,28 @@ def _end_with_launcher(launcher: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(os.getppid(), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def preparation() -> dict[str, Any]:
+    """How a rank finds this program's modules, its main one among them, as multiprocessing does."""
+    folder = process.ORIGINAL_DIR
+    told: dict[str, Any] = {
+        "sys_path": [folder if entry == "" else entry for entry in sys.path if entry or folder],
+        "sys_argv": sys.argv,
+    }
+    main = sys.modules["__main__"]
+    name = getattr(getattr(main, "__spec__", None), "name", None)
+    path = getattr(main, "__file__", None)
+    if name is not None:
+        told["init_main_from_name"] = name
+    elif path is not None:
+        told["init_main_from_path"] = os.path.normpath(os.path.join(folder or "", path))
+    return told
+
+
+def finish() -> None:
+    """What a process of multiprocessing does at its end: threads and queues are waited for."""
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    util._exit_function()

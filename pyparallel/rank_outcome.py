@@ -79,7 +79,10 @@ class Inbox:
         while True:
             start, size = 4, struct.unpack_from("!i", self._bytes)[0] if self.holds(4) else None
             if size == -1:
-                start, size = 12, struct.unpack_from("!Q", self._bytes, 4)[0] if self.holds(12) else None
+                start, size = (
+                    12,
+                    struct.unpack_from("!Q", self._bytes, 4)[0] if self.holds(12) else None,
+                )
             if size is not None and self.holds(start + size):
                 message = bytes(memoryview(self._bytes)[start : start + size])
                 del self._bytes[: start + size]
@@ -114,7 +117,9 @@ def message_of(process: Process, inbox: Inbox, *, gone: bool = False) -> Outcome
         process.join(GRACE_S)
         code = process.exitcode
         if code is None:
-            return Outcome(reason="ended with the process that ranks are forked from, which was killed")
+            return Outcome(
+                reason="ended with the process that ranks are forked from, which was killed"
+            )
         if code < 0:
             return Outcome(reason=f"killed by {signal.Signals(-code).name}")
         return Outcome(reason=f"ended with exit status {code} before it returned")

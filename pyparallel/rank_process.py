@@ -151,9 +151,7 @@ class _Server:
             os.close(sentinel)
             raise StartError(f"could not be started: {answer.decode()}")
 
-    def _ask(
-        self, rank: int, descriptors: list[int], timeout_s: float
-    ) -> tuple[bytes, list[int]]:
+    def _ask(self, rank: int, descriptors: list[int], timeout_s: float) -> tuple[bytes, list[int]]:
         """The answer to one request; the server may be importing, or stopped, or dead."""
         stopped_since = None
         self.channel.settimeout(LOOK_S)

@@ -11,20 +11,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import json
-import multiprocessing.util
 import os
 import select
 import signal
 import socket
 import struct
 import sys
-import threading
-from multiprocessing import spawn
 from typing import Any, NoReturn
 
 PR_SET_PDEATHSIG = 1
-# Of a request: where the rank reports, its store, the job, the launcher's folder and process, its status.
+# Of a request: where the rank reports, its store, the job, the launcher's folder and process, and
+# where its exit status goes.
 DESCRIPTORS = 6
 STATUS = struct.Struct("!i")
 
@@ -108,7 +105,7 @@ def _fork(
             for descriptor in (*own, *statuses.values(), descriptors[-1]):
                 os.close(descriptor)
             die_with_parent(server)
-            from pyparallel.launch import rank_main
+            from pyparallel.rank_life import rank_main
 
             rank_main(rank, *descriptors[:-1])
             code = 0
@@ -139,40 +136,6 @@ def _reap(statuses: dict[int, int]) -> None:
             os.close(descriptor)
 
 
-def preparation() -> dict[str, Any]:
-    """How a rank finds this program's modules, its main one among them, as multiprocessing does."""
-    folder = multiprocessing.process.ORIGINAL_DIR
-    told: dict[str, Any] = {
-        "sys_path": [folder if entry == "" else entry for entry in sys.path if entry or folder],
-        "sys_argv": sys.argv,
-    }
-    main = sys.modules["__main__"]
-    name = getattr(getattr(main, "__spec__", None), "name", None)
-    path = getattr(main, "__file__", None)
-    if name is not None:
-        told["init_main_from_name"] = name
-    elif path is not None:
-        told["init_main_from_path"] = os.path.normpath(os.path.join(folder or "", path))
-    return told
-
-
-def prepare(told: dict[str, Any]) -> None:
-    """In a rank: what :func:`preparation` told."""
-    spawn.prepare(told)
-
-
-def finish() -> None:
-    """What a process of multiprocessing does at its end: threads and queues are waited for."""
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
-    multiprocessing.util._exit_function()
-
-
 def clear_close_on_exec(descriptor: int) -> int:
     """A copy of ``descriptor`` above the standard streams that a started program inherits."""
     return fcntl.fcntl(descriptor, fcntl.F_DUPFD, 3)
-
-
-if __name__ == "__main__":
-    serve(int(sys.argv[1]), json.loads(sys.argv[2]))

@@ -1,8 +1,8 @@
 """torch's store for the ranks of one launch, over socket pairs that only they inherit.
 
 torch's own store for several processes listens on a port of every interface and knows no secret. Here
-there is no address at all: the launcher keeps the table, and a rank has the other end of one socket. What
-is said is a JSON header and the value's bytes; nothing is unpickled.
+there is no address at all: the launcher keeps the table, and a rank has the other end of one socket.
+What is said is a JSON header and the value's bytes; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -164,8 +164,8 @@ class InheritedStore(dist.Store):
         return True
 
     # torch's C++ asks by these names.
-    deleteKey: Callable[..., bool] = delete_key  # noqa: N815
-    getNumKeys: Callable[..., int] = num_keys  # noqa: N815
+    deleteKey: Callable[..., bool] = delete_key
+    getNumKeys: Callable[..., int] = num_keys
 
 
 def _bytes(value: Any) -> bytes:

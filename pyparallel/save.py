@@ -8,17 +8,16 @@ one mesh saved loads on any other: another tp, pp, cp, dp or FSDP, with sequence
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 
 from pyparallel.checkpoint import CheckpointError
+from pyparallel.checkpoint_exchange import read_pieces, together, write_pieces
 from pyparallel.checkpoint_files import source_of, write_files
 from pyparallel.checkpoint_names import named_tensors, unwrap
 from pyparallel.checkpoint_optimizer import empty_optimizer, merge_optimizers, optimizer_pieces
@@ -85,10 +84,7 @@ def save(
 
     writer = PieceWriter(folder, dist.get_rank(), add_files, overwrite=overwrite)
     try:
-        _one_line(
-            folder,
-            lambda: dcp.save({}, storage_writer=writer, planner=PieceSavePlanner(hold, merge)),
-        )
+        write_pieces(writer, PieceSavePlanner(hold, merge), str(folder))
     except CheckpointError:
         # All ranks have failed together. Where one has died the others may still write.
         writer.close()
@@ -135,45 +131,10 @@ def restore(
         return Held(pieces)
 
     planner = PieceLoadPlanner(hold, str(folder), with_optimizer=optimizer is not None)
-    reader = PieceReader(checkpoint)
-    _one_line(folder, lambda: dcp.load({}, storage_reader=reader, planner=planner))
+    read_pieces(PieceReader(checkpoint), planner, str(folder))
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
     return checkpoint.index.state.get("extra", {})
-
-
-def together(work: Callable[[], T]) -> T:
-    """The result of ``work``, or on every rank the error of the first rank that has one."""
-    result, error = None, None
-    try:
-        result = work()
-    except Exception as caught:
-        error = caught
-    errors: list[Exception | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    for rank, other in enumerate(errors):
-        if other is not None:
-            raise _describe(rank, other) from other
-    return result
-
-
-def _one_line(folder: Path, work: Callable[[], T]) -> T:
-    """Run one of torch's two; their error, a page of tracebacks, becomes the first rank's alone."""
-    try:
-        return work()
-    except CheckpointException as failure:
-        rank, (error, _) = min(failure.failures.items())
-        if not isinstance(error, Exception):
-            raise error from None
-        raise _describe(rank, error, folder) from error
-
-
-def _describe(rank: int, error: Exception, folder: Path | None = None) -> CheckpointError:
-    if isinstance(error, ValueError):
-        return CheckpointError(str(error))
-    where = "" if folder is None else f"{folder}: "
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return CheckpointError(f"{where}rank {rank}: {text}")
 
 
 def _open(folder: Path) -> ShardedCheckpoint:

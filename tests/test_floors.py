@@ -24,6 +24,8 @@ PYTHON_FLOORS = (
     {"kernels", "_C"},
     # The ranks, the engines they talk through, the cuts, and the table of operations.
     {"launch", "mesh", "group", "call_order", "connect", "rendezvous"}
+    | {"rank_server", "rank_process", "rank_life", "rank_outcome", "rank_store"}
+    | {"exchange", "limits", "peer_proof", "command_start"}
     | {
         "communicator",
         "torch_communicator",
@@ -74,6 +76,7 @@ PYTHON_FLOORS = (
         "checkpoint_place",
         "checkpoint_storage",
         "checkpoint_optimizer",
+        "checkpoint_exchange",
         "save",
         "export",
         "generate",

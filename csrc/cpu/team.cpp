@@ -16,12 +16,24 @@ Team::Team(int size, std::vector<int> cores) : size_(size) {
     throw std::invalid_argument("cores: expected one for each of the " + std::to_string(size) +
                                 " threads, got " + std::to_string(cores.size()));
   }
-  for (int t = 1; t < size; ++t) {
-    threads_.emplace_back(&Team::work, this, t, cores.empty() ? -1 : cores[t]);
+  try {
+    threads_.reserve(size - 1);
+    for (int t = 1; t < size; ++t) {
+      threads_.emplace_back(&Team::work, this, t, cores.empty() ? -1 : cores[t]);
+    }
+  } catch (const std::exception& error) {
+    // Nobody destroys what was not constructed, and a thread that is not joined ends the program.
+    const int started = 1 + int(threads_.size());
+    stop();
+    throw std::runtime_error("threads: expected " + std::to_string(size) + ", the system started " +
+                             std::to_string(started) + " (" + error.what() +
+                             "); ask for fewer, or raise the limit on processes (ulimit -u)");
   }
 }
 
-Team::~Team() {
+Team::~Team() { stop(); }
+
+void Team::stop() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     stopping_.store(true, std::memory_order_release);

@@ -79,6 +79,8 @@ class Team {
   bool failed() const { return failed_.load(std::memory_order_relaxed); }
   void work(int thread, int core);
   void fail(std::exception_ptr error);
+  // Ends the threads there are, and waits for them.
+  void stop();
 
   // Some microseconds. A yield returns at once where nobody else wants the core.
   static constexpr int kSpins = 500;

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pyparallel.checkpoint import Checkpoint, open_checkpoint
+from pyparallel.commands.flags import add_timeout, check_numbers, check_texts
 from pyparallel.functional.next_token import Sampling
 from pyparallel.generate import check_micro_batches, check_prompts, generate
 from pyparallel.gguf_checkpoint import GGUFCheckpoint
@@ -76,21 +77,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, default=1.0)
     add("--seed", type=int, default=0, help="the same seed gives the same text at every --tp")
     add("--threads", type=int, metavar="N", help="threads per rank; default: cores / ranks")
+    add_timeout(parser)
     add("--check", action="store_true", help="run the dense model too, and compare")
     add("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def run(args: argparse.Namespace) -> int:
-    for axis in ("dp", "tp", "cp", "pp"):
-        if getattr(args, axis) < 1:
-            raise ValueError(f"--{axis}: expected at least 1, got {getattr(args, axis)}")
+    check_numbers(args, ("dp", "tp", "cp", "pp"))
+    check_texts("--prompt", args.prompt)
     if args.dp > len(args.prompt):
         raise ValueError(
             f"--dp: expected at most a replica for each of the {len(args.prompt)} prompts, "
             f"got {args.dp}"
         )
-    if args.threads is not None and args.threads < 1:
-        raise ValueError(f"--threads: expected at least 1, got {args.threads}")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     checkpoint = open_checkpoint(args.model)
     config = _decoder_config(checkpoint)
@@ -132,6 +131,7 @@ def run(args: argparse.Namespace) -> int:
         args.check,
         not args.json,
         threads=args.threads,
+        timeout_s=args.timeout,
         on_report=printer.show,
     )
     printer.end()

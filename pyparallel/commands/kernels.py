@@ -40,10 +40,10 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.table import Table
 
+    from pyparallel.commands.flags import check_numbers
     from pyparallel.kernels import report
 
-    if args.jobs is not None and args.jobs < 1:
-        raise ValueError(f"--jobs: expected at least 1, got {args.jobs}")
+    check_numbers(args)
     errors = Console(stderr=True)
     bar = Progress(
         TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), console=errors, transient=True

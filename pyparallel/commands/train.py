@@ -18,15 +18,20 @@ from torch import Tensor
 
 from pyparallel.checkpoint import Checkpoint, open_checkpoint
 from pyparallel.commands.corpus import token_rows
+from pyparallel.commands.flags import add_timeout, check_numbers
 from pyparallel.data import ENGINES, data_parallel
 from pyparallel.grad_norm import clip_grad_norm_
 from pyparallel.launch import launch, report
+from pyparallel.limits import check_count
 from pyparallel.mesh import AXES, init_mesh
+from pyparallel.models.config import UnknownArchitectureError
 from pyparallel.models.decoder import RECOMPUTE
 from pyparallel.models.dense import load_tokenizer
-from pyparallel.models.load import load_stages
+from pyparallel.models.load import decoder_config, load_stages
+from pyparallel.models.stage import stages_of
 from pyparallel.pipeline import Pipeline
 from pyparallel.pipeline_schedules import SCHEDULES, schedule_of
+from pyparallel.shard import HeadLayout
 
 DTYPES = ("float32", "bfloat16")
 
@@ -85,14 +90,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-norm", type=float, default=1.0, help="gradients are clipped to it; inf: never")
     add("--dtype", choices=DTYPES, default="float32")
     add("--threads", type=int, metavar="N", help="threads per rank; default: cores / ranks")
+    add_timeout(parser)
     add("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def run(args: argparse.Namespace) -> int:
     sizes = {axis: getattr(args, axis) for axis in AXES}
-    for name in (*AXES, "steps", "batch", "length", "sequences", "chunks"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    check_numbers(args, AXES)
+    if args.micro_batches is not None:
+        check_count("--micro-batches", args.micro_batches, args.batch // args.dp or 1)
     if args.batch % args.dp:
         raise ValueError(
             f"--batch: expected a multiple of --dp {args.dp}, got {args.batch}; "
@@ -113,11 +119,14 @@ def run(args: argparse.Namespace) -> int:
         args.max_norm,
     )
     checkpoint = open_checkpoint(args.model)
+    _check_cut(checkpoint, args.tp, args.pp * args.chunks)
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     text = Path(args.text or sysconfig.get_paths()["stdlib"])
     rows = token_rows(tokenizer, text, args.sequences, args.length + 1)
     show = None if args.json else _show
-    told = train(checkpoint, asked, rows, threads=args.threads, on_step=show)
+    told = train(
+        checkpoint, asked, rows, threads=args.threads, on_step=show, timeout_s=args.timeout
+    )
     if args.json:
         print(json.dumps(told))
     else:
@@ -126,12 +135,23 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_cut(checkpoint: Checkpoint, tp: int, stages: int) -> None:
+    """Find before ranks start that the model has fewer heads or layers than they need."""
+    try:
+        config = decoder_config(checkpoint)
+    except UnknownArchitectureError:
+        return
+    HeadLayout.of(config.num_heads, config.num_kv_heads, tp)
+    stages_of(config, stages)
+
+
 def train(
     checkpoint: Checkpoint,
     asked: Run,
     rows: Tensor,
     *,
     threads: int | None = None,
+    timeout_s: float = 300.0,
     on_step: Any = None,
 ) -> dict[str, Any]:
     """Start the ranks of ``asked`` and fine-tune on ``rows [N, S + 1]``.
@@ -145,7 +165,14 @@ def train(
     """
     heard = None if on_step is None else lambda rank, step: on_step(*step)
     ranks = launch(
-        _rank, asked.world_size, checkpoint, asked, rows, threads=threads, on_report=heard
+        _rank,
+        asked.world_size,
+        checkpoint,
+        asked,
+        rows,
+        threads=threads,
+        timeout_s=timeout_s,
+        on_report=heard,
     )
     seconds = sorted(ranks[0].pop("seconds"))[asked.steps // 2]
     return {

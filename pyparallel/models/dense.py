@@ -42,20 +42,22 @@ def _place(path: str) -> dict[str, Any]:
 
 
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer in a folder or a GGUF file.
+    """The tokenizer in a folder or a GGUF file. Code that lies there is never run.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it is one of its folder's own code.
     """
     transformers = _transformers()
     if not Path(path).exists():
         raise CheckpointError(f"{path}: no such file or folder for the tokenizer")
     check_tokenizer_files(Path(path))
     try:
-        return transformers.AutoTokenizer.from_pretrained(**_place(path))
+        return transformers.AutoTokenizer.from_pretrained(**_place(path), trust_remote_code=False)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
+        if _wants_code(error):
+            raise CheckpointError(_no_code(path, "tokenizer")) from None
         # What panics in Rust is no Exception.
         reason = one_line(str(error).splitlines()[0] if str(error) else type(error).__name__)
         raise CheckpointError(
@@ -71,8 +73,26 @@ def load_dense(path: str, dtype: torch.dtype) -> torch.nn.Module:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     # A GGUF is read under a bar that no setting of transformers turns off.
     with contextlib.redirect_stderr(io.StringIO()):
-        model = transformers.AutoModelForCausalLM.from_pretrained(**options, dtype=dtype)
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                **options, dtype=dtype, trust_remote_code=False
+            )
+        except ValueError as error:
+            if _wants_code(error):
+                raise CheckpointError(_no_code(path, "model")) from None
+            raise
     return model.eval()
+
+
+def _wants_code(error: Exception) -> bool:
+    return "trust_remote_code" in str(error)
+
+
+def _no_code(path: str, what: str) -> str:
+    return (
+        f"{path}: its {what} is Python code of its own (auto_map), which is never run "
+        f"(trust_remote_code=False); convert it to a class of transformers"
+    )
 
 
 @torch.no_grad()

@@ -1,0 +1,88 @@
+"""The numbers and texts of the commands' flags, checked before anything is read or started for them."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+
+from pyparallel.limits import (
+    MAX_RANKS,
+    check_count,
+    check_ranks,
+    check_real,
+    check_threads,
+    check_timeout,
+    max_threads,
+)
+
+# Indices are 32 bits in more than one kernel.
+MAX_LENGTH = 2**31 - 1
+# Smallest and largest; None is a flag that was not given.
+INTEGERS = {
+    "steps": (1, 10**9),
+    "batch": (1, 2**20),
+    "length": (1, MAX_LENGTH),
+    "sequences": (1, MAX_LENGTH),
+    "chunks": (1, 2**10),
+    "top_k": (None, MAX_LENGTH),
+    "seed": (-(2**63), 2**63 - 1),
+    "max_new_tokens": (None, MAX_LENGTH),
+}
+
+
+def add_timeout(parser: argparse.ArgumentParser) -> None:
+    """``--timeout`` of a command that starts ranks."""
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=300.0,
+        metavar="S",
+        help="seconds that a rank may wait for another, or be stopped (default 300)",
+    )
+
+
+def check_numbers(args: argparse.Namespace, axes: Sequence[str] = ()) -> None:
+    """Raise the ValueError of the first flag whose number can't be served, by its name.
+
+    Args:
+        axes: flags of ranks, whose product is started.
+    """
+    for axis in axes:
+        check_ranks(f"--{axis}", getattr(args, axis))
+    world_size = math.prod(getattr(args, axis) for axis in axes)
+    if world_size > MAX_RANKS:
+        asked = " x ".join(f"--{axis} {getattr(args, axis)}" for axis in axes)
+        raise ValueError(
+            f"{asked} = {world_size} ranks: expected at most {MAX_RANKS}, what one machine's shared "
+            f"memory serves"
+        )
+    for name, (least, most) in INTEGERS.items():
+        value = getattr(args, name, None)
+        if value is not None:
+            check_count(_flag(name), value, most, least=-(2**63) if least is None else least)
+    if getattr(args, "threads", None) is not None:
+        check_threads("--threads", args.threads, world_size)
+    if getattr(args, "jobs", None) is not None:
+        check_count("--jobs", args.jobs, max_threads(), why=" processes on this machine")
+    if hasattr(args, "timeout"):
+        check_timeout("--timeout", args.timeout)
+    for name, least in (("temperature", -math.inf), ("top_p", -math.inf), ("lr", 0.0)):
+        if hasattr(args, name):
+            check_real(_flag(name), getattr(args, name), least=least)
+    if hasattr(args, "max_norm") and not args.max_norm > 0:
+        raise ValueError(f"--max-norm: expected more than 0, or inf, got {args.max_norm}")
+
+
+def check_texts(flag: str, texts: Sequence[str]) -> None:
+    """Raise the ValueError of an argument that was no UTF-8."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            given = text.encode(errors="surrogateescape")[:40]
+            raise ValueError(f"{flag}: expected text in UTF-8, got the bytes {given!r}") from None
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
