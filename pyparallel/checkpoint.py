@@ -30,6 +30,7 @@ from pyparallel.checkpoint_format import (
     open_safetensors,
     stored_type,
 )
+from pyparallel.checkpoint_place import left_behind
 from pyparallel.sharded_checkpoint import INDEX, ShardedCheckpoint
 
 __all__ = ["Checkpoint", "CheckpointError", "SafetensorsCheckpoint", "open_checkpoint"]
@@ -91,7 +92,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     try:
         if not path.exists():
-            raise CheckpointError(f"{path}: no such file or folder")
+            raise CheckpointError(f"{path}: no such file or folder{left_behind(path)}")
         is_folder = path.is_dir()
         names = sorted(os.listdir(path)) if is_folder else []
     except PermissionError:

@@ -19,9 +19,10 @@ from pyparallel import backend, cpu_decoder, pipeline_session  # noqa: F401
 from pyparallel.batch import join_rows, part_of
 from pyparallel.collectives import all_reduce_raw
 from pyparallel.context import check_length
-from pyparallel.functional.next_token import Sampling, sample
+from pyparallel.functional.next_token import Sampling, sample, whole_number
 from pyparallel.group import Group
 from pyparallel.models.agreement import check_alike
+from pyparallel.prompts import listed
 
 
 class Head(Protocol):
@@ -133,7 +134,7 @@ def generate(
 
     Args:
         model: from :func:`pyparallel.load`, on every rank.
-        prompts: token ids; lengths may differ.
+        prompts: token ids, as lists, tensors or arrays; lengths may differ.
         sampling: how tokens are chosen; by default the likeliest. The same seed gives the same
             tokens at every number of ranks.
         stop_ids: tokens that end a prompt's text; by default the model's.
@@ -152,7 +153,14 @@ def generate(
             for a model that is no stage.
     """
     sampling = sampling or Sampling()
-    stops = set(model.stop_ids if stop_ids is None else stop_ids)
+    prompts = listed(prompts)
+    max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
+    if micro_batches is not None:
+        micro_batches = whole_number("micro_batches", micro_batches)
+    stops = {
+        whole_number("stop_ids", token)
+        for token in (model.stop_ids if stop_ids is None else stop_ids)
+    }
     device = next(model.parameters()).device
     alike = [
         model.group,
@@ -162,7 +170,7 @@ def generate(
     ]
     check_alike(
         "prompts and options",
-        ([list(map(int, prompt)) for prompt in prompts], max_new_tokens, sampling, sorted(stops)),
+        (prompts, max_new_tokens, sampling, sorted(stops)),
         [group for group in alike if group is not None],
         device,
     )

@@ -80,6 +80,7 @@ PYTHON_FLOORS = (
         "save",
         "export",
         "generate",
+        "prompts",
         "cpu_decoder",
     }
     | {
