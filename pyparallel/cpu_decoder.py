@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from pyparallel import _C, backend
 from pyparallel.cpu_ops import ACTIVATIONS
 from pyparallel.cpu_weights import PRECISIONS, hold, weight_argument, widened
-from pyparallel.functional.next_token import Sampling, sample
+from pyparallel.functional.next_token import Said, Sampling, sample
 from pyparallel.layers.kv_cache import KVCache
 from pyparallel.layers.parallel_mlp import GATED
 from pyparallel.layers.parameters import ShardedModule
 from pyparallel.models.context_decoder import ContextDecoder
 from pyparallel.models.decoder import Decoder
 from pyparallel.models.plain import unlike_plain
+from pyparallel.models.transcript import Transcript
 from pyparallel.shared_memory import SharedMemoryCommunicator
 
 
@@ -187,29 +188,30 @@ class CPUSession:
         self.decoder = compiled(model)
         self.decoder.start(len(prompts), slots, prompt=len(prompts[0]))
         self.prompts = prompts
+        self.said = Transcript(prompts)
 
     def prefill(self, sampling: Sampling, draws: Tensor) -> list[int]:
         """The first new token of each prompt."""
         chosen = []
         for row, prompt in enumerate(self.prompts):
             self.decoder.prefill(prompt, row=row)
-            chosen += self._choose(sampling, draws[row : row + 1])
+            chosen += self._choose(sampling, draws[row : row + 1], self.said.row(row))
         return chosen
 
     def step(
         self, tokens: Sequence[int], starts: Sequence[int], sampling: Sampling, draws: Tensor
     ) -> list[int]:
         """The token after each of ``tokens``, which stand at ``starts``."""
+        self.said.add(tokens)
         self.decoder.decode(tokens, rows=range(len(tokens)), positions=starts)
-        return self._choose(sampling, draws)
+        return self._choose(sampling, draws, self.said.said)
 
-    def _choose(self, sampling: Sampling, draws: Tensor) -> list[int]:
-        if sampling.is_greedy:
+    def _choose(self, sampling: Sampling, draws: Tensor, said: Said) -> list[int]:
+        if sampling.is_greedy and sampling.rules is None:
             return self.decoder.greedy()
         decoder = self.decoder
-        return sample(
-            decoder.logits(), sampling, draws, start=decoder.head_start, group=decoder.group
-        ).tolist()
+        how = {"start": decoder.head_start, "group": decoder.group, "said": said}
+        return sample(decoder.logits(), sampling, draws, **how).tolist()
 
 
 _compiled: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, CPUDecoder]] = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,81 +19,12 @@ from pyparallel import backend, cpu_decoder, pipeline_session  # noqa: F401
 from pyparallel.batch import join_rows, part_of
 from pyparallel.collectives import all_reduce_raw
 from pyparallel.context import check_length
-from pyparallel.functional.next_token import Sampling, sample, whole_number
+from pyparallel.functional.next_token import Sampling, whole_number
 from pyparallel.group import Group
 from pyparallel.models.agreement import check_alike
+from pyparallel.models.generation import GenerationDefaults
+from pyparallel.models.module_session import CausalLM, ModuleSession  # noqa: F401
 from pyparallel.prompts import listed
-
-
-class Head(Protocol):
-    """What turns hidden states into tokens: :class:`pyparallel.layers.ParallelLMHead`."""
-
-    def sample(self, x: Tensor, sampling: Sampling, draws: Tensor) -> Tensor: ...
-
-
-class CausalLM(Protocol):
-    """What :func:`generate` drives."""
-
-    group: Group
-    head: Head
-    vocab_size: int
-    max_positions: int
-    stop_ids: tuple[int, ...]
-
-    def new_cache(self, batch: int, length: int) -> Any: ...
-
-    def hidden(self, ids: Tensor, starts: Sequence[int], cache: Any) -> Tensor: ...
-
-    def last_hidden(self, ids: Tensor, lengths: Sequence[int], cache: Any) -> Tensor: ...
-
-
-class ModuleSession:
-    """Decoding through the modules: any model, any device.
-
-    A session holds the sequences of one :func:`generate`; a backend may bring a faster one.
-    """
-
-    def __init__(self, model: CausalLM, prompts: Sequence[Sequence[int]], slots: int) -> None:
-        self.model = model
-        self.prompts = prompts
-        self.device = next(model.parameters()).device
-        self.cache = model.new_cache(len(prompts), slots)
-
-    def prefill(self, sampling: Sampling, draws: Tensor) -> list[int]:
-        """The first new token of each prompt."""
-        lengths = [len(prompt) for prompt in self.prompts]
-        ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
-        for row, prompt in zip(ids, self.prompts, strict=True):
-            row[: len(prompt)] = torch.tensor(prompt)
-        hidden = self.model.last_hidden(ids.to(self.device), lengths, self.cache)
-        return self._choose(hidden, sampling, draws)
-
-    def step(
-        self, tokens: Sequence[int], starts: Sequence[int], sampling: Sampling, draws: Tensor
-    ) -> list[int]:
-        """The token after each of ``tokens``, which stand at ``starts``."""
-        ids = torch.tensor(tokens, device=self.device).unsqueeze(1)
-        hidden = self.model.hidden(ids, starts, self.cache)
-        return self._choose(hidden[:, 0], sampling, draws)
-
-    def _choose(self, hidden: Tensor, sampling: Sampling, draws: Tensor) -> list[int]:
-        head = self.model.head
-        if hasattr(head, "sample"):
-            return head.sample(hidden, sampling, draws).tolist()
-        # A head that its owner has put there makes whole logits, alike on all ranks.
-        return sample(head(hidden), sampling, draws, start=0, group=Group.single()).tolist()
-
-
-def _modules_reason(model: CausalLM, *args: Any) -> str | None:
-    if backend.chosen() is None and next(model.parameters()).device.type == "cpu":
-        return "its kernels are for a GPU"
-    return None
-
-
-for _name in ("cuda", "triton"):
-    backend.register("decode_session", _name, supports=_modules_reason)(ModuleSession)
-for _name in ("torch", "reference"):
-    backend.register("decode_session", _name)(ModuleSession)
 
 
 @dataclass(frozen=True)
@@ -135,8 +66,9 @@ def generate(
     Args:
         model: from :func:`pyparallel.load`, on every rank.
         prompts: token ids, as lists, tensors or arrays; lengths may differ.
-        sampling: how tokens are chosen; by default the likeliest. The same seed gives the same
-            tokens at every number of ranks.
+        sampling: how tokens are chosen; by default as the model's generation_config.json says, and
+            without one the likeliest. Its penalties hold unless ``sampling`` has rules of its own. The
+            same seed gives the same tokens at every number of ranks.
         stop_ids: tokens that end a prompt's text; by default the model's.
         on_token: called with (prompt, token) as each comes, on every rank; over ``replicas``, with
             those of this rank's prompts.
@@ -152,9 +84,9 @@ def generate(
             context-parallel ranks; more micro-batches than prompts, or some
             for a model that is no stage.
     """
-    sampling = sampling or Sampling()
     prompts = listed(prompts)
     max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
+    sampling = sampling_of(model, sampling, max_new_tokens)
     if micro_batches is not None:
         micro_batches = whole_number("micro_batches", micro_batches)
     stops = {
@@ -237,6 +169,23 @@ def generate(
         chosen = session.step(chosen, starts, sampling, draws(steps))
         take(chosen)
     return Generation(tokens, prefilled - started, time.perf_counter() - prefilled, steps)
+
+
+def sampling_of(model: Any, sampling: Sampling | None, max_new_tokens: int) -> Sampling:
+    """How tokens are chosen: as asked, and as the model's own defaults say where nothing is.
+
+    Raises:
+        ValueError: nothing is asked, and the defaults can't be followed.
+    """
+    defaults = getattr(model, "generation", None) or GenerationDefaults()
+    if sampling is None:
+        if defaults.refused is not None:
+            raise ValueError(defaults.refused)
+        sampling = defaults.sampling
+    rules = defaults.rules if sampling.rules is None else sampling.rules
+    if rules is None or not rules.active:
+        return replace(sampling, rules=None)
+    return replace(sampling, rules=replace(rules, max_new_tokens=max_new_tokens))
 
 
 def _one_by_one(

@@ -137,7 +137,8 @@ class PipelineSession:
             hidden = model.last_hidden(x, lengths, part.cache)
         # Prompt b's draw for its step-th token: a number that no other draw has.
         draws = torch.arange(part.rows.start, part.rows.stop, device=self.device) * (1 << 32) + step
-        part.chosen = model.head.sample(hidden, sampling, draws)
+        texts = [[*prompt, *new] for prompt, new in zip(part.prompts, part.tokens, strict=True)]
+        part.chosen = model.head.sample(hidden, sampling, draws, (texts, lengths))
         self.link.tell(part.chosen)
 
     def _take(

@@ -19,7 +19,8 @@ from pyparallel.gguf_checkpoint import GGUFCheckpoint
 from pyparallel.launch import launch, report
 from pyparallel.mesh import init_mesh
 from pyparallel.models.config import DecoderConfig, UnknownArchitectureError
-from pyparallel.models.dense import compare, load_tokenizer
+from pyparallel.models.dense import compare, encode, load_tokenizer
+from pyparallel.models.generation import asked_sampling, read_generation
 from pyparallel.models.load import WEIGHTS, decoder_config, load, stored_dtype
 from pyparallel.models.logits import teacher_forced_logits
 from pyparallel.models.stage import stages_of
@@ -72,9 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "numbers, with a seventh to a quarter of fp32's bytes to hold and read. Default: "
         "blocks for a GGUF on the CPU, else dense",
     )
-    add("--temperature", type=float, default=0.0, help="0: the likeliest token (default)")
-    add("--top-k", type=int, default=0, help="0: all (default)")
-    add("--top-p", type=float, default=1.0)
+    asked = "; default: the model's generation_config.json, or"
+    add("--temperature", type=float, help=f"0: the likeliest token{asked} 0")
+    add("--top-k", type=int, help=f"0: all{asked} 0")
+    add("--top-p", type=float, help=f"1: all{asked} 1")
     add("--seed", type=int, default=0, help="the same seed gives the same text at every --tp")
     add("--threads", type=int, metavar="N", help="threads per rank; default: cores / ranks")
     add_timeout(parser)
@@ -90,8 +92,10 @@ def run(args: argparse.Namespace) -> int:
             f"--dp: expected at most a replica for each of the {len(args.prompt)} prompts, "
             f"got {args.dp}"
         )
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    flags = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
+    Sampling(**{name: value for name, value in flags.items() if value is not None})
     checkpoint = open_checkpoint(args.model)
+    sampling = asked_sampling(read_generation(checkpoint.path), args.max_new_tokens, **flags)
     config = _decoder_config(checkpoint)
     if config is not None:
         HeadLayout.of(config.num_heads, config.num_kv_heads, args.tp)
@@ -111,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         )
     dtype = getattr(torch, args.dtype) if args.dtype else stored_dtype(checkpoint)
     tokenizer = load_tokenizer(args.tokenizer or args.model)
-    prompts = [_encode(tokenizer, prompt, args.chat) for prompt in args.prompt]
+    prompts = [encode(tokenizer, prompt, args.chat) for prompt in args.prompt]
     _check_context(prompts, args.dp, args.cp)
     check_micro_batches(args.micro_batches, len(prompts) if args.pp > 1 else 1)
     if config is not None:
@@ -162,14 +166,6 @@ def _decoder_config(checkpoint: Checkpoint) -> DecoderConfig | None:
         return decoder_config(checkpoint)
     except UnknownArchitectureError:
         return None
-
-
-def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
-    if not chat:
-        return tokenizer(prompt)["input_ids"]
-    messages = [{"role": "user", "content": prompt}]
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    return list(encoded["input_ids"] if isinstance(encoded, dict) else encoded)
 
 
 def _rank(

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pyparallel.collectives import all_gather_raw
+from pyparallel.functional.logit_rules import LogitRules
 from pyparallel.group import Group
 
 # Numbers in fp32 that differ at all differ by 2^-149 or more: divided by less than this they are 10^155
@@ -27,6 +29,9 @@ from pyparallel.group import Group
 COLDEST = 1e-200
 # From here on it pays to ask first how many ids there are.
 MOST_OFFERED = 1 << 12
+# Each row's tokens so far, and how many of them are its prompt.
+Said = tuple[Sequence[Sequence[int]], Sequence[int]]
+
 # A rank's best few, offered first for top-p; eight times as many each time that was too few.
 FIRST_OFFER = 128
 
@@ -46,6 +51,8 @@ class Sampling:
             size, its last 64 bits count.
         first_row: how many rows of a larger batch come before row 0; its rows draw what they would
             there.
+        min_p: keep ids that are at least so likely, as a share of the likeliest one's probability.
+        rules: penalties and bans before all that; None: the model's own.
 
     Raises:
         ValueError: a number of another kind or outside its range.
@@ -56,6 +63,8 @@ class Sampling:
     top_p: float | None = 1.0
     seed: int = 0
     first_row: int = 0
+    min_p: float = 0.0
+    rules: LogitRules | None = None
 
     def __post_init__(self) -> None:
         # None is how transformers' configurations say "all".
@@ -65,6 +74,7 @@ class Sampling:
             "top_p": 1.0 if self.top_p is None else _number("top_p", self.top_p),
             "seed": _last_64_bits(whole_number("seed", self.seed)),
             "first_row": whole_number("first_row", self.first_row),
+            "min_p": _number("min_p", self.min_p),
         }
         for name, value in taken.items():
             object.__setattr__(self, name, value)
@@ -74,6 +84,8 @@ class Sampling:
             raise ValueError(f"top_k: expected 0 (all) or more, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected 0 < top_p <= 1, got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p: expected 0 to 1, got {self.min_p}")
 
     @property
     def is_greedy(self) -> bool:
@@ -132,17 +144,26 @@ def greedy(logits_shard: Tensor, *, start: int, group: Group) -> Tensor:
 
 
 def sample(
-    logits_shard: Tensor, sampling: Sampling, draws: Tensor, *, start: int, group: Group
+    logits_shard: Tensor,
+    sampling: Sampling,
+    draws: Tensor,
+    *,
+    start: int,
+    group: Group,
+    said: Said | None = None,
 ) -> Tensor:
     """One id a row, drawn from ``softmax(logits / temperature)`` cut by top-k, then by top-p.
 
     Args:
         logits_shard: [B, V_r], the ids from ``start`` on.
         draws: [B], int64: numbers the draws of one seed; no two draws may share one.
+        said: each row's tokens so far and how many of them are its prompt, where there are rules.
 
     Returns:
         [B], int64.
     """
+    if sampling.rules is not None and said is not None:
+        logits_shard = sampling.rules.apply(logits_shard.float(), *said, start=start)
     if sampling.is_greedy:
         return greedy(logits_shard, start=start, group=group)
     scores = logits_shard.double() / sampling.temperature
@@ -152,6 +173,10 @@ def sample(
         scores = scores.masked_fill(scores < kth, -torch.inf)
     if sampling.top_p < 1:
         scores = scores.masked_fill(scores < _top_p_floor(scores, sampling, group), -torch.inf)
+    if sampling.min_p:
+        best, _ = _best(scores, 1, group)
+        least = best[:, :1] + math.log(sampling.min_p)
+        scores = scores.masked_fill(scores < least, -torch.inf)
     ids = torch.arange(start, start + scores.shape[1], device=scores.device)
     noise = _gumbel(sampling.seed, draws + (sampling.first_row << 32), ids)
     return greedy(scores + noise, start=start, group=group)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyparallel.functional.column_parallel_linear import column_parallel_linear
-from pyparallel.functional.next_token import Sampling, sample
+from pyparallel.functional.next_token import Said, Sampling, sample
 from pyparallel.functional.packed_linear import packed_linear
 from pyparallel.group import Group
 from pyparallel.layers.column_parallel_linear import ColumnParallelLinear
@@ -59,14 +59,17 @@ class ParallelLMHead(ColumnParallelLinear):
         """The likeliest id [B] after each hidden state of ``x [B, K]``; no logits are gathered."""
         return self.sample(x, Sampling(), torch.zeros(x.shape[0], dtype=torch.long))
 
-    def sample(self, x: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
+    def sample(
+        self, x: Tensor, sampling: Sampling, draws: Tensor, said: Said | None = None
+    ) -> Tensor:
         """A drawn id [B] after each hidden state of ``x [B, K]``; no logits are gathered.
 
         Args:
             draws: [B], int64: a number of its own for each draw of ``sampling.seed``.
+            said: the tokens so far, for ``sampling.rules``.
         """
         logits, start, group = self.logits_to_sample(x)
-        return sample(logits, sampling, draws, start=start, group=group)
+        return sample(logits, sampling, draws, start=start, group=group, said=said)
 
     def logits_to_sample(self, x: Tensor) -> tuple[Tensor, int, Group]:
         """The logits that tokens are chosen from, the first one's id, and the ranks they are cut over.

@@ -23,6 +23,7 @@ from pyparallel.layers.kv_cache import KVCache
 from pyparallel.layers.span import Span
 from pyparallel.models.config import DecoderConfig
 from pyparallel.models.decoder_norm import norm_of
+from pyparallel.models.generation import GenerationDefaults
 from pyparallel.models.stage import Layers, Stage
 from pyparallel.sequence import sequence_sizes, split_sequence
 
@@ -155,6 +156,8 @@ class Decoder(nn.Module):
             )
         # The ranks of the other stages, where this is one; load() says.
         self.pipeline: Group | None = None
+        # What a checkpoint's generation_config.json says; load() reads it.
+        self.generation: GenerationDefaults | None = None
         self.tied_copies: dict[str, str] = {}
         if config.tied and self.stage.is_last and not self.stage.is_first:
             self.tied_copies["head.weight"] = "embedding.weight"
@@ -187,7 +190,8 @@ class Decoder(nn.Module):
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """The tokens that end a text."""
-        return self.config.stop_ids
+        told = None if self.generation is None else self.generation.stop_ids
+        return self.config.stop_ids if told is None else told
 
     @property
     def rows_apart(self) -> bool:

@@ -65,6 +65,15 @@ def load_tokenizer(path: str) -> Any:
         ) from None
 
 
+def encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+    """A prompt's ids, in the model's chat template or as it is."""
+    if not chat:
+        return tokenizer(prompt)["input_ids"]
+    messages = [{"role": "user", "content": prompt}]
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    return list(encoded["input_ids"] if isinstance(encoded, dict) else encoded)
+
+
 def load_dense(path: str, dtype: torch.dtype) -> torch.nn.Module:
     """The dense transformers model of a checkpoint."""
     transformers = _transformers()
@@ -145,7 +154,15 @@ def compare(
             expected = continued[0, len(prompt) :].tolist()
         else:
             draws = torch.arange(len(tokens)) + row * (1 << 32)
-            drawn = sample(dense, sampling, draws, start=0, group=Group.single())
+            said = [[*prompt, *tokens[:place]] for place in range(len(tokens))]
+            drawn = sample(
+                dense,
+                sampling,
+                draws,
+                start=0,
+                group=Group.single(),
+                said=(said, [len(prompt)] * len(tokens)),
+            )
             expected = drawn.tolist()
         matches = matches and expected == tokens
     return {"matches_dense": matches, "max_abs_logit_diff": difference}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from pyparallel.checkpoint import Checkpoint, CheckpointError
 from pyparallel.checkpoint_format import one_line
 from pyparallel.mesh import Mesh
+from pyparallel.models.generation import NAME
 from pyparallel.models.plans import parent_of
 from pyparallel.models.stored import equal_tensors
 from pyparallel.models.transformers_decoder import TransformersDecoder
@@ -60,6 +62,7 @@ def load_hugging_face(
     parallelize(model, mesh, sequence_parallel=sequence_parallel)
     _fill(model, checkpoint, mesh.tp.rank, torch.device(device), progress)
     model.eval()
+    _take_generation_config(model, Path(checkpoint.path))
     return TransformersDecoder(model, mesh.tp) if model.can_generate() else model
 
 
@@ -73,6 +76,15 @@ def _is_untied(model: nn.Module, checkpoint: Checkpoint) -> bool:
         and not equal_tensors(checkpoint, stored[one], stored[other])
         for one, other in tied.items()
     )
+
+
+def _take_generation_config(model: nn.Module, path: Path) -> None:
+    """Let the model's own generate() have the file that transformers would read."""
+    from transformers import GenerationConfig
+
+    folder = path if path.is_dir() else path.parent
+    if model.can_generate() and (folder / NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def _empty_model(

@@ -18,6 +18,7 @@ from pyparallel.models.config import (
 from pyparallel.models.context_decoder import ContextDecoder
 from pyparallel.models.decoder import Decoder
 from pyparallel.models.fill import Progress, fill
+from pyparallel.models.generation import read_generation
 from pyparallel.models.gguf_config import from_gguf
 from pyparallel.models.stage import Stage, stages_of, stages_of_rank
 from pyparallel.models.stored import check_sizes, stored_dtype, untie_if_stored
@@ -130,6 +131,7 @@ def load(
             sequence_parallel=sequence_parallel,
         )
         model.loaded_from = checkpoint.path
+        model.generation = read_generation(checkpoint.path)
         return model
     dtype = dtype or stored_dtype(checkpoint)
     options = {
@@ -145,6 +147,7 @@ def load(
     model.pipeline = mesh.pp
     fill(model, checkpoint, device=device, progress=progress, weights=weights)
     model.loaded_from = checkpoint.path
+    model.generation = read_generation(checkpoint.path)
     return model.eval()
 
 

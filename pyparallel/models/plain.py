@@ -18,6 +18,7 @@ from pyparallel.models.decoder import Decoder, DecoderLayer
 
 # What instances of one config may differ in, or carry beside it.
 _FREE = {
+    "generation",
     "training",
     "weight_kind",
     "_dtype",

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from pyparallel.collectives import all_reduce_raw
-from pyparallel.functional.next_token import Sampling, sample
+from pyparallel.functional.next_token import Said, Sampling, sample
 from pyparallel.group import Group
 from pyparallel.layers.kv_cache import KVCache
 from pyparallel.layers.parallel_lm_head import ParallelLMHead
 from pyparallel.layers.span import Span
+from pyparallel.models.generation import GenerationDefaults
 
 # Types whose generate() forgets its cache where the frequencies change.
 RESTARTING = ("phi3", "phi4_multimodal", "phimoe")
@@ -92,10 +93,13 @@ class _Head:
             logits = logits * self._factor
         return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
 
-    def sample(self, x: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
+    def sample(
+        self, x: Tensor, sampling: Sampling, draws: Tensor, said: Said | None = None
+    ) -> Tensor:
         """A drawn id [B] after each hidden state of ``x [B, H]``; temperature 0: the likeliest."""
         logits, start, group = self._head.logits_to_sample(x)
-        return sample(self._adjusted(logits), sampling, draws, start=start, group=group)
+        logits = self._adjusted(logits)
+        return sample(logits, sampling, draws, start=start, group=group, said=said)
 
 
 class TransformersDecoder(nn.Module):
@@ -123,10 +127,8 @@ class TransformersDecoder(nn.Module):
         self.head = _Head(head, config)
         self.vocab_size: int = head.out_features
         self.max_positions: int = config.max_position_embeddings
-        stop = config.eos_token_id
-        self.stop_ids: tuple[int, ...] = (
-            () if stop is None else tuple(stop) if isinstance(stop, list) else (stop,)
-        )
+        # What a checkpoint's generation_config.json says; load() reads it.
+        self.generation: GenerationDefaults | None = None
         self._config = config
         # transformers reads the length off the largest position of a whole batch.
         kinds = [vars(m).get("rope_type", "") for m in model.modules()]
@@ -136,6 +138,14 @@ class TransformersDecoder(nn.Module):
             self.max_positions = int(self.max_positions * max(rope.get("factor") or 1.0, 1.0))
         self.rows_apart = any("dynamic" in kind or "longrope" in kind for kind in named)
         self._check_forward()
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text."""
+        if self.generation is not None and self.generation.stop_ids is not None:
+            return self.generation.stop_ids
+        stop = self._config.eos_token_id
+        return () if stop is None else tuple(stop) if isinstance(stop, list) else (stop,)
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for ``batch`` sequences of up to ``length`` tokens."""
