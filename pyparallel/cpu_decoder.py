@@ -237,6 +237,8 @@ def reason_against(model: nn.Module, *args: Any) -> str | None:
         return f"expected a pyparallel Decoder, got {type(model).__name__}"
     if isinstance(model, ContextDecoder):
         return "its KV cache holds whole sequences, and this model's are cut over ranks"
+    if model.drops:
+        return "it drops, in training"
     if model.stage.count > 1:
         return f"expected a whole model, got {model.stage}"
     parameters = list(model.parameters())

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pyparallel import backend
+from pyparallel.functional.attention_dropout import attention_with_dropout
 from pyparallel.group import Group
 from pyparallel.layers.context_kv_cache import ContextKVCache
 from pyparallel.layers.kv_cache import KVCache
@@ -39,6 +40,8 @@ class ParallelAttention(nn.Module):
         window: how many tokens, itself included, a token sees.
         sequence_parallel: x and y are this rank's tokens.
         recompute: keep q, k and v for backward, not what comes of them, and compute it again.
+        dropout, dropout_place: what a span with a seed drops of the weights, and its number among the
+            model's places that drop.
 
     Shapes:
         x, y [B, S, H], replicated, or [B, S_r, H] with ``sequence_parallel``.
@@ -65,8 +68,12 @@ class ParallelAttention(nn.Module):
         window: int | None = None,
         sequence_parallel: bool = False,
         recompute: bool = False,
+        dropout: float = 0.0,
+        dropout_place: int = 0,
     ) -> None:
         super().__init__()
+        self.dropout = dropout
+        self.dropout_place = dropout_place
         self.causal = causal
         self.window = window
         self.rotary = rotary
@@ -201,6 +208,21 @@ class ParallelAttention(nn.Module):
     ) -> Tensor:
         if cache is not None:
             k, v = cache.write(k, v, span)
+        if self.dropout and span.seed is not None:
+            layout, rank = self.qkv_proj.layout, self.qkv_proj.group.rank
+            mask = mask if span.mask is None else span.mask if mask is None else span.mask & mask
+            return attention_with_dropout(
+                q,
+                k,
+                v,
+                self.dropout,
+                seed=span.seed_of(self.dropout_place),
+                num_heads=layout.num_heads,
+                first_head=layout.query[rank][0],
+                causal=self.causal and span.mask is None,
+                window=self.window if span.mask is None else None,
+                mask=mask,
+            )
         if span.mask is not None:
             mask = span.mask if mask is None else span.mask & mask
         # The span's own mask is complete; alone, "causal" and the window say what is seen.
@@ -227,5 +249,10 @@ class ParallelAttention(nn.Module):
         if mask is not None:
             raise ValueError(
                 "mask: expected None where the context is cut over ranks; use documents"
+            )
+        if self.dropout and span.seed is not None:
+            raise ValueError(
+                f"attention_dropout: expected 0 in training where the context is cut over ranks, got "
+                f"{self.dropout}; set it to 0 in the config, or use tp and sequence_parallel"
             )
         return span.context.attend(q, k, v, cache=cache, causal=self.causal, window=self.window)

@@ -36,6 +36,7 @@ class Span:
         rotation: the cosines and sines [B or 1, S, E] of the positions, where the model rotates.
         mask: [B, 1, S, end], true where a token sees a slot; None where "causal" says it all.
         context: where sequences are cut over ranks; positions are then of this rank's tokens.
+        seed: of what a call in training drops, a CPU scalar, int64; None: nothing.
     """
 
     positions: Tensor
@@ -44,6 +45,12 @@ class Span:
     rotation: tuple[Tensor, Tensor] | None = None
     mask: Tensor | None = None
     context: Context | None = None
+    seed: Tensor | None = None
+
+    def seed_of(self, place: int) -> Tensor:
+        """The seed of one of a model's places that drop; they are numbered over the whole model."""
+        # Odd, and without end: every place has another key of the counter-based generator.
+        return self.seed + torch.tensor(-0x61C8864680B583EB) * place
 
     @classmethod
     def of(

@@ -46,6 +46,9 @@ class DecoderConfig:
         windows: for each layer, how many tokens a token sees, or None for all.
         tied: the LM head is the embedding.
         stop_ids: the tokens that end a text.
+        embedding_dropout, attention_dropout, hidden_dropout: what training drops behind the embedding,
+            of attention's weights, and behind attention and MLP.
+        padding_id: the row of the embedding that gets no gradient for being looked up.
     """
 
     family: str
@@ -72,6 +75,10 @@ class DecoderConfig:
     tied: bool
     stop_ids: tuple[int, ...]
     rope_factors: tuple[float, ...] | None = None
+    embedding_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    padding_id: int | None = None
 
 
 def from_hugging_face(config: Mapping[str, Any]) -> DecoderConfig:
@@ -106,6 +113,14 @@ def _ids(value: int | list[int] | None) -> tuple[int, ...]:
     if value is None:
         return ()
     return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _rate(config: Mapping[str, Any], name: str, default: float) -> float:
+    value = config.get(name)
+    rate = default if value is None else value
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
+        raise ValueError(f"{name}: expected 0 to 1, got {rate!r}")
+    return float(rate)
 
 
 def _kind(names: Mapping[str, str], key: str, value: str) -> str:
@@ -154,6 +169,8 @@ def _llama(config: Mapping[str, Any]) -> DecoderConfig:
         windows=_windows(config, layers),
         tied=bool(config.get("tie_word_embeddings", False)),
         stop_ids=_ids(config.get("eos_token_id")),
+        attention_dropout=_rate(config, "attention_dropout", 0.0),
+        padding_id=config.get("pad_token_id"),
     )
 
 
@@ -204,6 +221,9 @@ def _gpt2(config: Mapping[str, Any]) -> DecoderConfig:
         windows=(None,) * layers,
         tied=bool(config.get("tie_word_embeddings", True)),
         stop_ids=_ids(config.get("eos_token_id")),
+        embedding_dropout=_rate(config, "embd_pdrop", 0.1),
+        attention_dropout=_rate(config, "attn_pdrop", 0.1),
+        hidden_dropout=_rate(config, "resid_pdrop", 0.1),
     )
 
 
@@ -246,4 +266,7 @@ def _gpt_neox(config: Mapping[str, Any]) -> DecoderConfig:
         windows=(None,) * layers,
         tied=bool(config.get("tie_word_embeddings", False)),
         stop_ids=_ids(config.get("eos_token_id")),
+        embedding_dropout=_rate(config, "hidden_dropout", 0.0),
+        attention_dropout=_rate(config, "attention_dropout", 0.0),
+        hidden_dropout=_rate(config, "hidden_dropout", 0.0),
     )

@@ -6,86 +6,25 @@ It needs no transformers library. Legend: B sequences, S tokens of each in this 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pyparallel.group import Group
-from pyparallel.layers import (
-    ParallelAttention,
-    ParallelLMHead,
-    ParallelMLP,
-    RotaryEmbedding,
-    VocabParallelEmbedding,
-)
+from pyparallel.layers import ParallelLMHead, RotaryEmbedding, VocabParallelEmbedding
 from pyparallel.layers.kv_cache import KVCache
 from pyparallel.layers.span import Span
 from pyparallel.models.config import DecoderConfig
+from pyparallel.models.decoder_layer import DecoderLayer, drop_tokens
 from pyparallel.models.decoder_norm import norm_of
 from pyparallel.models.generation import GenerationDefaults
 from pyparallel.models.stage import Layers, Stage
+from pyparallel.models.whole_call import draw_seed
 from pyparallel.sequence import sequence_sizes, split_sequence
 
 RECOMPUTE = ("none", "attention", "layers")
-
-
-class DecoderLayer(nn.Module):
-    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``; with a parallel residual, both at once."""
-
-    def __init__(
-        self,
-        config: DecoderConfig,
-        index: int,
-        rotary: RotaryEmbedding | None,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-        *,
-        group: Group,
-        sequence_parallel: bool = False,
-        recompute: str = "none",
-    ) -> None:
-        super().__init__()
-        self.parallel_residual = config.parallel_residual
-        self.attention_norm = norm_of(config, device, dtype, group, sequence_parallel)
-        self.attention = ParallelAttention(
-            config.hidden_size,
-            config.num_heads,
-            config.qkv_bias,
-            device,
-            dtype,
-            group=group,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            out_bias=config.out_bias,
-            causal=True,
-            rotary=rotary,
-            qk_norm_eps=config.norm_eps if config.qk_norm else None,
-            window=config.windows[index],
-            sequence_parallel=sequence_parallel,
-            recompute=recompute == "attention",
-        )
-        self.mlp_norm = norm_of(config, device, dtype, group, sequence_parallel)
-        self.mlp = ParallelMLP(
-            config.hidden_size,
-            config.intermediate_size,
-            config.activation,
-            config.mlp_bias,
-            device,
-            dtype,
-            group=group,
-            sequence_parallel=sequence_parallel,
-        )
-
-    def forward(self, x: Tensor, span: Span, cache: KVCache | None = None) -> Tensor:
-        length = span.positions.shape[1]
-        normed = self.attention_norm(x)
-        if self.parallel_residual:
-            attended = self.attention(normed, span=span, cache=cache)
-            return x + attended + self.mlp(self.mlp_norm(x), length=length)
-        after = x, self.mlp_norm
-        normed, x = self.attention(normed, span=span, cache=cache, add_and_norm=after)
-        return x + self.mlp(normed, length=length)
 
 
 class Decoder(nn.Module):
@@ -132,7 +71,7 @@ class Decoder(nn.Module):
         self.embedding = self.rotary = self.positions = self.norm = self.head = None
         if self.stage.is_first:
             self.embedding = VocabParallelEmbedding(
-                config.vocab_size, config.hidden_size, **options, **on_shards
+                config.vocab_size, config.hidden_size, config.padding_id, **options, **on_shards
             )
         if config.rotary_dim:
             self.rotary = RotaryEmbedding(
@@ -154,7 +93,8 @@ class Decoder(nn.Module):
             self.head = ParallelLMHead(
                 config.hidden_size, config.vocab_size, False, **options, **on_shards
             )
-        # The ranks of the other stages, where this is one; load() says.
+        # Which of the replicas of dp this is, and the ranks of the other stages; load() says.
+        self.replica = 0
         self.pipeline: Group | None = None
         # What a checkpoint's generation_config.json says; load() reads it.
         self.generation: GenerationDefaults | None = None
@@ -192,6 +132,13 @@ class Decoder(nn.Module):
         """The tokens that end a text."""
         told = None if self.generation is None else self.generation.stop_ids
         return self.config.stop_ids if told is None else told
+
+    @property
+    def drops(self) -> bool:
+        """Whether a call drops anything now."""
+        config = self.config
+        rates = config.embedding_dropout, config.attention_dropout, config.hidden_dropout
+        return self.training and any(rates)
 
     @property
     def rows_apart(self) -> bool:
@@ -275,6 +222,12 @@ class Decoder(nn.Module):
             if self.sequence_parallel:
                 positions = split_sequence(positions, self.group)
             x = x + positions
+        if self.drops:
+            seed = draw_seed() + torch.tensor(0x5851F42D4C957F2D) * self.replica
+            spans = {window: replace(span, seed=seed) for window, span in spans.items()}
+            if self.stage.is_first:
+                rate, span = self.config.embedding_dropout, next(iter(spans.values()))
+                x = drop_tokens(x, rate, span, 0, self.group, self.sequence_parallel)
         for place, (index, layer) in enumerate(zip(self.stage.layers, self.layers, strict=True)):
             span = spans[self.config.windows[index]]
             held = None if cache is None else cache[place]

@@ -20,6 +20,7 @@ from pyparallel.models.decoder import Decoder
 from pyparallel.models.fill import Progress, fill
 from pyparallel.models.generation import read_generation
 from pyparallel.models.gguf_config import from_gguf
+from pyparallel.models.head_dropout import share_generator_state
 from pyparallel.models.stage import Stage, stages_of, stages_of_rank
 from pyparallel.models.stored import check_sizes, stored_dtype, untie_if_stored
 
@@ -47,6 +48,10 @@ def load(
     read; see :mod:`pyparallel.models.stage`.
 
     Its ``loaded_from`` is the path, where :func:`pyparallel.save` finds its config and tokenizer.
+
+    ``load(...).train()`` drops what the checkpoint's config says, as transformers' model does in
+    training, with masks that do not depend on the number of tp, sp, cp and pp ranks: the ranks get the
+    first one's random state here, and have to draw alike from it.
 
     Peak memory of a rank is its share and one tensor. Llama, Mistral, Qwen2, Qwen3, GPT-2 and GPT-NeoX
     become a :class:`Decoder`, or over several ``mesh.cp`` ranks a :class:`ContextDecoder`; any other
@@ -144,7 +149,12 @@ def load(
         model = ContextDecoder(config, "meta", dtype, context=mesh.cp, **options)
     else:
         model = Decoder(config, "meta", dtype, **options)
-    model.pipeline = mesh.pp
+    model.pipeline, model.replica = mesh.pp, mesh.dp.rank
+    if model.train().drops:
+        # What is dropped is drawn alike on the ranks that hold one model.
+        for group in (mesh.tp, mesh.cp, mesh.pp):
+            if group.size > 1:
+                share_generator_state(group, torch.device(device))
     fill(model, checkpoint, device=device, progress=progress, weights=weights)
     model.loaded_from = checkpoint.path
     model.generation = read_generation(checkpoint.path)

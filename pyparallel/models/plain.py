@@ -14,11 +14,13 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from pyparallel.layers.owner import hooks_of
-from pyparallel.models.decoder import Decoder, DecoderLayer
+from pyparallel.models.decoder import Decoder
+from pyparallel.models.decoder_layer import DecoderLayer
 
 # What instances of one config may differ in, or carry beside it.
 _FREE = {
     "generation",
+    "replica",
     "training",
     "weight_kind",
     "_dtype",

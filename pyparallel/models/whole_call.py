@@ -63,12 +63,29 @@ class WholeDropout(nn.Dropout):
         return drop(x, self.p, self.call.shards, 0)
 
 
-def drop(x: Tensor, p: float, shards: ContextShards, first: int) -> Tensor:
+def draw_seed() -> Tensor:
+    """From torch's CPU generator, which must be in the same state on all ranks."""
+    return torch.randint(-(2**63), 2**63 - 1, (), device="cpu")
+
+
+def drop(
+    x: Tensor,
+    p: float,
+    shards: ContextShards | None,
+    first: int,
+    *,
+    seed: Tensor | None = None,
+    length: int | None = None,
+) -> Tensor:
     """``x [..., S_r, H]``, this rank's tokens from its ``first`` on, with the whole sequences' mask.
 
-    The seed comes from torch's CPU generator, which must be in the same state on all ranks.
+    Args:
+        shards: how sequences are cut over cp; None: they are not, and have ``length`` tokens.
+        seed: by default a new one.
     """
-    seed = torch.randint(-(2**63), 2**63 - 1, (), device="cpu")
+    seed = draw_seed() if seed is None else seed
+    if shards is None:
+        return dropout(x, p, seed=seed, length=length, start=first)
     dropped, last = [], first + x.shape[-2]
     before = 0
     for start, stop in shards.sharding.ranges[shards.group.rank]:
