@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import weakref
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -29,6 +30,7 @@ AXES = ("dp", "pp", "cp", "tp")
 MAX_WORLD = 1 << 20
 
 _open: list[Communicator] = []
+_meshes: weakref.WeakSet[Mesh] = weakref.WeakSet()
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +121,14 @@ def _init_mesh(sizes: dict[str, int], device_type: str | None, timeout_s: float 
         # A new process group waits as long as torch's default, whatever the world was told.
         _set_pg_timeout(_timeout_of_world(), device_mesh.get_group(axis))
     groups = {axis: _group(device_mesh.get_group(axis), axis, device_type) for axis in AXES}
-    return Mesh(device_mesh, _group(dist.group.WORLD, "world", device_type), **groups)
+    mesh = Mesh(device_mesh, _group(dist.group.WORLD, "world", device_type), **groups)
+    _meshes.add(mesh)
+    return mesh
+
+
+def mesh_of(group: Group) -> Mesh | None:
+    """The mesh of which ``group`` is the tp axis, if it is one's."""
+    return next((mesh for mesh in list(_meshes) if mesh.tp is group), None)
 
 
 def close_meshes() -> None:

@@ -2,6 +2,7 @@
 
 import pyparallel.cuda_pipelines
 import pyparallel.functional  # noqa: F401
+from pyparallel.layers import optimizers  # noqa: F401
 from pyparallel.layers.column_parallel_linear import ColumnParallelLinear
 from pyparallel.layers.norm import LayerNorm, RMSNorm
 from pyparallel.layers.parallel_attention import ParallelAttention

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,14 @@ from pyparallel.group import Group
 from pyparallel.layers.owner import check_replaceable
 from pyparallel.quantize import PackedWeight, largest_of_rows, quantize_rows, weave_blocks_
 from pyparallel.shard import Sharding
+
+# Every sharded module of this process, copies included.
+_living: weakref.WeakSet[ShardedModule] = weakref.WeakSet()
+
+
+def living_modules() -> list[ShardedModule]:
+    """All sharded modules that are in use."""
+    return [module for module in list(_living) if "_parameters" in vars(module)]
 
 
 class ShardedModule(nn.Module):
@@ -29,6 +39,11 @@ class ShardedModule(nn.Module):
     """
 
     weight_scale: Tensor | None
+
+    def __new__(cls, *args: Any, **options: Any) -> ShardedModule:
+        module = super().__new__(cls)
+        _living.add(module)
+        return module
 
     def __init__(self, group: Group) -> None:
         super().__init__()
