@@ -77,12 +77,9 @@ PYTHON_FLOORS = (
         "checkpoint_storage",
         "checkpoint_optimizer",
         "checkpoint_exchange",
-        "save",
-        "export",
-        "generate",
-        "prompts",
         "cpu_decoder",
     }
+    | {"save", "export", "generate", "prompts"}
     | {
         "batch",
         "data",
