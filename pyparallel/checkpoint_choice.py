@@ -19,7 +19,13 @@ from typing import Any
 import torch.distributed as dist
 
 from pyparallel.checkpoint_format import CheckpointError, read_json, regular_file
-from pyparallel.checkpoint_schema import CONFIG, GENERATION, check_keys, shown
+from pyparallel.checkpoint_schema import (
+    CONFIG,
+    GENERATION,
+    check_keys,
+    check_numbers,
+    shown,
+)
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -158,6 +164,10 @@ def read_config(file: Path) -> dict[str, Any]:
     """
     config = read_json(file, max_bytes=CONFIG_BYTES)
     _checked(str(file), config, CONFIG)
+    try:
+        check_numbers(str(file), config)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
     if config.get("quantization_config"):
         method = shown(config["quantization_config"].get("quant_method"))
         raise CheckpointError(

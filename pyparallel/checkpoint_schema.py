@@ -12,6 +12,8 @@ from typing import Any
 
 # No size of a model, count or position is larger: what is computed from two of them stays in 64 bits.
 MAX_SIZE = 2**31 - 1
+# A model of models has three objects in one another.
+MAX_DEPTH = 32
 # A number that is in use today, and some orders of magnitude more.
 MAX_THETA = 1e12
 
@@ -135,6 +137,30 @@ def check_keys(where: str, content: Mapping[str, Any], table: Mapping[str, Key])
                 raise ValueError(
                     f"{where}: {name}: expected {expected}, got {shown(content[name])}"
                 )
+
+
+def check_numbers(where: str, content: Mapping[str, Any], *, depth: int = 0) -> None:
+    """What holds for any model's config, however its keys are nested (but not for ever): no number is
+    NaN, what is called an eps is from 0 to 1, and a theta above 0.
+
+    Raises:
+        ValueError: one is not; the message names it.
+    """
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            if depth == MAX_DEPTH:
+                raise ValueError(f"{where}: expected at most {MAX_DEPTH} objects in one another")
+            check_numbers(where, value, depth=depth + 1)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        key = None
+        if str(name).endswith(("eps", "epsilon")):
+            key = Key("number", 0, 1)
+        elif str(name).endswith("theta"):
+            key = THETA
+        expected = key.fault(value) if key else "a number" if value != value else None
+        if expected is not None:
+            raise ValueError(f"{where}: {name}: expected {expected}, got {shown(value)}")
 
 
 def shown(value: Any) -> str:

@@ -255,6 +255,12 @@ def test_config_and_generation_config_have_their_types(whole: Path, tmp_path: Pa
         ({"model_type": ["llama"]}, "model_type: expected a string"),
         ({"architectures": "Llama"}, "architectures: expected a list of strings"),
         ({"dtype": 5}, "dtype: expected a string"),
+        # Of any model, those that transformers runs too.
+        ({"model_type": "olmo2", "rms_norm_eps": float("nan")}, "rms_norm_eps: expected a number"),
+        ({"text_config": {"layer_norm_epsilon": -1e-5}}, "layer_norm_epsilon: expected a number"),
+        ({"rope_parameters": {"a": {"rope_theta": -5}}}, "rope_theta: expected a number"),
+        ({"a": json.loads('{"a": ' * 300 + "1" + "}" * 300)}, "at most 32 objects in one another"),
+        ({"logit_scale": float("nan")}, "logit_scale: expected a number, got nan"),
         ({"quantization_config": {"quant_method": "gptq"}}, "got method 'gptq'"),
     ):
         (folder / "config.json").write_text(json.dumps({**written, **change}))
