@@ -12,6 +12,8 @@ from typing import Any
 
 # No size of a model, count or position is larger: what is computed from two of them stays in 64 bits.
 MAX_SIZE = 2**31 - 1
+# Of a name or a choice.
+MAX_TEXT = 256
 # A model of models has three objects in one another.
 MAX_DEPTH = 32
 # A number that is in use today, and some orders of magnitude more.
@@ -57,8 +59,9 @@ class Key:
                 # False of NaN and of infinities too.
                 and self.low <= value <= self.high
             )
-        types = {"bool": bool, "str": str, "object": Mapping}[kind]
-        return isinstance(value, types)
+        if kind == "str":
+            return isinstance(value, str) and len(value) <= MAX_TEXT
+        return isinstance(value, {"bool": bool, "object": Mapping}[kind])
 
     def _expected(self) -> str:
         names = {
@@ -66,7 +69,7 @@ class Key:
             "float": "a number with a point",
             "number": "a number",
             "bool": "true or false",
-            "str": "a string",
+            "str": f"a string of at most {MAX_TEXT} characters",
             "object": "an object",
             "ids": "an integer or a list of integers",
             "ints": "a list of integers",

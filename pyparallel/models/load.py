@@ -27,7 +27,14 @@ from pyparallel.models.stored import check_sizes, stored_dtype, untie_if_stored
 __all__ = ["WEIGHTS", "decoder_config", "load", "load_stages", "stored_dtype"]
 
 WEIGHTS = ("int8", "blocks")
-_SIZES = ("hidden_size", "intermediate_size", "vocab_size", "head_dim")
+# The fields that count what tensors are made of, by their names in a config.json.
+_SIZES = {
+    **{name: name for name in ("hidden_size", "intermediate_size", "vocab_size", "head_dim")},
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "max_position_embeddings": "max_positions",
+}
 
 
 def load(
@@ -219,6 +226,5 @@ def decoder_config(checkpoint: Checkpoint) -> DecoderConfig:
         raise
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from None
-    sizes = {field: getattr(config, field) for field in _SIZES}
-    check_sizes(checkpoint, {**sizes, "num_hidden_layers": config.num_layers})
+    check_sizes(checkpoint, {key: getattr(config, field) for key, field in _SIZES.items()})
     return untie_if_stored(config, checkpoint)
