@@ -14,7 +14,7 @@ from torch import nn
 from pyparallel.checkpoint import Checkpoint, CheckpointError
 from pyparallel.checkpoint_format import one_line
 from pyparallel.mesh import Mesh
-from pyparallel.models.generation import NAME
+from pyparallel.models.generation import NAME, read_generation
 from pyparallel.models.plans import parent_of
 from pyparallel.models.stored import equal_tensors
 from pyparallel.models.transformers_decoder import TransformersDecoder
@@ -82,6 +82,7 @@ def _take_generation_config(model: nn.Module, path: Path) -> None:
     """Let the model's own generate() have the file that transformers would read."""
     from transformers import GenerationConfig
 
+    read_generation(path)
     folder = path if path.is_dir() else path.parent
     if model.can_generate() and (folder / NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
