@@ -8,7 +8,7 @@ CSRC := $(shell find csrc/core csrc/cpu csrc/bindings -name '*.cpp' -o -name '*.
 
 .PHONY: demo install model test test-kernels test-slow test-gpu test-processors tsan asan mutants mutants-kernels \
   mutants-numerics lint format clean
-.PHONY: train-demo bench bench-collectives bench-decode bench-prefill bench-context_parallel_attention
+.PHONY: faults train-demo bench bench-collectives bench-decode bench-prefill bench-context_parallel_attention
 .PHONY: bench-sequence_parallel_linear bench-activation_memory bench-pipeline
 .PHONY: bench-linear_all_reduce bench-hugging_face_generate bench-decode_cost
 
@@ -49,6 +49,12 @@ test-kernels: install
 
 test-slow: install $(MODEL)
 	$(BIN)/pytest -q -m "slow and not gpu"
+
+# Faults of processes, strangers, files and paths: a table, and an error if anything was lost, hung,
+# joined or left behind. SEED=n draws others, FAULTS="--count 50 processes" fewer.
+SEED ?= 1
+faults: install
+	$(BIN)/python -m tests.campaigns --seed $(SEED) $(FAULTS)
 
 test-gpu: install $(MODEL)
 	$(BIN)/pytest -q -m gpu

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -18,8 +19,9 @@ from importlib import import_module
 from types import FrameType
 from typing import NoReturn
 
-from pyparallel.command_start import drop, say
+from pyparallel.command_start import drop, is_command, say
 from pyparallel.limits import check_environment
+from pyparallel.rank_process import end_server
 
 COMMANDS = {
     "generate": "answer prompts with a model cut over the ranks of this machine",
@@ -51,11 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _signals():
         try:
             status = _run(argv)
-            _flush()
+            sys.stdout.flush()
             return status
         except (_Ended, KeyboardInterrupt) as ended:
             number = getattr(ended, "number", signal.SIGINT)
             say(f"ended by {signal.Signals(number).name}")
+            if is_command():
+                # Taking the interpreter apart takes seconds on a busy machine; nothing is left to do.
+                end_server()
+                os._exit(128 + number)
             return 128 + number
         except BrokenPipeError:
             # `| head -1`: as other programs, quietly.
@@ -79,14 +85,15 @@ def _run(argv: Sequence[str] | None) -> int:
     return import_module(f"pyparallel.commands.{args.command}").run(args)
 
 
-def _flush() -> None:
+def _writable() -> bool:
+    """Whether standard output takes what was printed; if not, it is not asked again."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
+        # What failed before was forgotten with the failure.
+        os.write(1, b"\n")
+        return True
+    except OSError:
         drop(1)
-        raise OSError(error.errno, error.strerror, "standard output") from None
+        return False
 
 
 @contextlib.contextmanager
@@ -127,10 +134,11 @@ def _report(error: Exception) -> int:
     if isinstance(error, ValueError):
         return _say(str(error), 2)
     if isinstance(error, OSError):
-        place = error.filename if error.filename is not None else "the system"
-        if isinstance(place, bytes):
-            place = os.fsdecode(place)
-        return _say(f"{place}: {error.strerror or error}", 1)
+        place = error.filename
+        if place is None:
+            full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
+            place = "standard output" if full and not _writable() else "the system"
+        return _say(f"{os.fsdecode(place)}: {error.strerror or error}", 1)
     if isinstance(error, MemoryError):
         return _say(f"not enough memory: {str(error) or 'an allocation failed'}", 1)
     raise error

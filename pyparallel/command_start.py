@@ -30,6 +30,8 @@ def leave_the_current_folder_out() -> None:
     try:
         here = os.getcwd()
     except OSError:
+        # It was deleted. Libraries that ask where they are would fail, and no name in it leads anywhere.
+        os.chdir("/")
         here = ""
     home = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) if here else ""
     # Where the library itself is in the current folder it has to stay, behind everything else.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -82,6 +83,8 @@ def naming_lost_peers(
     except PeerError:
         raise
     except RuntimeError as error:
+        if "too many open files" in str(error).lower():
+            raise OSError(errno.EMFILE, f"{what}: too many open files; raise ulimit -n") from error
         if not _of_a_peer(error):
             raise
         if store is None and dist.is_initialized():

@@ -16,8 +16,11 @@ from multiprocessing import process, spawn, util
 from multiprocessing.connection import Connection
 from typing import Any
 
+from pyparallel.parent_death import die_with_parent
 from pyparallel.rank_outcome import Report, failure, success
 
+# Seconds for torch's groups to close in.
+CLOSE_S = 5.0
 # In a rank: the pipe to its launcher.
 _sender: Connection | None = None
 
@@ -56,13 +59,13 @@ def rank_main(rank: int, sender: int, store: int, job: int, folder: int, launche
     global _sender
     _sender = Connection(sender, readable=False)
     threading.Thread(target=_end_with_launcher, args=(launcher,), daemon=True).start()
-    os.fchdir(folder)
-    os.close(folder)
+    _enter(folder)
     # Not read(): the ranks share one place in the file.
     memory = memoryview(mmap.mmap(job, 0, prot=mmap.PROT_READ))
     os.close(job)
     end = 8 + int.from_bytes(memory[:8], "little")
     setup = json.loads(bytes(memory[8:end]))
+    _end_forks_with_this()
     own = process.current_process()
     own.name, own.daemon = f"rank{rank}", True
     _environment(setup["environment"], rank, setup["world_size"])
@@ -77,6 +80,31 @@ def rank_main(rank: int, sender: int, store: int, job: int, folder: int, launche
     _sender.send_bytes(message)
     _sender.close()
     finish()
+
+
+def _end_forks_with_this() -> None:
+    """What the main thread forks here ends with this rank: it would hold its peers' sockets open."""
+    rank, by_main = os.getpid(), [False]
+
+    def before() -> None:
+        # The kernel's signal comes when the forking thread ends.
+        by_main[0] = threading.current_thread() is threading.main_thread()
+
+    def after() -> None:
+        if by_main[0] and os.getppid() == rank:
+            die_with_parent(rank)
+
+    os.register_at_fork(before=before, after_in_child=after)
+
+
+def _enter(folder: int) -> None:
+    os.fchdir(folder)
+    os.close(folder)
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        # It was deleted, and libraries that ask where they are would end the process.
+        os.chdir("/")
 
 
 def _environment(given: dict[str, str], rank: int, world_size: int) -> None:
@@ -129,7 +157,10 @@ def _live(rank: int, setup: dict[str, Any], store_end: int, job: memoryview) -> 
         close_meshes()
         # A peer that is still connecting would take this rank's end for a failure.
         store.wait([f"connected/{peer}" for peer in range(world_size)], timeout)
-        dist.destroy_process_group()
+        # A group with a broken connection may wait for ever, and this process ends now anyway.
+        closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        closing.start()
+        closing.join(min(setup["timeout_s"], CLOSE_S))
     return message
 
 

@@ -216,6 +216,7 @@ server = _Server()
 
 
 @atexit.register
-def _end_server() -> None:
+def end_server() -> None:
+    """End this process's server, if it has one, and with it all ranks."""
     if server.process is not None and server.owner == os.getpid():
         server.end()

@@ -9,7 +9,6 @@ signal), stopped ones too; this process ends when its launcher does.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import select
@@ -19,18 +18,12 @@ import struct
 import sys
 from typing import Any, NoReturn
 
-PR_SET_PDEATHSIG = 1
+from pyparallel.parent_death import die_with_parent
+
 # Of a request: where the rank reports, its store, the job, the launcher's folder and process, and
 # where its exit status goes.
 DESCRIPTORS = 6
 STATUS = struct.Struct("!i")
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when the thread that started it ends."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def fill_standard_streams() -> None:

@@ -25,7 +25,7 @@ PYTHON_FLOORS = (
     # The ranks, the engines they talk through, the cuts, and the table of operations.
     {"launch", "mesh", "group", "call_order", "connect", "rendezvous"}
     | {"rank_server", "rank_process", "rank_life", "rank_outcome", "rank_store"}
-    | {"exchange", "limits", "peer_proof", "command_start"}
+    | {"exchange", "limits", "peer_proof", "command_start", "parent_death"}
     | {
         "communicator",
         "torch_communicator",
