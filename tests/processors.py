@@ -1,19 +1,18 @@
 """The numerical tests as other processors would run them: a table, and exit status 1 where one fails.
 
-    python -m tests.processors            every setting of this machine, and ten seeds
+    python -m tests.processors            every setting of this machine, with ten seeds in turn
     python -m tests.processors --short    three settings and one other seed, as CI runs it
 
 A setting is an environment that makes torch, MKL, oneDNN or this library take another instruction set
 than the widest this machine has, or another number of threads; a seed makes every random input of
-``pyparallel.testing`` and of the small models another one. Numerical tests are all that compare with a
-bound or a tolerance.
+``pyparallel.testing`` and of the small models another one. Each setting has a seed of its own, so that
+ten seeds are met too.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
 import subprocess
 import sys
 import time
@@ -26,14 +25,48 @@ from torch.backends import cpu
 from pyparallel import _C
 from tests.decoder_checks import instruction_sets
 
-TESTS = Path(__file__).parent
-COMPARES = re.compile(
-    r"assert_within|assert_as_dense|assert_close|dense_bound|check_gradients|check_grads|check_logits"
-    r"|abs\(\)\.max\(\)|kept_for_backward"
+ROOT = Path(__file__).parents[1]
+# What compares computed numbers with a bound: operations, layers, models, training, forward and back.
+# Protocols, counts, errors and files are tested on one setting, by `make test`.
+NUMERICAL = (
+    "layers/test_column_parallel_linear.py::test_errs_by_rounding_only",
+    "layers/test_norm.py",
+    "layers/test_parallel_attention.py::test_equals_dense",
+    "layers/test_parallel_attention.py::test_a_cache_gives_what_the_whole_sequence_does",
+    "layers/test_parallel_attention.py::test_replaces_torchs_module",
+    "layers/test_parallel_mlp.py::test_every_activation",
+    "layers/test_rotary_embedding.py",
+    "layers/test_row_parallel_linear.py::test_errs_by_rounding_only",
+    "layers/test_sequence_parallel_norm.py::test_as_dense",
+    "models/test_context_decoder.py::test_logits_and_gradients_are_the_dense_ones",
+    "models/test_decoder.py::test_equals_transformers",
+    "models/test_decoder.py::test_bfloat16_is_as_near_as_the_dense_model",
+    "test_activation_memory.py",
+    "test_attention_with_lse.py",
+    "test_backend.py::test_torch_attention_equals_the_reference",
+    "test_block_kernels.py::test_any_activation_is_multiplied",
+    "test_block_weights.py::test_logits_and_tokens_are_the_dense_models",
+    "test_context_parallel_attention.py::test_outputs_and_gradients_are_the_dense_ones",
+    "test_cpu_decoder.py",
+    "test_cpu_hugging_face.py::test_logits_with_and_without_padding",
+    "test_cpu_kernels.py",
+    "test_cpu_prefill.py",
+    "test_cross_entropy_far_from_zero.py",
+    "test_data_parallel.py",
+    "test_int8_weights.py::test_logits_and_tokens_of_the_rounded_model",
+    "test_orders.py",
+    "test_parallelize.py::test_equals_dense",
+    "test_parallelize_context.py::test_equals_dense",
+    "test_parallelize_sequence.py::test_equals_dense",
+    "test_pipeline.py::test_every_schedule_gives_the_dense_gradients",
+    "test_pipeline.py::test_five_layers_over_three_stages",
+    "test_pipeline_hugging_face.py::test_three_stages",
+    "test_real_model.py::test_greedy_tokens_are_the_dense_models",
+    "test_sequence_parallel.py::test_as_dense",
+    "test_sharded_checkpoint.py::test_training_goes_on",
+    "test_vocab_parallel_cross_entropy.py::test_as_dense",
 )
-# Everything a rank does besides computing is tested on one setting.
-LEFT_OUT = ("kernels", "gpu", "machines", "native")
-SEEDS = tuple(range(1, 11))
+SEEDS = tuple(range(10))
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile")
 
 
@@ -43,16 +76,6 @@ class Setting:
 
     name: str
     environment: dict[str, str] = field(default_factory=dict)
-
-
-def numerical_tests() -> list[str]:
-    """Files of tests that compare with a bound or a tolerance."""
-    found = []
-    for path in sorted(TESTS.rglob("test_*.py")):
-        inside = path.relative_to(TESTS)
-        if inside.parts[0] not in LEFT_OUT and COMPARES.search(path.read_text()):
-            found.append(f"tests/{inside.as_posix()}")
-    return found
 
 
 def settings() -> list[Setting]:
@@ -87,8 +110,15 @@ def settings() -> list[Setting]:
     return found
 
 
-def seeds(chosen: tuple[int, ...] = SEEDS) -> list[Setting]:
-    return [Setting(f"seed {seed}", {"PYPARALLEL_TEST_SEED": str(seed)}) for seed in chosen]
+def seeded(chosen: list[Setting]) -> list[Setting]:
+    """Each setting with a seed of its own, in turn; and the seeds that are left, as it comes."""
+    found = []
+    for number in range(max(len(chosen), len(SEEDS))):
+        setting = chosen[number] if number < len(chosen) else Setting("as it comes")
+        seed = SEEDS[number % len(SEEDS)]
+        environment = {**setting.environment, "PYPARALLEL_TEST_SEED": str(seed)}
+        found.append(Setting(f"{setting.name}, seed {seed}", environment))
+    return found
 
 
 def short() -> list[Setting]:
@@ -100,7 +130,12 @@ def short() -> list[Setting]:
         "PYPARALLEL_ISA": "plain",
     }
     middle = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
-    return [Setting("narrowest", narrow), Setting("torch avx2, MKL AVX2", middle), *seeds((1,))]
+    other = {"PYPARALLEL_TEST_SEED": "1"}
+    return [
+        Setting("narrowest", narrow),
+        Setting("torch avx2, MKL AVX2", middle),
+        Setting("seed 1", other),
+    ]
 
 
 def run(setting: Setting, tests: list[str], extra: list[str]) -> tuple[bool, str]:
@@ -109,7 +144,7 @@ def run(setting: Setting, tests: list[str], extra: list[str]) -> tuple[bool, str
     command += ["-m", "not gpu and not slow", *extra, *tests]
     done = subprocess.run(
         command,
-        cwd=TESTS.parent,
+        cwd=ROOT,
         env={**os.environ, **setting.environment},
         capture_output=True,
         text=True,
@@ -126,12 +161,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", help="settings whose name holds this")
     parser.add_argument("pytest", nargs="*", help="what pytest gets besides")
     args = parser.parse_args(arguments)
-    tests = numerical_tests()
-    wanted = short() if args.short else [*settings(), *seeds()]
+    tests = [f"tests/{name}" for name in NUMERICAL]
+    wanted = short() if args.short else seeded(settings())
     if args.only:
         wanted = [setting for setting in wanted if args.only in setting.name]
     print(
-        f"{len(tests)} files of numerical tests; torch {torch.__version__} with "
+        f"{len(tests)} files and tests that compare numbers; torch {torch.__version__} with "
         f"{cpu.get_cpu_capability()}, ours {_C.isa()}, {os.cpu_count()} cores",
         flush=True,
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -9,9 +12,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyparallel.testing import integers, normals
 from tests.orders import _REORDERED, Exact, Reordered, farthest
+from tests.processors import NUMERICAL
 from tests.transformers_models import build
 
 FAMILIES = ("llama", "gpt2", "bert")
+# Their own subject is another: delays, meshes, engines; the numbers are those of a listed file.
+OTHERS = (
+    "test_data_parallel_engines.py",
+    "test_mesh_training.py",
+    "test_pipeline_documents.py",
+    "test_pipeline_errors.py",
+)
 
 
 def step(model: torch.nn.Module) -> list[torch.Tensor]:
@@ -79,6 +90,23 @@ def test_integers_stay_exact_and_the_farthest_is_kept() -> None:
     errors = torch.stack([(each - truth).abs() for each in made]).amax(0)
     assert bool(((worst - truth).abs() >= errors).all())
     assert float((worst - truth).abs().mean()) > float((made[0] - truth).abs().mean())
+
+
+def test_every_bound_is_met_on_other_processors() -> None:
+    """A file that compares with a bound of these is among the tests of `make test-processors`."""
+    listed = {name.partition("::")[0] for name in NUMERICAL}
+    here = Path(__file__).parent
+    for path in here.rglob("test_*.py"):
+        name = path.relative_to(here).as_posix()
+        if name.startswith(("kernels/", "gpu/", "families/")):
+            continue
+        if re.search(
+            r"^from tests\.(orders|bounds|pipeline_checks|training_truth)", path.read_text(), re.M
+        ):
+            assert name in listed or name in OTHERS, name
+    for name in NUMERICAL:
+        file, _, test = name.partition("::")
+        assert f"def {test}" in (here / file).read_text(), name
 
 
 def test_inference_mode_takes_the_same_ways() -> None:
