@@ -159,8 +159,10 @@ def _live(rank: int, setup: dict[str, Any], store_end: int, job: memoryview) -> 
         store.wait([f"connected/{peer}" for peer in range(world_size)], timeout)
         # A group with a broken connection may wait for ever, and this process ends now anyway.
         closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
-        closing.start()
-        closing.join(min(setup["timeout_s"], CLOSE_S))
+        # At a limit on threads it is left to the end of the process.
+        with contextlib.suppress(RuntimeError):
+            closing.start()
+            closing.join(min(setup["timeout_s"], CLOSE_S))
     return message
 
 
