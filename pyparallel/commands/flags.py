@@ -68,7 +68,7 @@ def check_numbers(args: argparse.Namespace, axes: Sequence[str] = ()) -> None:
     if hasattr(args, "timeout"):
         check_timeout("--timeout", args.timeout)
     for name, least in (("temperature", -math.inf), ("top_p", -math.inf), ("lr", 0.0)):
-        if hasattr(args, name):
+        if getattr(args, name, None) is not None:
             check_real(_flag(name), getattr(args, name), least=least)
     if hasattr(args, "max_norm") and not args.max_norm > 0:
         raise ValueError(f"--max-norm: expected more than 0, or inf, got {args.max_norm}")
