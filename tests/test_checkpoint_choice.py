@@ -59,7 +59,7 @@ def refused(path: Path) -> str:
     begin = time.monotonic()
     with pytest.raises(CheckpointError) as failure:
         open_checkpoint(path).config()
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 60
     assert "\n" not in str(failure.value)
     return str(failure.value)
 

@@ -58,7 +58,7 @@ def refused(path: Path) -> str:
     begin = time.monotonic()
     with pytest.raises(ValueError) as failure:
         decoder_config(open_checkpoint(path))
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 60
     assert "\n" not in str(failure.value)
     return str(failure.value)
 
