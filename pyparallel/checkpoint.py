@@ -37,12 +37,17 @@ __all__ = ["Checkpoint", "CheckpointError", "SafetensorsCheckpoint", "open_check
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """A folder with config.json and the files that :func:`choose` chooses, or one file of it."""
+    """A folder with config.json and the files that :func:`choose` chooses, or one file of it.
+
+    Attributes:
+        index_dtype: what the index says that the tensors are, where it does.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         folder = path if path.is_dir() else path.parent
         choice = choose(folder) if path.is_dir() else Choice((path,), None, ())
+        self.index_dtype = choice.dtype
         self._config_file = folder / "config.json"
         self._files: dict[str, Path] = {}
         self._dtypes: dict[str, torch.dtype] = {}

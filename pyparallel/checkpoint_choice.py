@@ -22,6 +22,7 @@ from pyparallel.checkpoint_format import CheckpointError, read_json, regular_fil
 from pyparallel.checkpoint_schema import (
     CONFIG,
     GENERATION,
+    Key,
     check_keys,
     check_numbers,
     shown,
@@ -45,11 +46,13 @@ class Choice:
         files: sorted; each is a regular file.
         weight_map: the file of each tensor that is read, or None: all that are in the one file.
         left_out: safetensors files and indexes of the folder that are not read.
+        dtype: what the index says of the tensors, where it does.
     """
 
     files: tuple[Path, ...]
     weight_map: Mapping[str, Path] | None
     left_out: tuple[str, ...]
+    dtype: str | None = None
 
 
 def choose(folder: Path) -> Choice:
@@ -68,9 +71,9 @@ def choose(folder: Path) -> Choice:
                 f"name the one file to read, or rename it"
             )
         name = found[0]
-    weight_map = None
+    weight_map = dtype = None
     if name.endswith(".index.json"):
-        weight_map = _weight_map(folder, name)
+        weight_map, dtype = _read_index(folder, name)
         files = sorted(set(weight_map.values()))
     else:
         files = [folder / name]
@@ -78,7 +81,8 @@ def choose(folder: Path) -> Choice:
         regular_file(file)
     read = {name, *(str(file.relative_to(folder)) for file in files)}
     there = {file.name for kind in ("*.safetensors", "*.index.json") for file in folder.glob(kind)}
-    return Choice(tuple(files), weight_map, tuple(sorted(there - read - {"pyparallel.index.json"})))
+    left_out = tuple(sorted(there - read - {"pyparallel.index.json"}))
+    return Choice(tuple(files), weight_map, left_out, dtype)
 
 
 def _named_by_config(folder: Path) -> str | None:
@@ -95,9 +99,14 @@ def _named_by_config(folder: Path) -> str | None:
     return str(inside(folder, name, f"{config}: transformers_weights").relative_to(folder))
 
 
-def _weight_map(folder: Path, name: str) -> dict[str, Path]:
+def _read_index(folder: Path, name: str) -> tuple[dict[str, Path], str | None]:
+    """The file of each tensor, and the tensors' dtype."""
     file = folder / name
-    weights = read_json(file).get("weight_map")
+    content = read_json(file)
+    _checked(str(file), content, {"metadata": Key("object", null=True)})
+    metadata = content.get("metadata") or {}
+    _checked(f"{file}: metadata", metadata, {"dtype": Key("str", null=True)})
+    weights = content.get("weight_map")
     if not isinstance(weights, dict) or not weights:
         raise CheckpointError(
             f"{file}: weight_map: expected an object of tensors and their files, got {shown(weights)}"
@@ -111,7 +120,7 @@ def _weight_map(folder: Path, name: str) -> dict[str, Path]:
             )
         if part not in places:
             places[part] = inside(folder, part, f"{file}: weight_map")
-    return {tensor: places[part] for tensor, part in weights.items()}
+    return {tensor: places[part] for tensor, part in weights.items()}, metadata.get("dtype")
 
 
 def inside(folder: Path, name: str, where: str) -> Path:

@@ -57,19 +57,21 @@ _COUNTS = (
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """What a checkpoint's config says its weights are (``dtype``, then ``torch_dtype``); else the first
-    of its tensors that are floats, as transformers takes it. fp32 for a GGUF, whose blocks are neither.
+    """What a checkpoint's config says its weights are (``dtype``, then ``torch_dtype``), else its index;
+    else the first of its tensors that are floats, as transformers takes it. fp32 for a GGUF, whose
+    blocks are neither.
 
     Raises:
         CheckpointError: the config names a dtype that a model can't have.
     """
     config = checkpoint.config()
     name = next((config[key] for key in ("dtype", "torch_dtype") if config.get(key)), None)
+    name = name or getattr(checkpoint, "index_dtype", None)
     if name is not None:
         if not isinstance(name, str) or name not in DTYPES:
             raise CheckpointError(
-                f"{checkpoint.path}: dtype of its config: expected one of {', '.join(DTYPES)}, got "
-                f"{shown(name)}"
+                f"{checkpoint.path}: dtype of its config or index: expected one of "
+                f"{', '.join(DTYPES)}, got {shown(name)}"
             )
         return DTYPES[name]
     found = (checkpoint.dtype(name) for name in checkpoint.shapes)

@@ -99,9 +99,19 @@ def test_dtype_of_the_tensors_where_the_config_names_none(tmp_path: Path, family
     ):
         build(family).to(dtype).save_pretrained(tmp_path / name)
         folders.append(rewrite(tmp_path / name, {}, config))
+    # An index that names another dtype than its tensors'.
+    build(family).bfloat16().save_pretrained(tmp_path / "index", max_shard_size="40KB")
+    index = tmp_path / "index" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["metadata"]["dtype"] = "float32"
+    index.write_text(json.dumps(content))
+    config = json.loads((tmp_path / "index" / "config.json").read_text())
+    config.pop("dtype")
+    (tmp_path / "index" / "config.json").write_text(json.dumps(config))
+    folders.append(tmp_path / "index")
     # bf16 and fp16 round at other places than the dense model's kernels.
     check(folders, ranks=1, tolerance=0.08)
-    with pytest.raises(ValueError, match="dtype of its config: expected one of float32"):
+    with pytest.raises(ValueError, match="dtype of its config or index: expected one of float32"):
         load_failing(rewrite(tmp_path / "bf16", {}, {"dtype": "int8"}))
 
 
