@@ -52,7 +52,12 @@ def load_tokenizer(path: str) -> Any:
         raise CheckpointError(f"{path}: no such file or folder for the tokenizer")
     check_tokenizer_files(Path(path))
     try:
-        return transformers.AutoTokenizer.from_pretrained(**_place(path), trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            **_place(path), trust_remote_code=False
+        )
+        # One whose unknown word is in no vocabulary fails when it meets a character that it has not.
+        tokenizer("\U0010fffd")
+        return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:

@@ -13,6 +13,6 @@ Everything else is a failure: ``wrong`` (other logits than the reference's, or w
 no model), ``raised`` (another error, or several lines), ``hung``, ``crashed``.
 """
 
-from tests.faults_mutations.campaign import Row, campaign, failed, table
+from tests.faults_mutations.campaign import Row, campaign, failed, judged, table
 
-__all__ = ["Row", "campaign", "failed", "table"]
+__all__ = ["Row", "campaign", "failed", "judged", "table"]

@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,14 +109,19 @@ def campaign(seed: int, count: int, *, workers: int = 1) -> list[Row]:
     Args:
         workers: processes side by side.
     """
+    return judged(range(seed, seed + count), workers=workers)
+
+
+def judged(seeds: Sequence[int], *, workers: int = 1) -> list[Row]:
+    """The rows of these mutations."""
     rows: dict[int, Row] = {}
     failures: list[Exception] = []
     with tempfile.TemporaryDirectory() as folder:
 
-        def run(seeds: Iterator[int]) -> None:
+        def run(share: Sequence[int]) -> None:
             worker = _Worker(folder)
             try:
-                for each in seeds:
+                for each in share:
                     rows[each] = worker.ask(each)
             except Exception as error:
                 failures.append(error)
@@ -124,8 +129,7 @@ def campaign(seed: int, count: int, *, workers: int = 1) -> list[Row]:
                 worker.stop()
 
         threads = [
-            threading.Thread(target=run, args=(iter(range(seed + part, seed + count, workers)),))
-            for part in range(workers)
+            threading.Thread(target=run, args=(seeds[part::workers],)) for part in range(workers)
         ]
         for thread in threads:
             thread.start()
