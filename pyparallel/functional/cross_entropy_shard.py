@@ -5,7 +5,7 @@ Legend: T tokens, V vocabulary, V_r this rank's part, e smoothing, z the weight 
     statistics  m = max logit, s = sum exp(logit - m), t = the target's logit (0 if it is not here),
                 a = sum (logit - m); m counts as 0 where it is -inf
     gradient    dlogit = dloss ((1 + 2 z (M + L)) exp(logit - M - L) - (1 - e) [v = target] - e / V)
-                M, L: the largest logit of all ranks, and the log of the sum of exp(logit - M)
+                M + L = lse, in two parts: what the dtype holds of it, and the rest
 
 How ranks join these is in :mod:`pyparallel.functional.vocab_parallel_cross_entropy`.
 """

@@ -6,10 +6,10 @@ Legend: T tokens, V vocabulary, V_r this rank's part, e smoothing, z the weight 
                 a = sum (logit - m); of this rank's columns, [T, 4]
     combine     M = max over ranks of m,  L = log(sum over ranks, in rank order, of s exp(m - M))
                 loss = L + (1 - e) (M - sum t) - (e / V) sum (a + V_r (m - M)) + z lse^2,  lse = M + L
-    gradient    dlogit = dloss ((1 + 2 z lse) exp(logit - M - L) - (1 - e) [v = target] - e / V)
+    gradient    dlogit = dloss ((1 + 2 z lse) exp(logit - lse) - (1 - e) [v = target] - e / V)
 
-Large numbers are subtracted from each other before a small one is added: M + L would round L away where
-the logits are far from 0.
+A token's few numbers are combined in fp64, and its lse goes to the gradient in two parts, what fp32
+holds of it and the rest: fp32 alone would round 1e-4 away where logits are around 4096.
 
 A token whose target is ``ignore_index`` has loss 0 and gradient 0. The gradient is written over the
 logits, so the loss needs no second [T, V_r].
@@ -36,15 +36,17 @@ from pyparallel.collectives import all_gather_raw
 from pyparallel.group import Group
 from pyparallel.shard import even_parts
 
+NEAR_ZERO = 32.0
 REDUCTIONS = ("none", "mean", "sum")
 
 
-def combine(found: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All ranks' statistics [R, T, 4] to M, L, target logit and sum of (logit - M), each [T].
+def combine(found: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """All ranks' statistics [R, T, 4] to lse, target logit and mean logit, each [T], in fp64.
 
     Args:
         sizes: how many columns each rank has.
     """
+    found = found.double()
     highest = found[:, :, 0].amax(0)
     base = highest.masked_fill(highest.isneginf(), 0.0)
     total = torch.zeros_like(highest)
@@ -53,8 +55,18 @@ def combine(found: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor
         total += s * torch.exp(m - base)
         target += t
         # Nothing was subtracted from a rank's columns that are all -inf, and from none.
-        everything += a + size * (torch.where(m.isneginf(), 0.0, m - base))
-    return base, torch.log(total), target, everything
+        everything += a + size * torch.where(m.isneginf(), 0.0, m - base)
+    return base + torch.log(total), target, base + everything / sum(sizes)
+
+
+def _plain_lse(found: Tensor) -> Tensor:
+    """lse [T] by the arithmetic of the statistics' own dtype."""
+    highest = found[:, :, 0].amax(0)
+    base = highest.masked_fill(highest.isneginf(), 0.0)
+    total = torch.zeros_like(highest)
+    for m, s in ((part[:, 0], part[:, 1]) for part in found):
+        total += s * torch.exp(m - base)
+    return base + torch.log(total)
 
 
 class _VocabParallelCrossEntropy(Function):
@@ -65,16 +77,21 @@ class _VocabParallelCrossEntropy(Function):
         found = found.unsqueeze(0)
         if group.size > 1:
             found = all_gather_raw(found, group)
-        base, lse, target, everything = combine(found, sizes)
-        loss = lse + (1.0 - label_smoothing) * (base - target)
+        lse, target, mean = combine(found, sizes)
+        loss = lse - (1.0 - label_smoothing) * target
         if label_smoothing:
-            loss -= label_smoothing * (everything / vocab_size)
+            loss -= label_smoothing * mean
         if z_loss:
-            loss += z_loss * (base + lse).square()
-        ctx.save_for_backward(logits, targets, lse, base)
+            loss += z_loss * lse.square()
+        # What the logits' dtype holds of lse, and the rest. Near zero that is less than a logit's own
+        # rounding: one subtraction, of the sum as that dtype gives it, is then all.
+        near = lse.abs() < NEAR_ZERO
+        base = torch.where(near, _plain_lse(found), lse.to(found.dtype))
+        rest = torch.where(near, 0.0, lse - base)
+        ctx.save_for_backward(logits, targets, rest.to(found.dtype), base)
         ctx.options = start, vocab_size, ignore_index, label_smoothing, z_loss
         ctx.spent = False
-        return loss.masked_fill(targets == ignore_index, 0.0)
+        return loss.to(found.dtype).masked_fill(targets == ignore_index, 0.0)
 
     @staticmethod
     @once_differentiable
