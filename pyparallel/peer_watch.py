@@ -83,6 +83,11 @@ def naming_lost_peers(
     except PeerError:
         raise
     except RuntimeError as error:
+        if hidden := _peer_error_behind(error):
+            # torch's pipelines tell what failed as an error of their own.
+            named = PeerError(str(hidden))
+            named.missing = getattr(hidden, "missing", ())
+            raise named from error
         if "too many open files" in str(error).lower():
             raise OSError(errno.EMFILE, f"{what}: too many open files; raise ulimit -n") from error
         if not _of_a_peer(error):
@@ -103,6 +108,17 @@ def naming_lost_peers(
         )
         named.missing = missing or ()
         raise named from error
+
+
+def _peer_error_behind(error: BaseException) -> PeerError | None:
+    seen: set[int] = set()
+    behind: BaseException | None = error
+    while behind is not None and id(behind) not in seen:
+        if isinstance(behind, PeerError):
+            return behind
+        seen.add(id(behind))
+        behind = behind.__cause__ or behind.__context__
+    return None
 
 
 def _of_a_peer(error: RuntimeError) -> bool:
