@@ -168,11 +168,7 @@ def _collect(
             reason = f"stopped by a signal, for the {timeout_s:g} s that a call may wait"
             outcomes[too_long[0]] = Outcome(reason=reason)
             break
-        failures = [outcome for outcome in outcomes.values() if outcome.reason]
-        if any(outcome.gravity() == 0 for outcome in failures):
-            # Nothing that could still be heard is graver than a death.
-            break
-        if deadline is None and failures:
+        if deadline is None and any(outcome.reason for outcome in outcomes.values()):
             deadline = time.monotonic() + SETTLE_S
     failed = {rank: outcome for rank, outcome in outcomes.items() if outcome.reason}
     if failed:
