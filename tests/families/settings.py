@@ -86,7 +86,7 @@ NUMBERS = {
     "norm_epsilon": (1e-6, 1e-5, 1e-3),
     "sliding_window": (None, 3, 5, 64),
     "partial_rotary_factor": (0.5, 1.0),
-    "rotary_pct": (0.25, 0.5, 1.0),
+    "rotary_pct": (0.5, 1.0),
     "logit_scale": (0.5, 2.0),
     "logits_scaling": (0.5, 2.0),
     "embedding_multiplier": (1.0, 3.0),
@@ -137,6 +137,9 @@ def draw(kind: str, seed: int) -> Case:
     options = {name: value for name, value in FIXED.items() if _has(kind, name, known)}
     for what, value in sizes.items():
         options |= {name: value for name in SIZES[what] if _has(kind, name, known)}
+    if kind == "gpt_neox":
+        # A quarter of a head of 4 is no pair of features.
+        options["rotary_pct"] = 0.5
     if seed:
         options |= _unusual(kind, known, chance)
     # An optional key may be absent: transformers then has its own default. (Those that change a shape

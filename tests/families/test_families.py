@@ -26,9 +26,21 @@ MESHES = (
 )
 # Refused with a reason, by the words of the refusal: what can't be right is said, once.
 REFUSALS = (
-    "has no tensor-parallel plan",
-    "expected one stack of layers whose attention is cut by",
+    # Plans: of the embedding alone, of two row-wise outputs, of a bare parameter.
+    "no plan for the layers of model type",
+    "and one row-wise output in its plan",
+    "the plan cuts this bare parameter",
+    # Layers that are not one stack, or draw masks for what is cut.
+    "sequence_parallel: expected one stack of layers whose attention is cut by",
+    "expected 0 with sequence_parallel",
+    "cp: expected 1 for a",
+    "pp: expected",
+    "mesh: expected pp=1",
     "can't be cut into",
+    # load(): stored otherwise than held, or read by transformers itself alone.
+    "is stored in another layout than the model's",
+    "transformers makes no FalconH1ForCausalLM",
+    "num_experts of its config",
 )
 
 
