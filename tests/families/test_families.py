@@ -24,6 +24,8 @@ MESHES = (
     ({"cp": 2}, False),
     ({"pp": 2}, False),
 )
+# Of the types that transformers runs.
+SOME = (*OWN, "cohere", "gemma3_text", "glm", "granite", "olmo2", "phi3")
 # Refused with a reason, by the words of the refusal: what can't be right is said, once.
 REFUSALS = (
     # Plans: of the embedding alone, of two row-wise outputs, of a bare parameter.
@@ -34,7 +36,7 @@ REFUSALS = (
     "sequence_parallel: expected one stack of layers whose attention is cut by",
     "expected 0 with sequence_parallel",
     "cp: expected 1 for a",
-    "pp: expected",
+    "changes its hidden states outside of its layers",
     "mesh: expected pp=1",
     "can't be cut into",
     # load(): stored otherwise than held, or read by transformers itself alone.
@@ -122,8 +124,20 @@ def check_refusals(reasons: dict[str, set[str]]) -> None:
         assert not found & set(OWN) or "can't be cut into" in reason, (reason, found)
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_plain_models_of_every_type(mesh: tuple, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mesh", MESHES[1:], ids=str)
+def test_plain_models_of_some_types(mesh: tuple, tmp_path: Path) -> None:
+    cases = [draw(kind, 0) for kind in SOME]
+    check_refusals(sweep(cases, tmp_path, (mesh,), orders=0))
+
+
+def test_plain_models_of_every_type(tmp_path: Path) -> None:
+    cases = [draw(kind, 0) for kind in kinds()]
+    check_refusals(sweep(cases, tmp_path, MESHES[:1], orders=0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES[1:], ids=str)
+def test_plain_models_of_every_type_on_every_mesh(mesh: tuple, tmp_path: Path) -> None:
     cases = [draw(kind, 0) for kind in kinds()]
     check_refusals(sweep(cases, tmp_path, (mesh,), orders=0))
 
@@ -131,7 +145,7 @@ def test_plain_models_of_every_type(mesh: tuple, tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(1, 4))
 def test_drawn_settings_of_our_own_decoders(seed: int, tmp_path: Path) -> None:
     cases = [draw(kind, seed) for kind in OWN]
-    check_refusals(sweep(cases, tmp_path, (MESHES[seed % 2], MESHES[2 + seed % 3])))
+    check_refusals(sweep(cases, tmp_path, (MESHES[seed - 1],)))
 
 
 @pytest.mark.slow
