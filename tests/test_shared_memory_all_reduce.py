@@ -222,6 +222,27 @@ def test_what_they_do_not_take() -> None:
     run_ranks(reasons, 2)
 
 
+def transposed(group: Group) -> list[str | None]:
+    """Weights stored the other way round, of which the last ranks have one column, and none."""
+    told = []
+    for k in (2, 5, 33):
+        own = (k - 1, 1, 0)[group.rank]
+        x, stored = integers(4, k, seed=1), integers(k, 6, seed=2)
+        part = slice(sum((k - 1, 1, 0)[: group.rank]), sum((k - 1, 1, 0)[: group.rank + 1]))
+        weight = stored[part].contiguous().t()
+        assert weight.shape == (6, own)
+        with torch.inference_mode():
+            told.append(fused.linear_reason(x[:, part], weight, None, group))
+            y = backend.call("linear_all_reduce", x[:, part], weight, None, group)
+        assert_equal(y, x @ stored, f"K={k}")
+    return told
+
+
+def test_ranks_with_one_column_or_none_choose_as_the_others() -> None:
+    for told in run_ranks(transposed, 3):
+        assert told == ["expected a contiguous weight"] * 3
+
+
 def dies(group: Group, report: str) -> None:
     x, weight = normals(2, 8, seed=0), normals(4, 8, seed=1)
     fused.linear_all_reduce(x, weight, None, group)

@@ -39,6 +39,7 @@ REFUSALS = (
     "changes its hidden states outside of its layers",
     "mesh: expected pp=1",
     "can't be cut into",
+    "scale_attn_weights: expected True",
     # load(): stored otherwise than held, or read by transformers itself alone.
     "is stored in another layout than the model's",
     "transformers makes no FalconH1ForCausalLM",
@@ -121,7 +122,9 @@ def sweep(cases: list[Case], tmp_path: Path, meshes: tuple, orders: int = 1) -> 
 def check_refusals(reasons: dict[str, set[str]]) -> None:
     for reason, found in reasons.items():
         assert any(words in reason for words in REFUSALS), (reason, found)
-        assert not found & set(OWN) or "can't be cut into" in reason, (reason, found)
+        # Our own decoder lacks one switch of GPT-2's, which parallelize() has.
+        own = "can't be cut into", "scale_attn_weights"
+        assert not found & set(OWN) or any(words in reason for words in own), (reason, found)
 
 
 @pytest.mark.parametrize("mesh", MESHES[1:], ids=str)
