@@ -38,7 +38,7 @@ def report(value: Any) -> None:
 
 def pack_job(setup: dict[str, Any], job: bytes) -> int:
     """A descriptor of memory with what :func:`rank_main` reads; owned by the caller."""
-    descriptor = os.memfd_create("pyparallel-job")
+    descriptor = os.memfd_create("rank-job")
     header = json.dumps(setup).encode()
     with open(descriptor, "wb", closefd=False) as file:
         file.write(len(header).to_bytes(8, "little") + header)
@@ -61,16 +61,16 @@ def rank_main(rank: int, sender: int, store: int, job: int, folder: int, launche
     threading.Thread(target=_end_with_launcher, args=(launcher,), daemon=True).start()
     _enter(folder)
     # Not read(): the ranks share one place in the file.
-    memory = memoryview(mmap.mmap(job, 0, prot=mmap.PROT_READ))
+    memory = mmap.mmap(job, 0, prot=mmap.PROT_READ)
     os.close(job)
     end = 8 + int.from_bytes(memory[:8], "little")
-    setup = json.loads(bytes(memory[8:end]))
+    setup = json.loads(memory[8:end])
     _end_forks_with_this()
     own = process.current_process()
     own.name, own.daemon = f"rank{rank}", True
     _environment(setup["environment"], rank, setup["world_size"])
     try:
-        message = _live(rank, setup, store, memory[end:])
+        message = _live(rank, setup, store, memory, end)
     except BaseException as error:
         message = failure(error)
     for stream in (sys.stdout, sys.stderr):
@@ -121,7 +121,7 @@ def _environment(given: dict[str, str], rank: int, world_size: int) -> None:
     )
 
 
-def _live(rank: int, setup: dict[str, Any], store_end: int, job: memoryview) -> bytes:
+def _live(rank: int, setup: dict[str, Any], store_end: int, memory: mmap.mmap, begin: int) -> bytes:
     import torch
     import torch.distributed as dist
 
@@ -149,7 +149,10 @@ def _live(rank: int, setup: dict[str, Any], store_end: int, job: memoryview) -> 
         store.set(f"connected/{rank}", "")
     with naming_lost_peers("torch.distributed"):
         spawn.prepare(setup["program"])
-        fn, args = pickle.loads(job)
+        # Given back before the work, which may last: arguments can be large.
+        with memoryview(memory) as whole, whole[begin:] as job:
+            fn, args = pickle.loads(job)
+        memory.close()
         # A rank that fails closes nothing first: closing may wait for peers that wait for this one.
         message = success(fn(*args))
         from pyparallel.mesh import close_meshes

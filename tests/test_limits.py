@@ -121,6 +121,8 @@ def test_thread_variables(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_launchers_variables(name: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable, value in {"RANK": "0", "WORLD_SIZE": "1", name: text}.items():
         monkeypatch.setenv(variable, value)
+    # Another test may have made this process a mesh of one already.
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     with pytest.raises(ValueError, match=f"{name}: expected"):
         init_mesh()
 
