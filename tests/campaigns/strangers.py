@@ -120,10 +120,11 @@ def _ask_for_memory(name: str, writer: int) -> None:
 def _loopback() -> list[int]:
     """Ports that somebody else listens on, on any interface."""
     ports = []
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        if fields[3] == "0A" and int(fields[7]) != os.geteuid():
-            ports.append(int(fields[1].split(":")[1], 16))
+    for name in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and int(fields[7]) != os.geteuid():
+                ports.append(int(fields[1].split(":")[1], 16))
     return ports
 
 

@@ -154,7 +154,7 @@ def test_drawn_settings_of_our_own_decoders(seed: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
     seed=st.integers(4, 10**6),
     mesh=st.sampled_from(MESHES),
