@@ -235,6 +235,12 @@ def transposed(group: Group) -> list[str | None]:
             told.append(fused.linear_reason(x[:, part], weight, None, group))
             y = backend.call("linear_all_reduce", x[:, part], weight, None, group)
         assert_equal(y, x @ stored, f"K={k}")
+        # And slices of the columns of a whole matrix, which are views.
+        with torch.inference_mode():
+            sliced = stored.t().contiguous()[:, part]
+            assert fused.linear_reason(x[:, part], sliced, None, group) is None
+            y = backend.call("linear_all_reduce", x[:, part], sliced, None, group)
+        assert_equal(y, x @ stored, f"sliced, K={k}")
     return told
 
 

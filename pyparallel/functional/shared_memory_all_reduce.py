@@ -42,9 +42,9 @@ def _reason(rows: int, width: int, group: Group, *tensors: Tensor | None) -> str
 
 def linear_reason(x: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> str | None:
     """Why :func:`linear_all_reduce` can't, or should not, run a call."""
-    # Asked of the strides, which are alike on all ranks. A shard of one column or none is contiguous
+    # Asked of the last stride, which is alike on all ranks. A shard of one column or none is contiguous
     # however it lies, and its rank would make another call than the others.
-    if weight.stride() != (max(weight.shape[1], 1), 1):
+    if weight.stride(-1) != 1:
         return "expected a contiguous weight"
     return _reason(x.shape[:-1].numel(), weight.shape[0], group, x, weight, bias)
 
@@ -58,6 +58,8 @@ def linear_all_reduce(x: Tensor, weight: Tensor, bias: Tensor | None, group: Gro
     record_collective("all_reduce", y.numel() * y.itemsize)
     engine = group.communicator.free_engine()
     wide = x.detach().float().contiguous()
+    # Rows of a slice lie apart.
+    weight = weight.contiguous()
     in_place = x.dtype is torch.float32
     partial = None if in_place else torch.empty(M, N)
     held: list[Tensor] = []

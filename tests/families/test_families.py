@@ -129,20 +129,15 @@ def check_refusals(reasons: dict[str, set[str]]) -> None:
         assert not found & set(OWN) or any(words in reason for words in own), (reason, found)
 
 
-@pytest.mark.parametrize("mesh", MESHES[1:], ids=str)
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_plain_models_of_some_types(mesh: tuple, tmp_path: Path) -> None:
     cases = [draw(kind, 0) for kind in SOME]
     check_refusals(sweep(cases, tmp_path, (mesh,), orders=0))
 
 
-def test_plain_models_of_every_type(tmp_path: Path) -> None:
-    cases = [draw(kind, 0) for kind in kinds()]
-    check_refusals(sweep(cases, tmp_path, MESHES[:1], orders=0))
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", MESHES[1:], ids=str)
-def test_plain_models_of_every_type_on_every_mesh(mesh: tuple, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_plain_models_of_every_type(mesh: tuple, tmp_path: Path) -> None:
     cases = [draw(kind, 0) for kind in kinds()]
     check_refusals(sweep(cases, tmp_path, (mesh,), orders=0))
 
