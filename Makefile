@@ -60,7 +60,7 @@ test-gpu: install $(MODEL)
 	$(BIN)/pytest -q -m gpu
 
 # The numerical tests under every instruction set that torch, MKL, oneDNN and this library can be asked for
-# here, with 1 to 3 threads, and with ten seeds; ARGS=--short: three settings, as CI runs it.
+# here, with 1 to 3 threads, and with ten seeds; ARGS=--short: three settings.
 test-processors: install $(MODEL)
 	$(BIN)/python -m tests.processors $(ARGS)
 

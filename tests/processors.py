@@ -1,7 +1,7 @@
 """The numerical tests as other processors would run them: a table, and exit status 1 where one fails.
 
     python -m tests.processors            every setting of this machine, with ten seeds in turn
-    python -m tests.processors --short    three settings and one other seed, as CI runs it
+    python -m tests.processors --short    three settings
 
 A setting is an environment that makes torch, MKL, oneDNN or this library take another instruction set
 than the widest this machine has, or another number of threads; a seed makes every random input of

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pyparallel.launch import launch
 from pyparallel.mesh import init_mesh
@@ -146,15 +144,3 @@ def test_plain_models_of_every_type(mesh: tuple, tmp_path: Path) -> None:
 def test_drawn_settings_of_our_own_decoders(seed: int, tmp_path: Path) -> None:
     cases = [draw(kind, seed) for kind in OWN]
     check_refusals(sweep(cases, tmp_path, (MESHES[seed - 1],)))
-
-
-@pytest.mark.slow
-@settings(max_examples=3, deadline=None)
-@given(
-    seed=st.integers(4, 10**6),
-    mesh=st.sampled_from(MESHES),
-    chosen=st.sets(st.sampled_from(kinds()), min_size=12, max_size=16),
-)
-def test_drawn_settings_of_any_type(tmp_path_factory, seed: int, mesh: tuple, chosen: set) -> None:
-    cases = [draw(kind, seed) for kind in sorted(chosen)]
-    check_refusals(sweep(cases, tmp_path_factory.mktemp("drawn"), (mesh,)))
