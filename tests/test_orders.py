@@ -21,8 +21,10 @@ OTHERS = (
     "test_data_parallel_engines.py",
     "test_mesh_training.py",
     "test_pipeline_documents.py",
+    "test_load_training.py",
     "test_pipeline_errors.py",
     "test_pipeline_hugging_face.py",
+    "test_whole_calls.py",
 )
 
 
