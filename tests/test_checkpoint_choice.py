@@ -243,10 +243,17 @@ def test_json_is_of_a_bounded_size(whole: Path, tmp_path: Path) -> None:
 
 def test_permission_denied_is_not_no_such_file(whole: Path, tmp_path: Path) -> None:
     folder = copy(whole, tmp_path)
+    folder.chmod(0o755)
     (folder / "model.safetensors").chmod(0o600 if is_root() else 0)
-    imports = "from pyparallel.checkpoint import CheckpointError, open_checkpoint"
-    code = "try: open_checkpoint(sys.argv[1]).shapes\nexcept CheckpointError as error: print(error)"
-    (told,) = as_somebody_else(imports, code, folder)
+    imports = (
+        "from pathlib import Path\n"
+        "from pyparallel.checkpoint import CheckpointError, open_checkpoint"
+    )
+    code = (
+        "try: open_checkpoint(Path(sys.argv[1]).parent).shapes\n"
+        "except CheckpointError as error: print(error)"
+    )
+    (told,) = as_somebody_else(imports, code, folder / "model.safetensors")
     assert "permission denied" in told and "model.safetensors" in told
 
 
