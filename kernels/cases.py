@@ -116,7 +116,8 @@ def cross_entropy_cases(arch: str) -> Iterator[Case]:
     block = cross_entropy.BLOCK_V
     yield Case(
         "cross_entropy_statistics", "bf16", cross_entropy.cross_entropy_statistics_kernel,
-        {"logits_ptr": "bf16", "targets_ptr": "i64", "stats_ptr": "fp32"}, dict(BLOCK_V=block), 8,
+        {"logits_ptr": "bf16", "targets_ptr": "i64", "stats_ptr": "fp32"},
+        dict(BLOCK_V=block, CENTERED=True), 8,
         odd=("ignore_index",), waiver="stores four fp32 values a row, one by one",
     )
     yield Case(
@@ -127,7 +128,10 @@ def cross_entropy_cases(arch: str) -> Iterator[Case]:
     )
     yield Case(
         "cross_entropy_backward", "bf16", cross_entropy.cross_entropy_backward_kernel,
-        {"logits_ptr": "bf16", "targets_ptr": "i64", "lse_ptr": "fp32", "dloss_ptr": "fp32"},
+        {
+            "logits_ptr": "bf16", "targets_ptr": "i64", "lse_ptr": "fp32", "dloss_ptr": "fp32",
+            "base_ptr": "fp32",
+        },
         dict(BLOCK_V=block), 8, floats=("label_smoothing",), odd=("ignore_index", "stride_d"),
     )
 
