@@ -115,20 +115,20 @@ MUTANTS = (
     ),
     Mutant(
         ENGINE,
-        "self._kept.append(widened(tensor.detach()))",
-        "self._kept.append(widened(tensor.detach()).bfloat16().float())",
+        "hold(tensor, widened(tensor.detach()), self._kept, self._copies)",
+        "hold(tensor, widened(tensor.detach()).bfloat16().float(), self._kept, self._copies)",
         LOGITS,
     ),
     Mutant(
         ENGINE,
-        "self._kept.append(widened(tensor.detach()))",
-        "self._kept.append(widened(tensor.detach()).bfloat16().float())",
+        "hold(tensor, widened(tensor.detach()), self._kept, self._copies)",
+        "hold(tensor, widened(tensor.detach()).bfloat16().float(), self._kept, self._copies)",
         PREFILL,
     ),
     Mutant(
         ENGINE,
-        "self._kept.append(widened(tensor.detach()))",
-        "self._kept.append(widened(tensor.detach()).bfloat16().float())",
+        "hold(tensor, widened(tensor.detach()), self._kept, self._copies)",
+        "hold(tensor, widened(tensor.detach()).bfloat16().float(), self._kept, self._copies)",
         INT8,
     ),
     Mutant(
