@@ -84,16 +84,16 @@ bench-collectives bench-decode bench-prefill bench-context_parallel_attention \
 bench-sequence_parallel_linear bench-pipeline bench-linear_all_reduce \
 bench-hugging_face_generate bench-decode_cost: bench-%: install $(MODEL)
 	$(BIN)/pytest -q -s --benchmark-enable --benchmark-autosave --benchmark-columns=min,median,iqr \
-	  bench/$*.py
+	  bench/*/$*.py
 
 bench-activation_memory: install
-	$(BIN)/python bench/activation_memory.py
+	$(BIN)/python bench/training/activation_memory.py
 
 # Fine-tunes SmolLM2 on a 2x2x2 mesh and as the dense model, and plots both; MESHES=all: on every mesh.
 MESHES ?= 2x2x2
 train-demo: install $(MODEL)
 	$(BIN)/pip install -q --disable-pip-version-check matplotlib
-	$(BIN)/python -m bench.training --meshes "$(MESHES)"
+	$(BIN)/python -m bench.training.training --meshes "$(MESHES)"
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pybind11
 import torch
-from setuptools import setup
+from setuptools import find_packages, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).parent
@@ -62,4 +62,13 @@ class BuildAll(BuildExtension):
                 shutil.copy2(library, Path(self.build_lib) / "pyparallel" / library.name)
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildAll})
+def packages() -> list[str]:
+    """Every folder of pyparallel/, and those of kernels/, which is installed as pyparallel.kernels."""
+    return [
+        *find_packages(include=["pyparallel", "pyparallel.*"]),
+        "pyparallel.kernels",
+        *(f"pyparallel.kernels.{name}" for name in find_packages("kernels")),
+    ]
+
+
+setup(packages=packages(), ext_modules=[extension()], cmdclass={"build_ext": BuildAll})

@@ -1,4 +1,4 @@
-"""The decoders that bench/decode.py and bench/prefill.py compare, each as ``make(...) -> turn``.
+"""The decoders that decode.py and prefill.py of bench/decoding compare, each as ``make(...) -> turn``.
 
 A turn takes ("decode", steps) and gives the tokens; ("prefill", length) and gives the first token;
 ("context", position) and gives the token of eight steps at that position, ("fill",) being before it;
@@ -16,7 +16,7 @@ import torch
 
 from bench.rivals import MODEL, memory
 from pyparallel import backend
-from pyparallel.cpu_decoder import CPUDecoder
+from pyparallel.decoding.cpu_decoder import CPUDecoder
 from pyparallel.mesh import init_mesh
 from pyparallel.models.config import DecoderConfig
 from pyparallel.models.dense import load_dense

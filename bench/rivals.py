@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from pyparallel import huge_pages
+from pyparallel.cut import huge_pages
 from pyparallel.launch import launch
 
 MODEL = Path(

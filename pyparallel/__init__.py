@@ -1,6 +1,6 @@
 """pyparallel: many devices work on one transformer."""
 
-from pyparallel import command_start  # isort: skip
+from pyparallel.commands import start as command_start  # isort: skip
 
 if command_start.is_command():
     command_start.begin()
@@ -9,16 +9,10 @@ if command_start.is_command():
 import torch  # noqa: F401  isort: skip
 
 from pyparallel.backend import use
-from pyparallel.batch import split_batch
-from pyparallel.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
-from pyparallel.communicator import PeerError
-from pyparallel.data import data_parallel
-from pyparallel.export import export
-from pyparallel.functional.next_token import Sampling
-from pyparallel.functional.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
-from pyparallel.generate import generate
-from pyparallel.grad_norm import clip_grad_norm_, grad_norm
-from pyparallel.group import Group
+from pyparallel.comm.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
+from pyparallel.comm.communicator import PeerError
+from pyparallel.comm.group import Group
+from pyparallel.decoding.generate import generate
 from pyparallel.launch import RankError, launch
 from pyparallel.layers import (
     ColumnParallelLinear,
@@ -32,12 +26,18 @@ from pyparallel.layers import (
     SequenceParallelRMSNorm,
     VocabParallelEmbedding,
 )
-from pyparallel.loss import count_targets, cross_entropy, mean_loss
 from pyparallel.mesh import Mesh, init_mesh
 from pyparallel.models.load import load, load_stages
-from pyparallel.parallelize import parallelize
-from pyparallel.pipeline import Pipeline
-from pyparallel.save import restore, save
+from pyparallel.models.parallelize import parallelize
+from pyparallel.ops.next_token import Sampling
+from pyparallel.ops.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
+from pyparallel.saving.export import export
+from pyparallel.saving.save import restore, save
+from pyparallel.training.batch import split_batch
+from pyparallel.training.data import data_parallel
+from pyparallel.training.grad_norm import clip_grad_norm_, grad_norm
+from pyparallel.training.loss import count_targets, cross_entropy, mean_loss
+from pyparallel.training.pipeline import Pipeline
 
 __all__ = [
     "ColumnParallelLinear",

@@ -19,9 +19,9 @@ from importlib import import_module
 from types import FrameType
 from typing import NoReturn
 
-from pyparallel.command_start import drop, is_command, say
+from pyparallel.commands.start import drop, is_command, say
 from pyparallel.limits import check_environment
-from pyparallel.rank_process import end_server
+from pyparallel.ranks.process import end_server
 
 COMMANDS = {
     "generate": "answer prompts with a model cut over the ranks of this machine",

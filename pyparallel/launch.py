@@ -21,11 +21,11 @@ from pyparallel.limits import (
     check_timeout,
     cores,
 )
-from pyparallel.rank_life import is_rank, pack_job, preparation, report
-from pyparallel.rank_outcome import GRACE_S, Inbox, Outcome, RankError, Report, message_of
-from pyparallel.rank_outcome import failure as _failure  # noqa: F401
-from pyparallel.rank_process import LOOK_S, RankProcess, StartError, server
-from pyparallel.rank_store import StoreServer
+from pyparallel.ranks.life import is_rank, pack_job, preparation, report
+from pyparallel.ranks.outcome import GRACE_S, Inbox, Outcome, RankError, Report, message_of
+from pyparallel.ranks.outcome import failure as _failure  # noqa: F401
+from pyparallel.ranks.process import LOOK_S, RankProcess, StartError, server
+from pyparallel.ranks.store import StoreServer
 
 __all__ = ["RankError", "launch", "report"]
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyparallel import reference
-from pyparallel.group import Group
+from pyparallel.comm.group import Group
 from pyparallel.launch import launch
 from pyparallel.mesh import init_mesh
 

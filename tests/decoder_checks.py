@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyparallel import _C
-from pyparallel.cpu_decoder import CPUDecoder
+from pyparallel.decoding.cpu_decoder import CPUDecoder
 
 # Narrowest first.
 ISAS = ("plain", "avx2", "avx512", "avx512_bf16")

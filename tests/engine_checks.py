@@ -7,7 +7,7 @@ import random
 import torch
 from torch import Tensor
 
-from pyparallel.communicator import Communicator
+from pyparallel.comm.communicator import Communicator
 
 
 def made(dtype: torch.dtype, length: int, rank: int, seed: int) -> Tensor:

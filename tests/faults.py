@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pyparallel.communicator import PeerError
-from pyparallel.shared_memory import SharedMemoryCommunicator
+from pyparallel.comm.communicator import PeerError
+from pyparallel.comm.shared.engine import SharedMemoryCommunicator
 
 LENGTH = 3000
 

@@ -12,24 +12,24 @@ import sys
 
 from tests.mutation import Mutant, run_mutants
 
-ATTENTION = "pyparallel/functional/attention_with_lse.py"
-WITH_LSE = "tests/test_attention_with_lse.py -k forward_and_backward"
-ROW = "pyparallel/functional/row_parallel_linear.py"
-NORM = "pyparallel/functional/norm.py"
-MERGE = "pyparallel/functional/merge_attention.py"
-ENGINE = "pyparallel/cpu_decoder.py"
+ATTENTION = "pyparallel/ops/attention_with_lse.py"
+WITH_LSE = "tests/ops/test_attention_with_lse.py -k forward_and_backward"
+ROW = "pyparallel/ops/row_parallel_linear.py"
+NORM = "pyparallel/ops/norm.py"
+MERGE = "pyparallel/ops/merge_attention.py"
+ENGINE = "pyparallel/decoding/cpu_decoder.py"
 DECODER = "pyparallel/models/decoder.py"
-CONTEXT = "tests/test_context_parallel_attention.py -k outputs_and_gradients"
-PREFILL = "tests/test_cpu_prefill.py -k cache_holds"
+CONTEXT = "tests/ops/test_context_parallel_attention.py -k outputs_and_gradients"
+PREFILL = "tests/decoding/test_cpu_prefill.py -k cache_holds"
 HEADS = "tests/layers/test_parallel_attention.py -k equals_dense"
-LOGITS = "tests/test_cpu_decoder.py -k logits_are_the_modules"
-INT8 = "tests/test_int8_weights.py -k rounded_model"
+LOGITS = "tests/decoding/test_cpu_decoder.py -k logits_are_the_modules"
+INT8 = "tests/decoding/test_int8_weights.py -k rounded_model"
 TRANSFORMERS = "tests/models/test_decoder.py -k equals_transformers"
-FIVE_LAYERS = "tests/test_pipeline.py -k five_layers"
-DATA = "tests/test_data_parallel.py"
-SEQUENCE = "tests/test_sequence_parallel.py -k as_dense"
-RESUMED = "tests/test_sharded_checkpoint.py -k training_goes_on"
-CUT = "tests/test_parallelize.py -k dense"
+FIVE_LAYERS = "tests/training/test_pipeline.py -k five_layers"
+DATA = "tests/training/test_data_parallel.py"
+SEQUENCE = "tests/training/test_sequence_parallel.py -k as_dense"
+RESUMED = "tests/saving/test_sharded_checkpoint.py -k training_goes_on"
+CUT = "tests/models/test_parallelize.py -k dense"
 
 # A row-parallel product as a bf16 accumulation would leave it, and with its bias on every rank.
 ROUNDED_SUM = (
@@ -164,13 +164,13 @@ MUTANTS = (
     Mutant(ROW, *ROUNDED_SUM, CUT),
     Mutant(ROW, *DOUBLED_BIAS, CUT),
     Mutant(
-        "pyparallel/data_engines.py",
+        "pyparallel/training/data_engines.py",
         "return sums.start(bucket.buffer())",
         "return sums.start(bucket.buffer().bfloat16().float())",
         DATA,
     ),
     Mutant(
-        "pyparallel/data_engines.py",
+        "pyparallel/training/data_engines.py",
         "self.group.communicator.reduce_scatter(output_tensor, input_tensor)",
         "self.group.communicator.reduce_scatter(output_tensor, input_tensor.bfloat16().float())",
         DATA,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from pyparallel.collectives import all_reduce_raw
+from pyparallel.comm.collectives import all_reduce_raw
 from pyparallel.mesh import Mesh
 from pyparallel.models.decoder import Decoder
 from pyparallel.models.stage import tied_copies

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-import pyparallel.functional  # noqa: F401
+import pyparallel.ops  # noqa: F401
 from pyparallel import backend
 from pyparallel.testing import normals
 

@@ -15,87 +15,32 @@ MAX_LINES = 300
 # Longer still, to be cut: no other file may join them.
 TO_BE_CUT = {
     "tests/layers/test_sequence_parallel_linear.py",
-    "tests/test_cpu_kernels.py",
+    "tests/native/test_cpu_kernels.py",
 }
 MAX_VARIABLES = 9
 
 # Lowest first. A file imports from lower floors, or from its own without going in circles.
 PYTHON_FLOORS = (
-    {"kernels", "_C"},
-    # The ranks, the engines they talk through, the cuts, and the table of operations.
-    {"launch", "mesh", "group", "call_order", "connect", "rendezvous"}
-    | {"rank_server", "rank_process", "rank_life", "rank_outcome", "rank_store"}
-    | {"exchange", "limits", "peer_proof", "command_start", "parent_death"}
-    | {
-        "communicator",
-        "torch_communicator",
-        "shared_memory",
-        "shared_buffer",
-        "hierarchical",
-        "host_tensors",
-        "huge_pages",
-    }
-    | {"shard", "context", "attention_blocks", "reference", "backend", "cpu_ops", "quantize"}
-    | {"cpu_weights", "symmetric_regions"}
-    | {
-        "cuda_extension",
-        "cuda_checks",
-        "cuda_fakes",
-        "cuda_ops",
-        "cuda_communicator",
-        "cuda_peers",
-        "cuda_tuning",
-        "cuda_windows",
-        "connect_gpus",
-        "peer_watch",
-    },
-    {"collectives", "collectives_raw", "collective_ops", "sequence"},
-    {"functional", "overlap", "cuda_links", "cuda_pipelines"},
-    {"layers"},
-    {
-        "models",
-        "parallelize",
-        "checkpoint",
-        "checkpoint_format",
-        "checkpoint_schema",
-        "checkpoint_choice",
-        "checkpoint_boxes",
-        "checkpoint_state",
-        "checkpoint_tokenizer",
-        "gguf_checkpoint",
-        "gguf_header",
-        "gguf_metadata",
-        "gguf_parts",
-        "sharded_checkpoint",
-        "checkpoint_files",
-        "checkpoint_names",
-        "checkpoint_pieces",
-        "checkpoint_planner",
-        "checkpoint_written",
-        "checkpoint_paths",
-        "checkpoint_place",
-        "checkpoint_storage",
-        "checkpoint_optimizer",
-        "checkpoint_exchange",
-        "cpu_decoder",
-    }
-    | {"save", "export", "generate", "prompts"}
-    | {
-        "batch",
-        "data",
-        "data_engines",
-        "loss",
-        "grad_norm",
-        "pipeline",
-        "pipeline_schedules",
-        "pipeline_stages",
-        "pipeline_errors",
-        "pipeline_session",
-        "tied_gradients",
-        "activation_memory",
-    },
-    {"planner"},
-    {"", "cli", "commands", "testing", "__main__"},
+    ("kernels", "_C"),
+    ("limits", "reference", "backend"),
+    ("cut",),
+    ("checkpoint",),
+    ("native",),
+    ("comm",),
+    ("mesh",),
+    ("ranks",),
+    ("launch",),
+    ("overlap",),
+    ("ops",),
+    ("layers",),
+    ("models",),
+    ("training",),
+    ("saving",),
+    ("decoding",),
+    ("planner",),
+    ("commands", "cli", "__main__"),
+    # The public names, and what tests of parallel code need.
+    ("", "testing"),
 )
 # What each folder of csrc may include of the others, and whether it may know torch.
 CSRC_FOLDERS = {
@@ -223,11 +168,19 @@ def test_includes_go_down():
 @pytest.mark.parametrize(
     ("name", "line", "fault"),
     [
-        ("pyparallel/shard.py", "from pyparallel.layers import norm", "of a higher floor"),
-        ("pyparallel/shard.py", "def f():\n    from pyparallel import cli", "of a higher floor"),
+        ("pyparallel/cut/shard.py", "from pyparallel.layers import norm", "of a higher floor"),
+        (
+            "pyparallel/cut/shard.py",
+            "def f():\n    from pyparallel import cli",
+            "of a higher floor",
+        ),
         ("pyparallel/layers/norm.py", "from .parallel_mlp import ParallelMLP", "a circle"),
-        ("kernels/norm.py", "from pyparallel.shard import fuse", "kernels know only kernels"),
-        ("kernels/norm.py", "import pyparallel.group", "kernels know only kernels"),
+        (
+            "kernels/norm/norm.py",
+            "from pyparallel.cut.shard import fuse",
+            "kernels know only kernels",
+        ),
+        ("kernels/norm/norm.py", "import pyparallel.comm.group", "kernels know only kernels"),
         ("csrc/core/part.h", "#include <torch/csrc/stable/ops.h>", "only bindings know torch"),
         ("csrc/core/part.h", '#include "cpu/norm.h"', "core may include core"),
         ("csrc/cuda/norm.cuh", "#include <ATen/ATen.h>", "only bindings know torch"),
@@ -238,13 +191,13 @@ def test_a_broken_rule_is_found(tmp_path, name, line, fault):
     files = {
         "pyparallel/__init__.py": "",
         "pyparallel/cli.py": "import pyparallel.layers",
-        "pyparallel/shard.py": "",
-        "pyparallel/group.py": "",
+        "pyparallel/cut/shard.py": "",
+        "pyparallel/comm/group.py": "",
         "pyparallel/layers/__init__.py": "from pyparallel.layers.norm import x",
-        "pyparallel/layers/norm.py": "from pyparallel import shard",
+        "pyparallel/layers/norm.py": "from pyparallel.cut import shard",
         "pyparallel/layers/parallel_mlp.py": "from pyparallel.layers.norm import x",
         "kernels/__init__.py": "",
-        "kernels/norm.py": "from . import language",
+        "kernels/norm/norm.py": "from . import language",
         "kernels/language.py": "",
         "csrc/core/part.h": "#include <vector>",
         "csrc/cuda/norm.cuh": '#include "core/part.h"',

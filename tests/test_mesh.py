@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyparallel.collectives import all_reduce_raw
+from pyparallel.comm.collectives import all_reduce_raw
 from pyparallel.launch import launch
 from pyparallel.mesh import AXES, init_mesh
 

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from pyparallel.mesh import Mesh
 from pyparallel.models.decoder import Decoder
+from pyparallel.models.parallelize import named_shardings
 from pyparallel.models.weights import sources
-from pyparallel.parallelize import named_shardings
 from pyparallel.testing import UNIT_ROUNDOFF, assert_within
 from tests.orders import Exact, farthest
 from tests.transformers_models import build
@@ -63,7 +63,7 @@ class Truth:
     The dense model in fp32 errs by e = max |dense - truth| of a tensor, over several legal orders of
     its sums. Every mesh makes the roundings that it makes, with sums in up to R parts:
     ``(1 + sqrt(R)) (e + r |g| + u |g_max|)``, r the worst relative error of a whole gradient; see
-    ``tests/test_parallelize.py``.
+    ``tests/models/test_parallelize.py``.
 
     Attributes:
         grads: of all parameters; errors: the e + r |g| + u |g_max| of each.

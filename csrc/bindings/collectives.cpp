@@ -1,5 +1,5 @@
 // The group of CPU ranks as a Python object; tensors come as addresses and element counts, checked
-// by pyparallel/shared_memory.py.
+// by pyparallel/comm/shared/engine.py.
 #include <pybind11/stl.h>
 
 #include <exception>
@@ -40,7 +40,7 @@ void set_python_error(std::exception_ptr thrown) {
   try {
     std::rethrow_exception(thrown);
   } catch (const PeerError& error) {
-    const py::object type = py::module_::import("pyparallel.communicator").attr("PeerError");
+    const py::object type = py::module_::import("pyparallel.comm.communicator").attr("PeerError");
     const py::object value = type(error.what());
     value.attr("operation") = error.operation;
     value.attr("sequence") = error.sequence;

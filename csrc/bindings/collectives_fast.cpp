@@ -1,6 +1,6 @@
 // The short way from Python into the engine, for calls in which all is as it should be: exact
 // tensors, on the CPU, contiguous, of known types and fitting sizes. Each function returns False,
-// without having done anything, where something is not; pyparallel/shared_memory.py then finds out
+// without having done anything, where something is not; pyparallel/comm/shared/engine.py then finds out
 // what and says so. A small all-reduce takes half a microsecond, so how Python gets here matters:
 // vectorcall functions over tensors cost a tenth of one, pybind11 with data_ptr() and checks one.
 #include <torch/csrc/autograd/python_variable.h>

@@ -1,4 +1,4 @@
-// The CPU compute kernels on tensors, as addresses: pyparallel/cpu_ops.py checks shapes and dtypes. They
+// The CPU compute kernels on tensors, as addresses: pyparallel/native/cpu/ops.py checks shapes and dtypes. They
 // run on a team of threads that lives as long as the process.
 #include <pybind11/pybind11.h>
 

@@ -1,4 +1,4 @@
-// A whole decoder of one rank as a Python object: pyparallel/cpu_decoder.py gives it the addresses of a
+// A whole decoder of one rank as a Python object: pyparallel/decoding/cpu_decoder.py gives it the addresses of a
 // model's tensors and keeps them alive.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

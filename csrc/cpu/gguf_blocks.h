@@ -5,7 +5,7 @@
 // d and m are fp16; of a byte of q4 the low nibble is weight j and the high one weight 16 + j. A file holds
 // a row's blocks one after another. In memory the blocks of kGroupRows rows are woven, so that one register
 // holds the same four (or, of q4, eight) weights of all these rows, and a matrix is one run of bytes
-// (pyparallel/quantize.py, weave_blocks_). Of the b-th blocks of g rows:
+// (pyparallel/cut/quantize.py, weave_blocks_). Of the b-th blocks of g rows:
 //
 //   d [g], of q4_1 then m [g], then words [kWords, g] of 4 bytes
 //

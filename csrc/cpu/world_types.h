@@ -24,7 +24,7 @@ enum class Operation : uint32_t {
 
 enum class Reduction : uint32_t { none = 0, sum, max, min };
 
-// The order is that of pyparallel/shared_memory.py, which sends the number.
+// The order is that of pyparallel/comm/shared/engine.py, which sends the number.
 enum class DType : uint32_t {
   uint8 = 0,
   int8,

@@ -23,7 +23,7 @@ enum class PeerOperation : uint32_t {
 };
 enum class Reduction : uint32_t { none = 0, sum, max, min };
 // one_shot: one step, reads n. two_shot: two steps, reads 2 n (R-1)/R. The caller knows where the one
-// gives way to the other (pyparallel/cuda_tuning.py), and all ranks must agree.
+// gives way to the other (pyparallel/native/cuda/tuning.py), and all ranks must agree.
 enum class Algorithm { one_shot = 1, two_shot };
 
 // What one launch needs to know beside its data.

@@ -11,7 +11,8 @@ import shutil
 import subprocess
 from typing import Any
 
-from pyparallel import backend, cuda_extension
+from pyparallel import backend
+from pyparallel.native.cuda import extension as cuda_extension
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

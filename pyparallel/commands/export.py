@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from pyparallel.checkpoint import open_checkpoint
-from pyparallel.export import export_checkpoint
+from pyparallel.checkpoint.source import open_checkpoint
+from pyparallel.saving.export import export_checkpoint
 
 DTYPES = ("float32", "bfloat16", "float16")
 

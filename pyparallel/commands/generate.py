@@ -11,20 +11,20 @@ from typing import Any
 
 import torch
 
-from pyparallel.checkpoint import Checkpoint, open_checkpoint
+from pyparallel.checkpoint.gguf import GGUFCheckpoint
+from pyparallel.checkpoint.source import Checkpoint, open_checkpoint
 from pyparallel.commands.flags import add_timeout, check_numbers, check_texts
-from pyparallel.functional.next_token import Sampling
-from pyparallel.generate import check_micro_batches, check_prompts, generate
-from pyparallel.gguf_checkpoint import GGUFCheckpoint
+from pyparallel.cut.shard import HeadLayout, part_sizes
+from pyparallel.decoding.generate import check_micro_batches, check_prompts, generate
+from pyparallel.decoding.logits import teacher_forced_logits
 from pyparallel.launch import launch, report
 from pyparallel.mesh import init_mesh
 from pyparallel.models.config import DecoderConfig, UnknownArchitectureError
 from pyparallel.models.dense import compare, encode, load_tokenizer
 from pyparallel.models.generation import asked_sampling, read_generation
 from pyparallel.models.load import WEIGHTS, decoder_config, load, stored_dtype
-from pyparallel.models.logits import teacher_forced_logits
 from pyparallel.models.stage import stages_of
-from pyparallel.shard import HeadLayout, part_sizes
+from pyparallel.ops.next_token import Sampling
 
 DTYPES = ("float32", "bfloat16", "float16")
 

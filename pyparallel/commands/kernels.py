@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from pyparallel.commands.flags import check_numbers
-    from pyparallel.kernels import report
+    from pyparallel.kernels.report import report
 
     check_numbers(args)
     errors = Console(stderr=True)

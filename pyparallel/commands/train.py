@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyparallel.checkpoint import Checkpoint, open_checkpoint
+from pyparallel.checkpoint.source import Checkpoint, open_checkpoint
 from pyparallel.commands.corpus import token_rows
 from pyparallel.commands.flags import add_timeout, check_numbers
-from pyparallel.data import ENGINES, data_parallel
-from pyparallel.grad_norm import clip_grad_norm_
+from pyparallel.cut.shard import HeadLayout
 from pyparallel.launch import launch, report
 from pyparallel.limits import check_count
 from pyparallel.mesh import AXES, init_mesh
@@ -29,9 +28,10 @@ from pyparallel.models.decoder import RECOMPUTE
 from pyparallel.models.dense import load_tokenizer
 from pyparallel.models.load import decoder_config, load_stages
 from pyparallel.models.stage import stages_of
-from pyparallel.pipeline import Pipeline
-from pyparallel.pipeline_schedules import SCHEDULES, schedule_of
-from pyparallel.shard import HeadLayout
+from pyparallel.training.data import ENGINES, data_parallel
+from pyparallel.training.grad_norm import clip_grad_norm_
+from pyparallel.training.pipeline import Pipeline
+from pyparallel.training.pipeline_schedules import SCHEDULES, schedule_of
 
 DTYPES = ("float32", "bfloat16")
 

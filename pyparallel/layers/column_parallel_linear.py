@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyparallel.collectives import all_gather
-from pyparallel.functional.all_gather_linear import all_gather_linear
-from pyparallel.functional.column_parallel_linear import column_parallel_linear
-from pyparallel.functional.packed_linear import packed_linear
-from pyparallel.functional.replicated_parameter import sum_over_replicas
-from pyparallel.group import Group
+from pyparallel.comm.collectives import all_gather
+from pyparallel.comm.group import Group
+from pyparallel.comm.sequence import shard_sizes
+from pyparallel.cut.shard import Sharding, features
 from pyparallel.layers.parameters import ShardedModule, init_linear
-from pyparallel.sequence import shard_sizes
-from pyparallel.shard import Sharding, features
+from pyparallel.ops.all_gather_linear import all_gather_linear
+from pyparallel.ops.column_parallel_linear import column_parallel_linear
+from pyparallel.ops.packed_linear import packed_linear
+from pyparallel.ops.replicated_parameter import sum_over_replicas
 
 
 class ColumnParallelLinear(ShardedModule):

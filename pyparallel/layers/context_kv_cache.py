@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyparallel.context import ContextShards
-from pyparallel.group import Group
+from pyparallel.comm.context import ContextShards
+from pyparallel.comm.group import Group
 
 
 class ContextSlots:

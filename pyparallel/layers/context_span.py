@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyparallel.context import ContextShards
-from pyparallel.functional.context_parallel_attention import context_parallel_attention
-from pyparallel.functional.context_parallel_decode import context_parallel_decode
-from pyparallel.group import Group
+from pyparallel.comm.context import ContextShards
+from pyparallel.comm.group import Group
 from pyparallel.layers.context_kv_cache import ContextKVCache, ContextSlots
 from pyparallel.layers.span import Span
+from pyparallel.ops.context_parallel_attention import context_parallel_attention
+from pyparallel.ops.context_parallel_decode import context_parallel_decode
 
 
 @dataclass(frozen=True)

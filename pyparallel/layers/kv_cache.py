@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyparallel import huge_pages
+from pyparallel.cut import huge_pages
 from pyparallel.layers.span import Span
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from pyparallel import backend
-from pyparallel.collectives import copy_to_group
-from pyparallel.group import Group
+from pyparallel.comm.collectives import copy_to_group
+from pyparallel.comm.group import Group
 
 
 class LayerNorm(nn.LayerNorm):

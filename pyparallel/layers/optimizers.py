@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from pyparallel.collectives import all_reduce_raw
-from pyparallel.group import Group
+from pyparallel.comm.collectives import all_reduce_raw
+from pyparallel.comm.group import Group
 from pyparallel.layers.parameters import ShardedModule, living_modules
 from pyparallel.mesh import mesh_of
 

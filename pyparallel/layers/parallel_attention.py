@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pyparallel import backend
-from pyparallel.functional.attention_dropout import attention_with_dropout
-from pyparallel.group import Group
+from pyparallel.comm.group import Group
+from pyparallel.comm.sequence import shard_sizes
 from pyparallel.layers.context_kv_cache import ContextKVCache
 from pyparallel.layers.kv_cache import KVCache
 from pyparallel.layers.norm import HeadRMSNorm
@@ -19,7 +19,7 @@ from pyparallel.layers.qkv_parallel_linear import QKVParallelLinear
 from pyparallel.layers.rotary_embedding import RotaryEmbedding
 from pyparallel.layers.row_parallel_linear import RowParallelLinear
 from pyparallel.layers.span import Span
-from pyparallel.sequence import shard_sizes
+from pyparallel.ops.attention_dropout import attention_with_dropout
 
 
 class ParallelAttention(nn.Module):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyparallel.functional.column_parallel_linear import column_parallel_linear
-from pyparallel.functional.next_token import Said, Sampling, sample
-from pyparallel.functional.packed_linear import packed_linear
-from pyparallel.group import Group
+from pyparallel.comm.group import Group
 from pyparallel.layers.column_parallel_linear import ColumnParallelLinear
 from pyparallel.layers.owner import is_touched
 from pyparallel.layers.vocab_parallel_embedding import vocab_sharding
+from pyparallel.ops.column_parallel_linear import column_parallel_linear
+from pyparallel.ops.next_token import Said, Sampling, sample
+from pyparallel.ops.packed_linear import packed_linear
 
 
 class ParallelLMHead(ColumnParallelLinear):

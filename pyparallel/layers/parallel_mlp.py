@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from pyparallel import backend
-from pyparallel.group import Group
+from pyparallel.comm.group import Group
+from pyparallel.cut.shard import features, fuse
 from pyparallel.layers.column_parallel_linear import ColumnParallelLinear
 from pyparallel.layers.owner import is_touched, join_dense
 from pyparallel.layers.row_parallel_linear import RowParallelLinear
-from pyparallel.shard import features, fuse
 
 # What the MLP applies to the gate, by the name of the gated unit (Shazeer 2020).
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}

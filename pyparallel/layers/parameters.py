@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyparallel.collectives import all_reduce_raw
-from pyparallel.group import Group
+from pyparallel.comm.collectives import all_reduce_raw
+from pyparallel.comm.group import Group
+from pyparallel.cut.quantize import PackedWeight, largest_of_rows, quantize_rows, weave_blocks_
+from pyparallel.cut.shard import Sharding
 from pyparallel.layers.owner import check_replaceable
-from pyparallel.quantize import PackedWeight, largest_of_rows, quantize_rows, weave_blocks_
-from pyparallel.shard import Sharding
 
 # Every sharded module of this process, copies included.
 _living: weakref.WeakSet[ShardedModule] = weakref.WeakSet()
@@ -33,7 +33,7 @@ class ShardedModule(nn.Module):
         shardings: for each of the module's own parameters, which ranges of the dense one it holds.
         dense_shapes: the dense parameters' shapes.
         weight_kind: what ``weight`` is packed into (:meth:`quantize_weight`, :meth:`hold_blocks`), as
-            :class:`~pyparallel.quantize.PackedWeight` names it; or None.
+            :class:`~pyparallel.cut.quantize.PackedWeight` names it; or None.
         weight_scale: [M], fp32, where that is int8; or None.
         dtype: of the activations, and of ``weight`` where that is not packed.
     """
@@ -94,7 +94,7 @@ class ShardedModule(nn.Module):
 
         Args:
             data: [M, K / 32 * bytes of a block], uint8, as a file has them; kept, and woven in place
-                (:func:`~pyparallel.quantize.weave_blocks_`).
+                (:func:`~pyparallel.cut.quantize.weave_blocks_`).
             kind: "q4_0", "q4_1" or "q8_0".
 
         Raises:

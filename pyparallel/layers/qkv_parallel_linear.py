@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyparallel.group import Group
+from pyparallel.comm.group import Group
+from pyparallel.cut.shard import HeadLayout, fuse
 from pyparallel.layers.column_parallel_linear import ColumnParallelLinear
 from pyparallel.layers.owner import join_dense
-from pyparallel.shard import HeadLayout, fuse
 
 
 class QKVParallelLinear(ColumnParallelLinear):

@@ -6,16 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from pyparallel import backend
-from pyparallel.collectives import all_reduce_raw, split
-from pyparallel.functional.linear_reduce_scatter import linear_reduce_scatter
-from pyparallel.functional.packed_linear import packed_linear
-from pyparallel.functional.row_parallel_linear import row_parallel_linear
-from pyparallel.group import Group
+from pyparallel.comm.collectives import all_reduce_raw, split
+from pyparallel.comm.group import Group
+from pyparallel.comm.sequence import sequence_sizes
+from pyparallel.cut.shard import REPLICATED, Sharding, features
 from pyparallel.layers.norm import RMSNorm
 from pyparallel.layers.owner import is_touched
 from pyparallel.layers.parameters import ShardedModule, init_linear
-from pyparallel.sequence import sequence_sizes
-from pyparallel.shard import REPLICATED, Sharding, features
+from pyparallel.ops.linear_reduce_scatter import linear_reduce_scatter
+from pyparallel.ops.packed_linear import packed_linear
+from pyparallel.ops.row_parallel_linear import row_parallel_linear
 
 
 class RowParallelLinear(ShardedModule):

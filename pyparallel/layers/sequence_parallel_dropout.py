@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyparallel.functional.dropout import dropout
-from pyparallel.group import Group
+from pyparallel.comm.group import Group
+from pyparallel.comm.sequence import shard_sizes
 from pyparallel.layers.owner import check_replaceable
-from pyparallel.sequence import shard_sizes
+from pyparallel.ops.dropout import dropout
 
 
 class SequenceParallelDropout(nn.Module):

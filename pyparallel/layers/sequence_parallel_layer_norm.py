@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from pyparallel import backend
-from pyparallel.functional.shared_parameters import sum_gradients
-from pyparallel.group import Group
+from pyparallel.comm.group import Group
 from pyparallel.layers.norm import LayerNorm
 from pyparallel.layers.owner import check_replaceable
+from pyparallel.ops.shared_parameters import sum_gradients
 
 
 class SequenceParallelLayerNorm(LayerNorm):

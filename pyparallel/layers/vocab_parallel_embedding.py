@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyparallel.functional.packed_linear import packed_embedding
-from pyparallel.functional.vocab_parallel_embedding import vocab_parallel_embedding
-from pyparallel.group import Group
+from pyparallel.comm.group import Group
+from pyparallel.cut.shard import Sharding, even_parts
 from pyparallel.layers.parameters import ShardedModule
-from pyparallel.shard import Sharding, even_parts
+from pyparallel.ops.packed_linear import packed_embedding
+from pyparallel.ops.vocab_parallel_embedding import vocab_parallel_embedding
 
 
 def vocab_sharding(vocab_size: int, parts: int) -> Sharding:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyparallel.collectives import broadcast_raw
-from pyparallel.group import Group
+from pyparallel.comm.collectives import broadcast_raw
+from pyparallel.comm.group import Group
 from pyparallel.models.head_dropout import share_generator_state
 
 # Elements that are summed at once: their temporaries stay in the cache.

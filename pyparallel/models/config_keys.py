@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from pyparallel.checkpoint_schema import (
+from pyparallel.checkpoint.schema import (
     BOOL,
     CONFIG,
     EPS,

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyparallel.collectives import all_gather_raw, all_reduce_raw
-from pyparallel.context import ContextShards, check_length
-from pyparallel.group import Group
+from pyparallel.comm.collectives import all_gather_raw, all_reduce_raw
+from pyparallel.comm.context import ContextShards, check_length
+from pyparallel.comm.group import Group
 from pyparallel.layers.context_kv_cache import ContextKVCache
 from pyparallel.layers.context_span import prefill_span, step_span
 from pyparallel.models.config import DecoderConfig

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pyparallel.group import Group
+from pyparallel.comm.group import Group
+from pyparallel.comm.sequence import sequence_sizes, split_sequence
 from pyparallel.layers import ParallelLMHead, RotaryEmbedding, VocabParallelEmbedding
 from pyparallel.layers.kv_cache import KVCache
 from pyparallel.layers.span import Span
@@ -22,7 +23,6 @@ from pyparallel.models.decoder_norm import norm_of
 from pyparallel.models.generation import GenerationDefaults
 from pyparallel.models.stage import Layers, Stage
 from pyparallel.models.whole_call import draw_seed
-from pyparallel.sequence import sequence_sizes, split_sequence
 
 RECOMPUTE = ("none", "attention", "layers")
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyparallel.group import Group
+from pyparallel.comm.group import Group
+from pyparallel.comm.sequence import sequence_sizes
 from pyparallel.layers import ParallelAttention, ParallelMLP, RotaryEmbedding
 from pyparallel.layers.kv_cache import KVCache
 from pyparallel.layers.span import Span
 from pyparallel.models.config import DecoderConfig
 from pyparallel.models.decoder_norm import norm_of
 from pyparallel.models.whole_call import drop
-from pyparallel.sequence import sequence_sizes
 
 # Each layer has as many places that drop; place 0 is behind the embedding.
 PLACES = 3

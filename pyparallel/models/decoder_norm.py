@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pyparallel.group import Group
+from pyparallel.comm.group import Group
 from pyparallel.layers import (
     LayerNorm,
     RMSNorm,

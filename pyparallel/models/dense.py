@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from pyparallel.checkpoint import CheckpointError
-from pyparallel.checkpoint_format import one_line
-from pyparallel.checkpoint_tokenizer import check_tokenizer_files
-from pyparallel.functional.next_token import Sampling, sample
-from pyparallel.group import Group
-from pyparallel.quantize import PackedWeight, quantize_rows
+from pyparallel.checkpoint.format import one_line
+from pyparallel.checkpoint.source import CheckpointError
+from pyparallel.checkpoint.tokenizer import check_tokenizer_files
+from pyparallel.comm.group import Group
+from pyparallel.cut.quantize import PackedWeight, quantize_rows
+from pyparallel.ops.next_token import Sampling, sample
 
 
 def _transformers() -> Any:

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from pyparallel.checkpoint import Checkpoint, CheckpointError
-from pyparallel.huge_pages import HugePages, taken_bytes
+from pyparallel.checkpoint.source import Checkpoint, CheckpointError
+from pyparallel.cut.huge_pages import HugePages, taken_bytes
+from pyparallel.cut.quantize import BLOCK_BYTES, block_row_bytes
+from pyparallel.cut.shard import Sharding
 from pyparallel.layers.parameters import ShardedModule
 from pyparallel.models.decoder import Decoder
 from pyparallel.models.stored import TIED_NAMES, stored_name
 from pyparallel.models.weights import Source, Sources, sources
-from pyparallel.quantize import BLOCK_BYTES, block_row_bytes
-from pyparallel.shard import Sharding
 
 # Tensors that checkpoints carry and that hold nothing a model has to load.
 IGNORED = (

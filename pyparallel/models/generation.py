@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pyparallel.checkpoint import CheckpointError
-from pyparallel.functional.logit_rules import LogitRules
-from pyparallel.functional.next_token import Sampling
+from pyparallel.checkpoint.source import CheckpointError
+from pyparallel.ops.logit_rules import LogitRules
+from pyparallel.ops.next_token import Sampling
 
 NAME = "generation_config.json"
 MOST_BYTES = 1 << 20

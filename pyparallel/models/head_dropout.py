@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyparallel.collectives import broadcast_raw
-from pyparallel.group import Group
+from pyparallel.comm.collectives import broadcast_raw
+from pyparallel.comm.group import Group
 
 
 class OwnRandomness:

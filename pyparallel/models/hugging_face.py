@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyparallel.checkpoint import Checkpoint, CheckpointError
-from pyparallel.checkpoint_format import one_line
+from pyparallel.checkpoint.format import one_line
+from pyparallel.checkpoint.source import Checkpoint, CheckpointError
+from pyparallel.cut.shard import REPLICATED
 from pyparallel.mesh import Mesh
 from pyparallel.models.generation import NAME, read_generation
-from pyparallel.models.plans import parent_of
+from pyparallel.models.parallelize import named_dense_shapes, named_shardings, parallelize
 from pyparallel.models.stored import equal_tensors
+from pyparallel.models.swap.plans import parent_of
 from pyparallel.models.transformers_decoder import TransformersDecoder
-from pyparallel.parallelize import named_dense_shapes, named_shardings, parallelize
-from pyparallel.shard import REPLICATED
 
 Progress = Callable[[int, int], None]
 

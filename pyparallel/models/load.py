@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pyparallel.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from pyparallel.gguf_checkpoint import GGUFCheckpoint
+from pyparallel.checkpoint.gguf import GGUFCheckpoint
+from pyparallel.checkpoint.source import Checkpoint, CheckpointError, open_checkpoint
 from pyparallel.mesh import Mesh
 from pyparallel.models.config import (
     DecoderConfig,

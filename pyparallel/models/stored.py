@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from pyparallel.checkpoint import Checkpoint, CheckpointError
-from pyparallel.checkpoint_schema import shown
+from pyparallel.checkpoint.schema import shown
+from pyparallel.checkpoint.source import Checkpoint, CheckpointError
+from pyparallel.cut.shard import REPLICATED, Sharding
 from pyparallel.models.config import DecoderConfig
-from pyparallel.shard import REPLICATED, Sharding
 
 # What a model's weights can be in.
 DTYPES = {

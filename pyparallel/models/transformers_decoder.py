@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from pyparallel.collectives import all_reduce_raw
-from pyparallel.functional.next_token import Said, Sampling, sample
-from pyparallel.group import Group
+from pyparallel.comm.collectives import all_reduce_raw
+from pyparallel.comm.group import Group
 from pyparallel.layers.kv_cache import KVCache
 from pyparallel.layers.parallel_lm_head import ParallelLMHead
 from pyparallel.layers.span import Span
 from pyparallel.models.generation import GenerationDefaults
+from pyparallel.ops.next_token import Said, Sampling, sample
 
 # Types whose generate() forgets its cache where the frequencies change.
 RESTARTING = ("phi3", "phi4_multimodal", "phimoe")

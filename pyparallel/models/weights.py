@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pyparallel.cut.shard import REPLICATED, HeadLayout, Sharding, features
 from pyparallel.layers.vocab_parallel_embedding import vocab_sharding
 from pyparallel.models.config import DecoderConfig
-from pyparallel.shard import REPLICATED, HeadLayout, Sharding, features
 
 
 @dataclass(frozen=True)

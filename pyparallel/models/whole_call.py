@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyparallel.context import ContextShards
-from pyparallel.functional.dropout import dropout
+from pyparallel.comm.context import ContextShards
+from pyparallel.ops.dropout import dropout
 
 
 class WholeCall:

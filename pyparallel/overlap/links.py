@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyparallel.communicator import Communicator
-from pyparallel.shared_buffer import SharedBuffer
+from pyparallel.comm.communicator import Communicator
+from pyparallel.comm.shared.buffer import SharedBuffer
 
 
 class RaceError(RuntimeError):

@@ -44,7 +44,7 @@ def triton(bias: Tensor | None = None, *, transposed: bool = True) -> Linear:
     """
 
     def linear(rows: Tensor, weight: Tensor, out: Tensor) -> None:
-        from pyparallel.kernels.matmul_descriptor import matmul_on_best_path
+        from pyparallel.kernels.matmul.matmul_descriptor import matmul_on_best_path
 
         right = weight if transposed else weight.t()
         matmul_on_best_path(rows, right, out, bias=bias, least_rows=MOST_THIN_ROWS + 1)

@@ -116,7 +116,7 @@ def predict(
 def predict_fused(
     *, m: int, k: int, n: int, size: int, copying_sms: int = 16, machine: Machine = H100
 ) -> Prediction:
-    """Prices `kernels/all_gather_matmul.py`: one kernel, whose tiles start as their rows land.
+    """Prices kernels/collective/all_gather_matmul.py: one kernel, whose tiles start as their rows land.
 
     Some multiprocessors copy, block of rows after block of rows, the others multiply, with the tile
     that fits beside the flags' registers. `exposed` and `hidden` are against the matmul alone with

@@ -11,14 +11,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from pyparallel import checkpoint_place
-from pyparallel.checkpoint import CheckpointError, open_checkpoint
-from pyparallel.checkpoint_written import LIST
-from pyparallel.export import export, export_checkpoint
+from pyparallel.checkpoint import place as checkpoint_place
+from pyparallel.checkpoint.source import CheckpointError, open_checkpoint
+from pyparallel.checkpoint.written import LIST
 from pyparallel.launch import RankError, launch
 from pyparallel.mesh import init_mesh
 from pyparallel.models.load import load
-from pyparallel.save import save
+from pyparallel.saving.export import export, export_checkpoint
+from pyparallel.saving.save import save
 from tests.campaigns.rows import Row
 
 KINDS = ("save", "export", "checkpoint")

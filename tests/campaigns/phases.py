@@ -12,15 +12,15 @@ from pathlib import Path
 
 import torch
 
-from pyparallel.checkpoint import open_checkpoint
-from pyparallel.export import export
-from pyparallel.generate import generate
+from pyparallel.checkpoint.source import open_checkpoint
+from pyparallel.decoding.generate import generate
 from pyparallel.launch import report
 from pyparallel.mesh import Mesh, init_mesh
 from pyparallel.models.load import load, load_stages
-from pyparallel.pipeline import Pipeline
-from pyparallel.pipeline_schedules import schedule_of
-from pyparallel.save import save
+from pyparallel.saving.export import export
+from pyparallel.saving.save import save
+from pyparallel.training.pipeline import Pipeline
+from pyparallel.training.pipeline_schedules import schedule_of
 
 PHASES = ("start-up", "load", "prefill", "decode", "train", "save", "export")
 # How long a phase goes on where no fault ends it.

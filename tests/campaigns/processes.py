@@ -14,9 +14,9 @@ from pathlib import Path
 
 import psutil
 
+from pyparallel.checkpoint.sharded import INDEX, ShardedCheckpoint
 from pyparallel.launch import RankError, launch
-from pyparallel.rank_process import state_of
-from pyparallel.sharded_checkpoint import INDEX, ShardedCheckpoint
+from pyparallel.ranks.process import state_of
 from tests.campaigns.phases import PHASES, WHILE_S, work
 from tests.campaigns.rows import Row
 from tests.transformers_models import build

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyparallel.collectives import all_reduce_raw
-from pyparallel.generate import generate
+from pyparallel.comm.collectives import all_reduce_raw
+from pyparallel.decoding.generate import generate
 from pyparallel.mesh import Mesh
 from pyparallel.models.load import load
+from pyparallel.models.parallelize import named_shardings, parallelize
 from pyparallel.models.stage import tied_copies
-from pyparallel.parallelize import named_shardings, parallelize
-from pyparallel.pipeline import Pipeline
 from pyparallel.testing import UNIT_ROUNDOFF
+from pyparallel.training.pipeline import Pipeline
 from tests.families.settings import VOCABULARY, Case
 from tests.orders import Exact, farthest
 
@@ -73,7 +73,7 @@ def truths(model: nn.Module, orders: int) -> dict[bool, tuple[Step, Step]]:
 
 
 class Bounds:
-    """The errors allowed: see tests/test_parallelize.py, whose derivation this is."""
+    """The errors allowed: see tests/models/test_parallelize.py, whose derivation this is."""
 
     def __init__(self, plain: Step, exact: Step, ranks: int) -> None:
         self.plain, self.exact, self.grown = plain, exact, 1 + math.sqrt(ranks)

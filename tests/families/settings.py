@@ -18,7 +18,7 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from pyparallel.models.plans import PLANS
+from pyparallel.models.swap.plans import PLANS
 from tests.transformers_models import randomize
 
 # Those of load()'s own decoder; they are drawn more often.

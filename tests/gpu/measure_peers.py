@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyparallel import cuda_ops
-from pyparallel.cuda_communicator import NcclCommunicator
-from pyparallel.cuda_extension import NCCL_TYPES, stream
-from pyparallel.cuda_peers import PeerMemory
+from pyparallel.comm.cuda.engine import NcclCommunicator
+from pyparallel.comm.cuda.peers import PeerMemory
+from pyparallel.native.cuda import ops as cuda_ops
+from pyparallel.native.cuda.extension import NCCL_TYPES, stream
 
 Seconds = Callable[[NcclCommunicator, Callable[[], object]], float]
 # From a decode step's one row of 8192 in bf16 up to a prefill's.

@@ -1,4 +1,4 @@
-"""Measures what `pyparallel.cuda_tuning` declares, on this machine; under torchrun, a GPU a rank:
+"""Measures what `pyparallel.native.cuda.tuning` declares, on this machine; under torchrun, a GPU a rank:
 
 torchrun --nproc-per-node 8 -m tests.gpu.measure_pieces --k 8192 --n 3584 --out tuning.json
 PYPARALLEL_TUNING=tuning.json ...
@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pyparallel.cuda_communicator import NcclCommunicator
-from pyparallel.cuda_links import link_of, streams_of
-from pyparallel.cuda_pipelines import available, reduce_on_gpu
+from pyparallel.comm.cuda.engine import NcclCommunicator
+from pyparallel.ops.cuda_pipelines import available, reduce_on_gpu
 from pyparallel.overlap.choice import Choice
+from pyparallel.overlap.cuda_links import link_of, streams_of
 from pyparallel.overlap.multiply import forward_linear
 from pyparallel.overlap.pipelines import (
     Pipeline,

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pyparallel.cuda_communicator import NcclCommunicator
+from pyparallel.comm.cuda.engine import NcclCommunicator
 from pyparallel.launch import launch
 from pyparallel.mesh import init_mesh
 

@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from pyparallel import backend
-from pyparallel.cuda_communicator import NcclCommunicator
-from pyparallel.functional import cuda_all_reduce
-from pyparallel.group import Group
+from pyparallel.comm.cuda.engine import NcclCommunicator
+from pyparallel.comm.group import Group
 from pyparallel.layers.norm import RMSNorm
 from pyparallel.layers.row_parallel_linear import RowParallelLinear
-
-from .ranks import run_on_gpus, several, world_sizes
+from pyparallel.ops import cuda_all_reduce
+from tests.gpu.ranks import run_on_gpus, several, world_sizes
 
 pytestmark = [pytest.mark.gpu, several]
 

@@ -10,11 +10,10 @@ import time
 import pytest
 import torch
 
-from pyparallel.communicator import PeerError
-from pyparallel.cuda_communicator import NcclCommunicator
+from pyparallel.comm.communicator import PeerError
+from pyparallel.comm.cuda.engine import NcclCommunicator
 from pyparallel.launch import RankError
-
-from .ranks import run_on_gpus, several, world_sizes
+from tests.gpu.ranks import run_on_gpus, several, world_sizes
 
 pytestmark = [pytest.mark.gpu, several]
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyparallel import cuda_extension
-from pyparallel.functional.cross_entropy_shard import statistics
+from pyparallel.native.cuda import extension as cuda_extension
+from pyparallel.ops.cross_entropy_shard import statistics
 
 pytestmark = pytest.mark.gpu
 
@@ -32,7 +32,7 @@ def close(got: Tensor, truth: Tensor, dtype: torch.dtype, terms: int) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def ops():
     assert cuda_extension.missing() == []
-    from pyparallel import cuda_ops
+    from pyparallel.native.cuda import ops as cuda_ops
 
     return cuda_ops
 

@@ -7,13 +7,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pyparallel import cuda_extension
-from pyparallel.communicator import PeerError
-from pyparallel.cuda_communicator import NcclCommunicator
-from pyparallel.cuda_extension import NCCL_TYPES
-
-from .ranks import apart, run_on_gpus, several, world_sizes
-from .test_communicator import inputs, ordered_sum
+from pyparallel.comm.communicator import PeerError
+from pyparallel.comm.cuda.engine import NcclCommunicator
+from pyparallel.native.cuda import extension as cuda_extension
+from pyparallel.native.cuda.extension import NCCL_TYPES
+from tests.gpu.ranks import apart, run_on_gpus, several, world_sizes
+from tests.gpu.test_communicator import inputs, ordered_sum
 
 pytestmark = [pytest.mark.gpu, several]
 SLOT = 1 << 18
@@ -75,7 +74,7 @@ def test_collectives_give_the_ordered_bits(size, dtype, n) -> None:
 
 
 def fused(c: NcclCommunicator, rows: int, hidden: int) -> None:
-    from pyparallel import cuda_ops
+    from pyparallel.native.cuda import ops as cuda_ops
 
     peers, dtype = Peers(c), torch.bfloat16
     data = [d.view(rows, hidden) for d in inputs(c.size, rows * hidden, dtype)]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pyparallel import backend, cuda_pipelines
-from pyparallel.cuda_communicator import NcclCommunicator
-from pyparallel.cuda_links import link_of, streams_of
-from pyparallel.cuda_pipelines import reduce_on_gpu
-from pyparallel.group import Group
+from pyparallel import backend
+from pyparallel.comm.cuda.engine import NcclCommunicator
+from pyparallel.comm.group import Group
+from pyparallel.ops import cuda_pipelines
+from pyparallel.ops.cuda_pipelines import reduce_on_gpu
+from pyparallel.overlap.cuda_links import link_of, streams_of
 from pyparallel.overlap.multiply import forward_linear
 from pyparallel.overlap.pipelines import (
     Pipeline,
@@ -19,8 +20,7 @@ from pyparallel.overlap.pipelines import (
     linear_reduce_scatter_backward_pipeline,
     linear_reduce_scatter_pipeline,
 )
-
-from .ranks import run_on_gpus, several, world_sizes
+from tests.gpu.ranks import run_on_gpus, several, world_sizes
 
 pytestmark = [pytest.mark.gpu, several]
 

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyparallel import cuda_extension
-from pyparallel.communicator import PeerError
-from pyparallel.cuda_extension import NCCL_TYPES
-
-from .test_communicator import inputs, ordered_sum
+from pyparallel.comm.communicator import PeerError
+from pyparallel.native.cuda import extension as cuda_extension
+from pyparallel.native.cuda.extension import NCCL_TYPES
+from tests.gpu.test_communicator import inputs, ordered_sum
 
 pytestmark = pytest.mark.gpu
 SLOT = 1 << 16
@@ -93,7 +92,7 @@ def test_reduction_residual_and_norm(size, rows) -> None:
 
 
 def fused(size: int, rows: int) -> None:
-    from pyparallel import cuda_ops
+    from pyparallel.native.cuda import ops as cuda_ops
 
     hidden, dtype, ranks = 4096, torch.bfloat16, Ranks(size)
     data = [d.view(rows, hidden) for d in inputs(size, rows * hidden, dtype)]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .ranks import gpu_of, several
+from tests.gpu.ranks import gpu_of, several
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ def symmetric_memory(group, num_bytes: int):
     import torch.distributed as dist
     import torch.distributed._symmetric_memory as symm_mem
 
-    from pyparallel.kernels.symmetric import SymmetricMemory
+    from pyparallel.kernels.collective.symmetric import SymmetricMemory
 
     device = torch.device("cuda", torch.cuda.current_device())
     region = symm_mem.empty(num_bytes, dtype=torch.uint8, device=device)
@@ -54,13 +54,15 @@ def symmetric_memory(group, num_bytes: int):
 def communicate(rank: int, size: int, port: int) -> None:
     import torch.distributed as dist
 
-    from pyparallel.kernels.all_gather_matmul import all_gather_matmul
-    from pyparallel.kernels.all_reduce_residual_rms_norm import all_reduce_residual_rms_norm
-    from pyparallel.kernels.collectives import all_gather, all_reduce, reduce_scatter
-    from pyparallel.kernels.matmul import matmul
-    from pyparallel.kernels.matmul_all_reduce import matmul_all_reduce
-    from pyparallel.kernels.matmul_reduce_scatter import matmul_reduce_scatter
-    from pyparallel.kernels.norm import rms_norm
+    from pyparallel.kernels.collective.all_gather_matmul import all_gather_matmul
+    from pyparallel.kernels.collective.all_reduce_residual_rms_norm import (
+        all_reduce_residual_rms_norm,
+    )
+    from pyparallel.kernels.collective.collectives import all_gather, all_reduce, reduce_scatter
+    from pyparallel.kernels.collective.matmul_all_reduce import matmul_all_reduce
+    from pyparallel.kernels.collective.matmul_reduce_scatter import matmul_reduce_scatter
+    from pyparallel.kernels.matmul.matmul import matmul
+    from pyparallel.kernels.norm.norm import rms_norm
 
     torch.cuda.set_device(gpu_of(rank))
     dist.init_process_group(

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pyparallel import backend
 from pyparallel.mesh import init_mesh
-from pyparallel.parallelize import parallelize
+from pyparallel.models.parallelize import parallelize
 from pyparallel.testing import assert_as_dense, poisoned_empty
 from tests.orders import Exact, farthest
 from tests.transformers_models import build

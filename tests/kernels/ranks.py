@@ -12,7 +12,7 @@ import traceback
 import torch
 from triton.runtime import interpreter
 
-from pyparallel.kernels.symmetric import FLAG_BYTES, SymmetricMemory
+from pyparallel.kernels.collective.symmetric import FLAG_BYTES, SymmetricMemory
 
 
 class YieldingClock:

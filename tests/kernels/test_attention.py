@@ -3,7 +3,7 @@ import torch
 from helpers import DTYPES, UNIT, assert_within, normal
 
 from pyparallel import reference
-from pyparallel.kernels.attention import attention
+from pyparallel.kernels.attention.attention import attention
 
 LAYOUTS = [
     # B, S, T, N, G, D

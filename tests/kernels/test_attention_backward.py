@@ -3,8 +3,8 @@ import torch
 from helpers import DTYPES, UNIT, assert_within, normal
 
 from pyparallel import reference
-from pyparallel.kernels.attention import attention
-from pyparallel.kernels.attention_backward import attention_backward
+from pyparallel.kernels.attention.attention import attention
+from pyparallel.kernels.attention.attention_backward import attention_backward
 
 
 def inputs(b, s, t, n, g, d, dtype, device):

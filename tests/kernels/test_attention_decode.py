@@ -5,7 +5,7 @@ import torch
 from helpers import DTYPES, UNIT, assert_within, normal
 
 from pyparallel import backend, reference
-from pyparallel.kernels.attention_decode import attention_decode, split_size_of
+from pyparallel.kernels.attention.attention_decode import attention_decode, split_size_of
 
 
 def truth_of(q, k, v, lengths, window=None):
@@ -112,7 +112,7 @@ def test_the_table_decodes_where_the_cache_lies(window, device, monkeypatch):
         addresses.append((k.data_ptr(), v.data_ptr()))
         return attention_decode(q, k, v, lengths, **more)
 
-    module = sys.modules["pyparallel.kernels.attention_decode"]
+    module = sys.modules["pyparallel.kernels.attention.attention_decode"]
     monkeypatch.setattr(module, "attention_decode", seen)
     with backend.use("triton"):
         o = backend.call("attention", q, k, v, **options)

@@ -8,8 +8,8 @@ from test_attention import inputs
 from test_attention_backward import check as check_backward
 
 from pyparallel import reference
-from pyparallel.kernels.attention import attention
-from pyparallel.kernels.attention_backward import attention_backward
+from pyparallel.kernels.attention.attention import attention
+from pyparallel.kernels.attention.attention_backward import attention_backward
 
 
 def random_mask(*shape, device, additive=None):

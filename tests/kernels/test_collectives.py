@@ -7,15 +7,15 @@ import triton.language as tl
 from helpers import DTYPES, normal
 from ranks import run_ranks
 
-from pyparallel.kernels import symmetric
-from pyparallel.kernels.collectives import (
+from pyparallel.kernels.collective import symmetric
+from pyparallel.kernels.collective.collectives import (
     all_gather,
     all_reduce,
     all_reduce_out,
     even_counts,
     reduce_scatter,
 )
-from pyparallel.kernels.symmetric import FLAG_BYTES, SymmetricMemory
+from pyparallel.kernels.collective.symmetric import FLAG_BYTES, SymmetricMemory
 
 EPOCHS = 6
 

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from pyparallel.kernels import report
-from pyparallel.kernels.cases import all_cases
-from pyparallel.kernels.compile_kernel import Case, _width_amd, _width_ptx, target_of
 from pyparallel.kernels.configurations import ARCHITECTURES
+from pyparallel.kernels.report import report
+from pyparallel.kernels.report.cases import all_cases
+from pyparallel.kernels.report.compile_kernel import Case, _width_amd, _width_ptx, target_of
 
 GOOD = {
     "error": None,

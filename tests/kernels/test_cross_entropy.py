@@ -5,7 +5,7 @@ import torch
 from helpers import DTYPES, UNIT, assert_within, normal, padded
 
 from pyparallel import reference
-from pyparallel.kernels import cross_entropy as ce
+from pyparallel.kernels.loss import cross_entropy as ce
 
 
 def sharded_loss(logits, targets, cuts, **extra):

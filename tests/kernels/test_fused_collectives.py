@@ -12,12 +12,12 @@ import torch
 from helpers import DTYPES, assert_within, integers, normal, rounding_bound
 from ranks import run_ranks
 
-from pyparallel.kernels.all_gather_matmul import all_gather_matmul
-from pyparallel.kernels.all_reduce_residual_rms_norm import all_reduce_residual_rms_norm
-from pyparallel.kernels.matmul import matmul
-from pyparallel.kernels.matmul_all_reduce import matmul_all_reduce
-from pyparallel.kernels.matmul_reduce_scatter import matmul_reduce_scatter
-from pyparallel.kernels.norm import rms_norm
+from pyparallel.kernels.collective.all_gather_matmul import all_gather_matmul
+from pyparallel.kernels.collective.all_reduce_residual_rms_norm import all_reduce_residual_rms_norm
+from pyparallel.kernels.collective.matmul_all_reduce import matmul_all_reduce
+from pyparallel.kernels.collective.matmul_reduce_scatter import matmul_reduce_scatter
+from pyparallel.kernels.matmul.matmul import matmul
+from pyparallel.kernels.norm.norm import rms_norm
 
 EPOCHS = 6
 

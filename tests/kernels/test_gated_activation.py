@@ -3,7 +3,10 @@ import torch
 from helpers import DTYPES, UNIT, assert_within, normal, padded
 
 from pyparallel import reference
-from pyparallel.kernels.gated_activation import gated_activation, gated_activation_backward
+from pyparallel.kernels.elementwise.gated_activation import (
+    gated_activation,
+    gated_activation_backward,
+)
 
 KINDS = ["silu", "gelu", "gelu_tanh", "relu"]
 

@@ -2,14 +2,14 @@ import pytest
 import torch
 from helpers import DTYPES, integers, normal, strided
 
-from pyparallel.kernels import gated_mlp_descriptor
-from pyparallel.kernels.gated_activation import gated_activation
-from pyparallel.kernels.gated_mlp import gated_mlp, gated_mlp_out
-from pyparallel.kernels.gated_mlp_descriptor import (
+from pyparallel.kernels.elementwise.gated_activation import gated_activation
+from pyparallel.kernels.matmul import gated_mlp_descriptor
+from pyparallel.kernels.matmul.gated_mlp import gated_mlp, gated_mlp_out
+from pyparallel.kernels.matmul.gated_mlp_descriptor import (
     gated_mlp_descriptor_out,
     gated_mlp_on_best_path,
 )
-from pyparallel.kernels.matmul import matmul
+from pyparallel.kernels.matmul.matmul import matmul
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

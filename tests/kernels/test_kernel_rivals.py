@@ -1,4 +1,4 @@
-"""bench/kernel_rivals.py --tutorials, on stand-ins for Triton's tutorials: scripts that can't be
+"""bench/kernels/kernel_rivals.py --tutorials, on stand-ins for Triton's tutorials: scripts that can't be
 imported here, with kernels whose arguments are called as theirs are."""
 
 import json
@@ -65,7 +65,7 @@ def run(folder, cache, arch="sm_90"):
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
     return subprocess.run(
         [
-            *(sys.executable, "bench/kernel_rivals.py", "--json"),
+            *(sys.executable, "bench/kernels/kernel_rivals.py", "--json"),
             *("--arch", arch, "--tutorials", str(folder)),
         ],
         cwd=ROOT,

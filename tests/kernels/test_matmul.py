@@ -2,7 +2,7 @@ import pytest
 import torch
 from helpers import DTYPES, assert_within, integers, normal, padded, rounding_bound, strided
 
-from pyparallel.kernels.matmul import matmul, matmul_out
+from pyparallel.kernels.matmul.matmul import matmul, matmul_out
 
 
 def truth_of(x, w, bias=None, residual=None, activation="none"):

@@ -2,8 +2,8 @@ import pytest
 import torch
 from helpers import DTYPES, integers, normal, strided
 
-from pyparallel.kernels.matmul import matmul_out
-from pyparallel.kernels.matmul_backward import matmul_backward
+from pyparallel.kernels.matmul.matmul import matmul_out
+from pyparallel.kernels.matmul.matmul_backward import matmul_backward
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

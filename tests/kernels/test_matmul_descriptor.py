@@ -2,10 +2,10 @@ import pytest
 import torch
 from helpers import DTYPES, integers, padded
 
-from pyparallel.kernels import matmul_descriptor as module
 from pyparallel.kernels.configurations import FEW_ROWS, matmul_config
-from pyparallel.kernels.matmul import matmul
-from pyparallel.kernels.matmul_descriptor import matmul_descriptor, matmul_on_best_path
+from pyparallel.kernels.matmul import matmul_descriptor as module
+from pyparallel.kernels.matmul.matmul import matmul
+from pyparallel.kernels.matmul.matmul_descriptor import matmul_descriptor, matmul_on_best_path
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,9 +3,9 @@ import torch
 from helpers import DTYPES, UNIT, assert_within, normal, padded
 
 from pyparallel import reference
-from pyparallel.kernels.dropout import Dropout, dropout
-from pyparallel.kernels.norm import layer_norm, rms_norm
-from pyparallel.kernels.norm_backward import column_sum_out, norm_backward
+from pyparallel.kernels.elementwise.dropout import Dropout, dropout
+from pyparallel.kernels.norm.norm import layer_norm, rms_norm
+from pyparallel.kernels.norm.norm_backward import column_sum_out, norm_backward
 
 EPS = 1e-5
 ROWS = [(1, 1), (3, 7), (2, 5, 64), (17, 130)]
@@ -166,8 +166,8 @@ def test_empty_and_bad_input(device):
 @pytest.mark.parametrize("center", [False, True], ids=["rms_norm", "layer_norm"])
 def test_wide_rows_take_the_same_steps(center, device, monkeypatch):
     """Rows too wide for the fused dropout and bias gradient: same answers, more launches."""
-    from pyparallel.kernels import norm as forward
-    from pyparallel.kernels import norm_backward as backward
+    from pyparallel.kernels.norm import norm as forward
+    from pyparallel.kernels.norm import norm_backward as backward
 
     x, residual = normal(9, 20, device=device), normal(9, 20, device=device, seed=2)
     weight, bias = normal(20, device=device), normal(20, device=device, seed=9)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyparallel.kernels import matmul_descriptor
+from bench.overlap.simulate import run_ranks
 from pyparallel.kernels.configurations import FEW_ROWS, matmul_config
-from pyparallel.kernels.matmul import matmul
+from pyparallel.kernels.matmul import matmul_descriptor
+from pyparallel.kernels.matmul.matmul import matmul
 from pyparallel.overlap.actions import rank_ordered_sum
 from pyparallel.overlap.links import Mailbox
 from pyparallel.overlap.multiply import (
@@ -26,7 +27,6 @@ from pyparallel.overlap.pipelines import (
     linear_reduce_scatter_backward_pipeline,
     linear_reduce_scatter_pipeline,
 )
-from pyparallel.overlap.simulate import run_ranks
 
 ROWS, K, N = (MOST_THIN_ROWS + 1, 280), 40, 24
 # The interpreter runs one program of one kernel at a time.

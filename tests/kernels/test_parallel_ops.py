@@ -8,22 +8,22 @@ from test_whole_model import count_launches
 from torch.nn import functional as F
 
 from pyparallel import backend
-from pyparallel.collectives import (
+from pyparallel.comm.collectives import (
     all_gather_raw,
     all_reduce_raw,
     count_collectives,
     reduce_scatter_raw,
 )
-from pyparallel.communicator import PeerError
-from pyparallel.functional.all_gather_linear import all_gather_linear
-from pyparallel.functional.column_parallel_linear import column_parallel_linear
-from pyparallel.functional.linear_reduce_scatter import linear_reduce_scatter
-from pyparallel.functional.row_parallel_linear import row_parallel_linear
-from pyparallel.group import Group
+from pyparallel.comm.communicator import PeerError
+from pyparallel.comm.group import Group
+from pyparallel.comm.symmetric_regions import symmetric_memory
 from pyparallel.layers.norm import RMSNorm
 from pyparallel.layers.parallel_mlp import ParallelMLP
 from pyparallel.layers.row_parallel_linear import RowParallelLinear
-from pyparallel.symmetric_regions import symmetric_memory
+from pyparallel.ops.all_gather_linear import all_gather_linear
+from pyparallel.ops.column_parallel_linear import column_parallel_linear
+from pyparallel.ops.linear_reduce_scatter import linear_reduce_scatter
+from pyparallel.ops.row_parallel_linear import row_parallel_linear
 from pyparallel.testing import assert_equal, integers, normals, run_ranks
 
 K, M = 6, 7

@@ -3,7 +3,7 @@ import torch
 from helpers import DTYPES, UNIT, assert_within, normal
 
 from pyparallel import reference
-from pyparallel.kernels.rope import rope, rope_out
+from pyparallel.kernels.elementwise.rope import rope, rope_out
 
 
 def tables(positions, half, device):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from pyparallel import backend
-from pyparallel.functional.dropout import dropout
-from pyparallel.functional.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
-from pyparallel.group import Group
+from pyparallel.comm.group import Group
+from pyparallel.ops.dropout import dropout
+from pyparallel.ops.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
 from pyparallel.testing import normals
 
 

@@ -9,7 +9,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from pyparallel import backend
-from pyparallel.checkpoint import open_checkpoint
+from pyparallel.checkpoint.source import open_checkpoint
 from pyparallel.kernels.launch import INTERPRETING
 from pyparallel.launch import launch
 from pyparallel.mesh import init_mesh

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pyparallel.collectives import count_collectives
-from pyparallel.communicator import LocalCommunicator
-from pyparallel.group import Group
+from pyparallel.comm.collectives import count_collectives
+from pyparallel.comm.communicator import LocalCommunicator
+from pyparallel.comm.group import Group
+from pyparallel.cut.shard import features, fuse
 from pyparallel.layers import ColumnParallelLinear
-from pyparallel.shard import features, fuse
 from pyparallel.testing import (
     assert_equal,
     assert_within,

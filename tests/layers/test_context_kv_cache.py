@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyparallel.context import ContextShards
-from pyparallel.group import Group
+from pyparallel.comm.context import ContextShards
+from pyparallel.comm.group import Group
 from pyparallel.layers.context_kv_cache import ContextSlots
 
 

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from pyparallel import backend
-from pyparallel.collectives import count_collectives
-from pyparallel.group import Group
+from pyparallel.comm.collectives import count_collectives
+from pyparallel.comm.group import Group
+from pyparallel.cut.shard import part_sizes
 from pyparallel.layers import LayerNorm, RMSNorm
 from pyparallel.layers.norm import HeadRMSNorm
-from pyparallel.shard import part_sizes
 from pyparallel.testing import assert_within, normals, run_ranks
 from tests.bounds import norm_bounds
 

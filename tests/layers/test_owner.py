@@ -10,8 +10,9 @@ import transformers
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from pyparallel.communicator import LocalCommunicator
-from pyparallel.group import Group
+from pyparallel.comm.communicator import LocalCommunicator
+from pyparallel.comm.group import Group
+from pyparallel.cut.shard import features
 from pyparallel.layers import (
     ColumnParallelLinear,
     ParallelAttention,
@@ -25,8 +26,7 @@ from pyparallel.layers import (
     VocabParallelEmbedding,
 )
 from pyparallel.layers.owner import HOOKS
-from pyparallel.models.conv1d import RowParallelConv1D
-from pyparallel.shard import features
+from pyparallel.models.swap.conv1d import RowParallelConv1D
 
 # Shapes alone are looked at: no rank talks.
 GROUP = Group(0, 2, LocalCommunicator())

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pyparallel.collectives import count_collectives
-from pyparallel.group import Group
+from pyparallel.comm.collectives import count_collectives
+from pyparallel.comm.group import Group
 from pyparallel.layers import ParallelAttention, RotaryEmbedding
 from pyparallel.layers.span import Span
 from pyparallel.testing import (

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from pyparallel.collectives import count_collectives
-from pyparallel.functional.next_token import Sampling
-from pyparallel.group import Group
+from pyparallel.comm.collectives import count_collectives
+from pyparallel.comm.group import Group
 from pyparallel.layers import ParallelLMHead, VocabParallelEmbedding
+from pyparallel.ops.next_token import Sampling
 from pyparallel.testing import assert_equal, integers, own, run_ranks
 
 
@@ -67,7 +67,7 @@ def tied(group: Group) -> None:
 
 
 def gather_parts(weight, head, group):
-    from pyparallel.collectives import all_gather_raw
+    from pyparallel.comm.collectives import all_gather_raw
 
     sizes = head.shardings["weight"].sizes
     return all_gather_raw(weight.detach(), group, sizes=sizes).split(sizes)

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from pyparallel import reference
-from pyparallel.collectives import count_collectives
-from pyparallel.group import Group
+from pyparallel.comm.collectives import count_collectives
+from pyparallel.comm.group import Group
 from pyparallel.layers import ParallelMLP
 from pyparallel.layers.parallel_mlp import GATED, POINTWISE
 from pyparallel.testing import assert_as_dense, assert_equal, integers, normals, own, run_ranks

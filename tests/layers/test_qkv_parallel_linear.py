@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from pyparallel.collectives import count_collectives
-from pyparallel.group import Group
+from pyparallel.comm.collectives import count_collectives
+from pyparallel.comm.group import Group
 from pyparallel.layers import QKVParallelLinear
 from pyparallel.testing import assert_equal, integers, own, run_ranks
 

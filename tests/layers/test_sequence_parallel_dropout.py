@@ -10,10 +10,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pyparallel import backend, reference
-from pyparallel.functional.dropout import dropout
-from pyparallel.group import Group
+from pyparallel.comm.group import Group
+from pyparallel.comm.sequence import gather_sequence, sequence_sizes, split_sequence
 from pyparallel.layers import SequenceParallelDropout
-from pyparallel.sequence import gather_sequence, sequence_sizes, split_sequence
+from pyparallel.ops.dropout import dropout
 from pyparallel.testing import assert_equal, normals, run_ranks
 
 SHAPES = ((2, 7, 33), (5, 3), (1, 4, 1), (2, 2, 8, 5))

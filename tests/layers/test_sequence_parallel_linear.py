@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pyparallel.collectives import count_collectives
-from pyparallel.group import Group
+from pyparallel.comm.collectives import count_collectives
+from pyparallel.comm.group import Group
+from pyparallel.comm.sequence import gather_sequence, sequence_sizes, split_sequence
+from pyparallel.cut.shard import part_sizes
 from pyparallel.layers import (
     ColumnParallelLinear,
     ParallelLMHead,
@@ -20,8 +22,6 @@ from pyparallel.layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
 )
-from pyparallel.sequence import gather_sequence, sequence_sizes, split_sequence
-from pyparallel.shard import part_sizes
 from pyparallel.testing import assert_equal, integers, own, run_ranks
 
 RANKS = [1, 2, 3, 4]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from pyparallel.collectives import count_collectives
-from pyparallel.group import Group
+from pyparallel.comm.collectives import count_collectives
+from pyparallel.comm.group import Group
+from pyparallel.comm.sequence import sequence_sizes
 from pyparallel.layers import SequenceParallelLayerNorm, SequenceParallelRMSNorm
-from pyparallel.sequence import sequence_sizes
 from pyparallel.testing import assert_equal, assert_within, normals, run_ranks
 from tests.bounds import norm_bounds
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyparallel.collectives import all_reduce_raw
-from pyparallel.communicator import PeerError
+from pyparallel.comm.collectives import all_reduce_raw
+from pyparallel.comm.communicator import PeerError
 from pyparallel.layers import ColumnParallelLinear, RowParallelLinear
 from pyparallel.mesh import Mesh, init_mesh
 

@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from pyparallel.checkpoint import CheckpointError
+from pyparallel.checkpoint.source import CheckpointError
 from pyparallel.launch import launch
 from pyparallel.mesh import init_mesh
 from pyparallel.models.config import from_hugging_face

@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pyparallel.checkpoint import open_checkpoint
-from pyparallel.collectives import all_reduce_raw, count_collectives
-from pyparallel.functional.next_token import Sampling
-from pyparallel.generate import generate
-from pyparallel.group import Group
+from pyparallel.checkpoint.source import open_checkpoint
+from pyparallel.comm.collectives import all_reduce_raw, count_collectives
+from pyparallel.comm.group import Group
+from pyparallel.decoding.generate import generate
 from pyparallel.launch import launch
 from pyparallel.mesh import Mesh, init_mesh
 from pyparallel.models.context_decoder import ContextDecoder
 from pyparallel.models.fill import fill
 from pyparallel.models.load import decoder_config, load
 from pyparallel.models.weights import sources
+from pyparallel.ops.next_token import Sampling
 from pyparallel.testing import poisoned_empty
 from tests.transformers_models import build
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pyparallel.collectives import count_collectives
-from pyparallel.generate import generate
+from pyparallel.comm.collectives import count_collectives
+from pyparallel.decoding.generate import generate
 from pyparallel.launch import launch
 from pyparallel.mesh import init_mesh
 from pyparallel.models.load import load

@@ -116,7 +116,7 @@ def test_dtype_of_the_tensors_where_the_config_names_none(tmp_path: Path, family
 
 
 def load_failing(folder: Path) -> None:
-    from pyparallel.checkpoint import open_checkpoint
+    from pyparallel.checkpoint.source import open_checkpoint
     from pyparallel.models.load import stored_dtype
 
     stored_dtype(open_checkpoint(folder))

@@ -1,4 +1,4 @@
-// The kernel bodies of csrc/cuda as a C library, for tests/test_cuda_host_kernels.py: each entry runs a
+// The kernel bodies of csrc/cuda as a C library, for tests/native/test_cuda_host_kernels.py: each entry runs a
 // body on the host as `lanes` threads of one block, over the rows of a tensor.
 //
 // dtype: 0 float, 1 half, 2 bfloat16. wide: 1 for 16-byte accesses, 0 for single elements.

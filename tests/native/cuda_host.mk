@@ -1,5 +1,5 @@
 # The bodies of csrc/cuda on host threads: `make tsan_cuda`, `make asan_cuda`, `make mutants_cuda`, and
-# build/libcuda_host.so for tests/test_cuda_host_kernels.py. Included by the Makefile beside it.
+# build/libcuda_host.so for tests/native/test_cuda_host_kernels.py. Included by the Makefile beside it.
 CUDA_HOST_HEADERS := $(wildcard $(CSRC)/cuda/*.h $(CSRC)/core/*.h host_block.h check.h)
 CUDA_HOST_FLAGS := -std=c++17 -g -Wall -Wextra -Wno-unknown-pragmas -Werror -pthread
 # Each is a header and a sed command on it: what the sanitizer, or the bits, must notice.

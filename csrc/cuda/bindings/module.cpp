@@ -16,7 +16,7 @@ namespace {
 cudaStream_t stream_of(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
 void raise(const PeerError& error) {
-  const py::object type = py::module_::import("pyparallel.communicator").attr("PeerError");
+  const py::object type = py::module_::import("pyparallel.comm.communicator").attr("PeerError");
   const py::object value = type(error.what());
   value.attr("operation") = error.operation;
   value.attr("sequence") = error.sequence;

@@ -1,0 +1,241 @@
+"""The communicator over torch.distributed: Gloo between CPUs, NCCL between GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pyparallel.comm.communicator import (
+    Communicator,
+    PeerError,
+    Work,
+    check_own,
+    rank_ordered_reduce,
+    split_counts,
+)
+from pyparallel.comm.peer_watch import bounded_roll_call
+
+T = TypeVar("T")
+
+# The name since torch 2.13, and the one before it.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+# Up to this many bytes an all-reduce sends whole tensors to everyone (one step); above, each rank
+# reduces its part and shares it (two steps, 2/R of the bytes).
+ONE_SHOT_BYTES = 256 * 1024
+
+
+class TorchCommunicator(Communicator):
+    """Gloo or NCCL through torch.distributed: the engine that reaches every rank anywhere.
+
+    torch's own reductions sum in an order that depends on the backend, the length and the rank count,
+    so only its data movement is used and the sums are done here, in rank order.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup, name: str) -> None:
+        self.process_group = process_group
+        self.rank = process_group.rank()
+        self.size = process_group.size()
+        self.name = name
+        self._ranks = dist.get_process_group_ranks(process_group)
+        self._sent: list[tuple[dist.Work, Tensor]] = []
+        self._closed = False
+        self._sequence = 0
+        self._failure: PeerError | None = None
+
+    def all_reduce(self, tensor: Tensor, *, op: str = "sum", async_op: bool = False) -> Work | None:
+        if tensor.numel() * tensor.itemsize <= ONE_SHOT_BYTES or self.size == 2:
+            copies = tensor.new_empty(self.size, tensor.numel())
+            return self._run(
+                "all_reduce",
+                async_op,
+                lambda: self._gather(copies, tensor),
+                lambda: rank_ordered_reduce(copies.unbind(), op, tensor),
+            )
+        base, more = divmod(tensor.numel(), self.size)
+        counts = [base + (rank < more) for rank in range(self.size)]
+        own = tensor.new_empty(counts[self.rank])
+        self.reduce_scatter(own, tensor, counts=counts, op=op)
+        return self.all_gather(tensor, own, counts=counts, async_op=async_op)
+
+    def all_gather(
+        self,
+        output: Tensor,
+        input: Tensor,
+        *,
+        counts: Sequence[int] | None = None,
+        async_op: bool = False,
+    ) -> Work | None:
+        parts = split_counts(output.numel(), self.size, counts, "all_gather")
+        check_own("all_gather: input", input, parts[self.rank])
+        if len(set(parts)) == 1:
+            return self._run("all_gather", async_op, lambda: self._gather(output, input))
+        padded = input.new_empty(max(parts))
+        padded[: input.numel()] = input.reshape(-1)
+        gathered = input.new_empty(self.size, max(parts))
+
+        def unpad() -> None:
+            for row, part in zip(gathered, output.view(-1).split(parts), strict=True):
+                part.copy_(row[: part.numel()])
+
+        return self._run("all_gather", async_op, lambda: self._gather(gathered, padded), unpad)
+
+    def reduce_scatter(
+        self,
+        output: Tensor,
+        input: Tensor,
+        *,
+        counts: Sequence[int] | None = None,
+        op: str = "sum",
+        async_op: bool = False,
+    ) -> Work | None:
+        parts = split_counts(input.numel(), self.size, counts, "reduce_scatter")
+        check_own("reduce_scatter: output", output, parts[self.rank])
+        inbox = input.new_empty(self.size, parts[self.rank])
+        return self._run(
+            "reduce_scatter",
+            async_op,
+            lambda: self._exchange(inbox, input, [parts[self.rank]] * self.size, parts),
+            lambda: rank_ordered_reduce(inbox.unbind(), op, output),
+        )
+
+    def all_to_all(
+        self,
+        output: Tensor,
+        input: Tensor,
+        *,
+        output_counts: Sequence[int] | None = None,
+        input_counts: Sequence[int] | None = None,
+        async_op: bool = False,
+    ) -> Work | None:
+        received = split_counts(output.numel(), self.size, output_counts, "all_to_all output")
+        sent = split_counts(input.numel(), self.size, input_counts, "all_to_all input")
+        return self._run(
+            "all_to_all", async_op, lambda: self._exchange(output, input, received, sent)
+        )
+
+    def broadcast(self, tensor: Tensor, src: int, *, async_op: bool = False) -> Work | None:
+        return self._run(
+            "broadcast",
+            async_op,
+            lambda: dist.broadcast(
+                _as_bytes(tensor), self._ranks[src], self.process_group, async_op=True
+            ),
+        )
+
+    def send(self, tensor: Tensor, dst: int, *, tag: int = 0) -> None:
+        # Gloo's send waits for its receiver, so two ranks that send first would wait for ever: a copy
+        # is sent in the background, and kept until the transfer is done.
+        self._sent = [(work, data) for work, data in self._sent if not work.is_completed()]
+        data = _as_bytes(tensor).clone()
+        call = lambda: dist.isend(data, self._ranks[dst], self.process_group, tag)  # noqa: E731
+        self._sequence += 1
+        self._sent.append((self._guard("send", call, peer=dst), data))
+
+    def recv(self, tensor: Tensor, src: int, *, tag: int = 0) -> None:
+        self._run(
+            "recv",
+            False,
+            lambda: dist.irecv(_as_bytes(tensor), self._ranks[src], self.process_group, tag),
+            peer=src,
+        )
+
+    def barrier(self) -> None:
+        self._run("barrier", False, lambda: dist.barrier(self.process_group, async_op=True))
+
+    def close(self) -> None:
+        if self._failure is None:
+            for work, _ in self._sent:
+                self._guard("send", work.wait)
+        self._sent.clear()
+        self._closed = True
+
+    def _gather(self, output: Tensor, input: Tensor) -> dist.Work:
+        return _all_gather_single(
+            _as_bytes(output), _as_bytes(input), self.process_group, async_op=True
+        )
+
+    def _exchange(
+        self, inbox: Tensor, outbox: Tensor, received: Sequence[int], sent: Sequence[int]
+    ) -> dist.Work:
+        return dist.all_to_all_single(
+            _as_bytes(inbox),
+            _as_bytes(outbox),
+            [count * inbox.itemsize for count in received],
+            [count * outbox.itemsize for count in sent],
+            self.process_group,
+            async_op=True,
+        )
+
+    def _guard(
+        self,
+        operation: str,
+        call: Callable[[], T],
+        *,
+        peer: int | None = None,
+        sequence: int | None = None,
+    ) -> T:
+        if self._closed:
+            raise PeerError(f"{operation}: the group '{self.name}' is closed")
+        if self._failure is not None:
+            raise self._failure
+        try:
+            return call()
+        except RuntimeError as error:
+            self._failure = self._explained(operation, sequence or self._sequence, error, peer)
+            raise self._failure from error
+
+    def _explained(
+        self, operation: str, sequence: int, error: RuntimeError, peer: int | None
+    ) -> PeerError:
+        """What failed, and which ranks are missing: those that do not answer over torch's store."""
+        if self.size == 2:
+            peer = 1 - self.rank
+        missing: tuple[int, ...] | None = (peer,) if peer is not None else None
+        if missing is None:
+            prefix = f"pyparallel/{self.name}/{'-'.join(map(str, self._ranks))}"
+            store = dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
+            missing = bounded_roll_call(store, self.rank, self.size)
+        if missing is None:
+            who = "unknown, since the machine of torch's store can't be reached either"
+        else:
+            who = ", ".join(map(str, missing)) or "none"
+        named = PeerError(
+            f"{operation} on group '{self.name}' (rank {self.rank} of {self.size}, call "
+            f"{sequence}) failed, missing ranks: {who} ({str(error).splitlines()[0]})"
+        )
+        named.operation, named.sequence = operation, sequence
+        named.group, named.missing = self.name, missing or ()
+        return named
+
+    def _run(
+        self,
+        operation: str,
+        async_op: bool,
+        start: Callable[[], dist.Work],
+        finish: Callable[[], None] | None = None,
+        *,
+        peer: int | None = None,
+    ) -> Work | None:
+        self._sequence += 1
+        sequence = self._sequence
+        handle = self._guard(operation, start, peer=peer)
+
+        def complete() -> None:
+            self._guard(operation, handle.wait, peer=peer, sequence=sequence)
+            if finish is not None:
+                finish()
+
+        if async_op:
+            return Work(complete)
+        complete()
+        return None
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """The same memory as bytes: data movement then works for every dtype a backend may not know."""
+    return tensor.view(-1).view(torch.uint8)

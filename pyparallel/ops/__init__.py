@@ -1,0 +1,28 @@
+"""Differentiable operations on shards. Importing this fills the op x backend table."""
+
+from pyparallel.ops import (  # noqa: F401
+    activation,
+    all_gather_linear,
+    all_reduce_residual_rms_norm,
+    attention,
+    attention_with_lse,
+    column_parallel_linear,
+    cross_entropy_shard,
+    cuda_all_reduce,
+    cuda_kernels,
+    dropout,
+    gated_mlp,
+    linear,
+    linear_reduce_scatter,
+    norm,
+    replicated_parameter,
+    rope,
+    row_parallel_linear,
+    shared_memory_all_reduce,
+    shared_memory_linear,
+    triton_collectives,
+    triton_ops,
+    triton_parallel_linear,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_embedding,
+)

@@ -1,0 +1,52 @@
+"""Errors of a pipeline's transport that say which stage waited, and who is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from pyparallel.comm.communicator import PeerError
+from pyparallel.comm.group import Group
+
+# What Gloo and NCCL say of a lost or silent peer; errors of a stage's own code are left as they are.
+LOST = ("Connection", "Broken pipe", "gloo", "Gloo", "NCCL", "imed out")
+
+
+@contextmanager
+def named_errors(stages: Sequence[nn.Module], group: Group, what: str) -> Iterator[None]:
+    """Inside, a lost connection raises a PeerError that names stages.
+
+    Args:
+        stages: this rank's. group: the pipeline's ranks.
+    """
+    try:
+        yield
+    except PeerError:
+        raise
+    except RuntimeError as error:
+        cause = _transport_error(error)
+        if cause is None or group.size == 1:
+            raise
+        who = "a neighbour is gone or stuck"
+        try:
+            # Shared memory names the dead rank within a second.
+            group.communicator.barrier()
+        except RuntimeError as found:
+            who = str(found)
+        own = ", ".join(str(stage.stage) for stage in stages)
+        raise PeerError(
+            f"{what} on {own}, rank {group.rank} of pp={group.size}: {who} ({cause})"
+        ) from error
+
+
+def _transport_error(error: BaseException | None) -> str | None:
+    """The first line of what the transport said, if that is what stopped a step."""
+    while error is not None:
+        lines = str(error).strip().splitlines()
+        found = next((line for line in lines if any(word in line for word in LOST)), None)
+        if found is not None:
+            return found.strip()
+        error = error.__cause__
+    return None
