@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.campaigns.rows import Row
-from tests.faults_mutations import campaign as files
+from tests.faults_mutations import campaign as mutated
 
 
 def campaign(seed: int, count: int) -> list[Row]:
@@ -18,5 +18,5 @@ def campaign(seed: int, count: int) -> list[Row]:
             row.seconds,
             f"seed {row.seed}, {row.what}: {row.verdict}: {row.detail}",
         )
-        for row in files.campaign(seed, count)
+        for row in mutated(seed, count)
     ]
