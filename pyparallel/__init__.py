@@ -8,6 +8,9 @@ if command_start.is_command():
 # The extension links against torch's libraries, which importing torch loads.
 import torch  # noqa: F401  isort: skip
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from pyparallel.backend import use
 from pyparallel.comm.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
 from pyparallel.comm.communicator import PeerError
@@ -31,13 +34,27 @@ from pyparallel.models.load import load, load_stages
 from pyparallel.models.parallelize import parallelize
 from pyparallel.ops.next_token import Sampling
 from pyparallel.ops.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
-from pyparallel.saving.export import export
-from pyparallel.saving.save import restore, save
 from pyparallel.training.batch import split_batch
-from pyparallel.training.data import data_parallel
-from pyparallel.training.grad_norm import clip_grad_norm_, grad_norm
 from pyparallel.training.loss import count_targets, cross_entropy, mean_loss
-from pyparallel.training.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from pyparallel.saving.export import export
+    from pyparallel.saving.save import restore, save
+    from pyparallel.training.data import data_parallel
+    from pyparallel.training.grad_norm import clip_grad_norm_, grad_norm
+    from pyparallel.training.pipeline import Pipeline
+
+# Imported when they are first asked for: torch's checkpoints and FSDP, on which they stand, take longer
+# to import than the rest of the library.
+_LATER = {
+    "Pipeline": "training.pipeline",
+    "clip_grad_norm_": "training.grad_norm",
+    "data_parallel": "training.data",
+    "export": "saving.export",
+    "grad_norm": "training.grad_norm",
+    "restore": "saving.save",
+    "save": "saving.save",
+}
 
 __all__ = [
     "ColumnParallelLinear",
@@ -79,3 +96,15 @@ __all__ = [
     "use",
     "vocab_parallel_cross_entropy",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'pyparallel' has no attribute {name!r}")
+    found = getattr(import_module(f"pyparallel.{_LATER[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

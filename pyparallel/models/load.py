@@ -86,66 +86,101 @@ def load(
             more ranks than its heads or layers can be cut into; ``weights`` with
             ``sequence_parallel`` or a transformers model; blocks of another file or device.
     """
-    if weights is not None and weights not in WEIGHTS:
-        raise ValueError(
-            f"weights: expected None (as dtype says), 'int8' or 'blocks', got {weights!r}"
-        )
-    if weights is not None and sequence_parallel:
-        raise ValueError(
-            f"weights: expected None with sequence_parallel, since {weights} is for inference; got "
-            f"{weights!r}"
-        )
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
-    device = device or mesh.device_mesh.device_type
-    if weights == "blocks" and not isinstance(checkpoint, GGUFCheckpoint):
-        raise ValueError(
-            f"weights: expected None or 'int8' for {checkpoint.path}, since only a GGUF file has "
-            f"blocks; got 'blocks'"
-        )
-    if weights == "blocks" and torch.device(device).type != "cpu":
-        raise ValueError(
-            f"weights: expected None or 'int8' on {device}, since only CPU kernels read blocks; got "
-            f"'blocks'"
-        )
+    device = torch.device(device or mesh.device_mesh.device_type)
+    _check_weights(weights, checkpoint, device, sequence_parallel)
     try:
         config = decoder_config(checkpoint)
     except UnknownArchitectureError:
         if isinstance(checkpoint, GGUFCheckpoint):
             raise
-        if mesh.cp.size > 1:
-            raise ValueError(
-                f"cp: expected 1 for a {checkpoint.config().get('model_type')} model, which keeps its "
-                f"own attention; got {mesh.cp.size}"
-            ) from None
-        if mesh.pp.size > 1 or stage is not None:
-            raise ValueError(
-                f"pp: expected 1 to load a {checkpoint.config().get('model_type')} model, got "
-                f"{mesh.pp.size}; load it with transformers and call parallelize()"
-            ) from None
-        if recompute != "none":
-            raise ValueError(
-                f"recompute: expected 'none' for a {checkpoint.config().get('model_type')} model, got "
-                f"{recompute!r}; call its gradient_checkpointing_enable()"
-            ) from None
-        if weights is not None:
-            raise ValueError(
-                f"weights: expected None for a {checkpoint.config().get('model_type')} model, which "
-                f"keeps transformers' modules; got {weights!r}"
-            ) from None
+        _check_for_transformers(checkpoint, mesh, stage, recompute, weights)
+        config = None
+    dtype = dtype or stored_dtype(checkpoint)
+    if config is None:
+        # Only here: transformers is imported where a model of its own is loaded.
         from pyparallel.models.hugging_face import load_hugging_face
 
         model = load_hugging_face(
             checkpoint,
             mesh,
-            dtype=dtype or stored_dtype(checkpoint),
+            dtype=dtype,
             device=device,
             progress=progress,
             sequence_parallel=sequence_parallel,
         )
-        model.loaded_from = checkpoint.path
-        model.generation = read_generation(checkpoint.path)
-        return model
-    dtype = dtype or stored_dtype(checkpoint)
+    else:
+        model = _empty_decoder(config, mesh, dtype, device, stage, sequence_parallel, recompute)
+        fill(model, checkpoint, device=device, progress=progress, weights=weights)
+        model.eval()
+    model.loaded_from = checkpoint.path
+    model.generation = read_generation(checkpoint.path)
+    return model
+
+
+def _check_weights(
+    weights: str | None, checkpoint: Checkpoint, device: torch.device, sequence_parallel: bool
+) -> None:
+    """Whether the matrices of this checkpoint can be held as ``weights`` says."""
+    if weights is None:
+        return
+    if weights not in WEIGHTS:
+        raise ValueError(
+            f"weights: expected None (as dtype says), 'int8' or 'blocks', got {weights!r}"
+        )
+    if sequence_parallel:
+        raise ValueError(
+            f"weights: expected None with sequence_parallel, since {weights} is for inference; got "
+            f"{weights!r}"
+        )
+    if weights == "blocks" and not isinstance(checkpoint, GGUFCheckpoint):
+        raise ValueError(
+            f"weights: expected None or 'int8' for {checkpoint.path}, since only a GGUF file has "
+            f"blocks; got 'blocks'"
+        )
+    if weights == "blocks" and device.type != "cpu":
+        raise ValueError(
+            f"weights: expected None or 'int8' on {device}, since only CPU kernels read blocks; got "
+            f"'blocks'"
+        )
+
+
+def _check_for_transformers(
+    checkpoint: Checkpoint, mesh: Mesh, stage: Stage | None, recompute: str, weights: str | None
+) -> None:
+    """What a model that keeps transformers' modules can't be asked for."""
+    kind = checkpoint.config().get("model_type")
+    if mesh.cp.size > 1:
+        raise ValueError(
+            f"cp: expected 1 for a {kind} model, which keeps its own attention; got {mesh.cp.size}"
+        )
+    if mesh.pp.size > 1 or stage is not None:
+        raise ValueError(
+            f"pp: expected 1 to load a {kind} model, got {mesh.pp.size}; load it with transformers and "
+            f"call parallelize()"
+        )
+    if recompute != "none":
+        raise ValueError(
+            f"recompute: expected 'none' for a {kind} model, got {recompute!r}; call its "
+            f"gradient_checkpointing_enable()"
+        )
+    if weights is not None:
+        raise ValueError(
+            f"weights: expected None for a {kind} model, which keeps transformers' modules; got "
+            f"{weights!r}"
+        )
+
+
+def _empty_decoder(
+    config: DecoderConfig,
+    mesh: Mesh,
+    dtype: torch.dtype,
+    device: torch.device,
+    stage: Stage | None,
+    sequence_parallel: bool,
+    recompute: str,
+) -> Decoder:
+    """This rank's part of the decoder, in training mode and without storage."""
     options = {
         "group": mesh.tp,
         "stage": stage or stages_of(config, mesh.pp.size)[mesh.pp.rank],
@@ -161,11 +196,8 @@ def load(
         # What is dropped is drawn alike on the ranks that hold one model.
         for group in (mesh.tp, mesh.cp, mesh.pp):
             if group.size > 1:
-                share_generator_state(group, torch.device(device))
-    fill(model, checkpoint, device=device, progress=progress, weights=weights)
-    model.loaded_from = checkpoint.path
-    model.generation = read_generation(checkpoint.path)
-    return model.eval()
+                share_generator_state(group, device)
+    return model
 
 
 def load_stages(

@@ -20,6 +20,8 @@ from pathlib import Path
 from pyparallel.ranks.server import STATUS, clear_close_on_exec
 
 PRELOAD = ("torch", "torch.distributed", "pyparallel.launch")
+# What takes long to import, and ranks are likely to need where the launcher has imported it.
+PRELOAD_TOO = ("pyparallel.saving.save", "pyparallel.training.data", "pyparallel.training.pipeline")
 # How often a process that does not answer is looked at.
 LOOK_S = 0.2
 # The first statement of a program has the current folder on the path of its imports; this one needs none
@@ -117,7 +119,11 @@ class _Server:
             # The kernel's signal comes when the starting thread ends, not the process.
             "lasting": threading.current_thread() is threading.main_thread(),
             # A program that told multiprocessing what its processes need tells us too.
-            "preload": [*PRELOAD, *(name for name in _asked_for() if name != "__main__")],
+            "preload": [
+                *PRELOAD,
+                *(name for name in PRELOAD_TOO if name in sys.modules),
+                *(name for name in _asked_for() if name != "__main__"),
+            ],
         }
         given = [*sys.path, str(Path(__file__).resolve().parents[2])]
         command = [
