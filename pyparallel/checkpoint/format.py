@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -39,8 +40,18 @@ SAFETENSORS_TYPES = {
 }
 
 
+# Longer than any file's name: no folder's, tensor's or key's name that a person wrote is.
+_LONG_NAME = re.compile(r"[^\s/]{256,}")
+
+
 class CheckpointError(ValueError):
-    """A checkpoint is missing, broken, or does not fit the model; the message names what."""
+    """A checkpoint is missing, broken, or does not fit the model; the message names what.
+
+    Names come out of files, where they may have any length: one that nobody could read is cut.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_LONG_NAME.sub(lambda name: name.group()[:80] + "...", message))
 
 
 class Checkpoint(ABC):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 from pyparallel.launch import launch
 from pyparallel.mesh import init_mesh
@@ -144,3 +146,25 @@ def test_plain_models_of_every_type(mesh: tuple, tmp_path: Path) -> None:
 def test_drawn_settings_of_our_own_decoders(seed: int, tmp_path: Path) -> None:
     cases = [draw(kind, seed) for kind in OWN]
     check_refusals(sweep(cases, tmp_path, (MESHES[seed - 1],)))
+
+
+# Shrinking would launch ranks a hundred times more: a case that is found is data, and can be run alone.
+@pytest.mark.slow
+@settings(
+    max_examples=5,
+    derandomize=True,
+    deadline=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+@given(
+    mesh=st.sampled_from(MESHES),
+    drawn=st.lists(
+        st.tuples(st.sampled_from(kinds()), st.integers(1, 1 << 20)), min_size=12, max_size=12
+    ),
+)
+def test_drawn_settings_of_any_type(
+    mesh: tuple, drawn: list[tuple[str, int]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    cases = [draw(kind, seed) for kind, seed in drawn]
+    check_refusals(sweep(cases, tmp_path_factory.mktemp("drawn"), (mesh,), orders=1))
