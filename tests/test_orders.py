@@ -18,13 +18,13 @@ from tests.transformers_models import build
 FAMILIES = ("llama", "gpt2", "bert")
 # Their own subject is another: delays, meshes, engines; the numbers are those of a listed file.
 OTHERS = (
-    "test_data_parallel_engines.py",
-    "test_mesh_training.py",
-    "test_pipeline_documents.py",
-    "test_load_training.py",
-    "test_pipeline_errors.py",
-    "test_pipeline_hugging_face.py",
-    "test_whole_calls.py",
+    "training/test_data_parallel_engines.py",
+    "training/test_mesh_training.py",
+    "training/test_pipeline_documents.py",
+    "models/test_load_training.py",
+    "training/test_pipeline_errors.py",
+    "training/test_pipeline_hugging_face.py",
+    "models/test_whole_calls.py",
 )
 
 
