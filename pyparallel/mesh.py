@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from pyparallel.comm.communicator import Communicator, LocalCommunicator
+from pyparallel.comm.communicator import Communicator
 from pyparallel.comm.connect import connect
 from pyparallel.comm.cuda.connect import connect_gpus
 from pyparallel.comm.group import Group
+from pyparallel.comm.local_engine import LocalCommunicator
 from pyparallel.comm.peer_watch import naming_lost_peers
 from pyparallel.limits import check_count, check_timeout, environment_number
 

@@ -168,7 +168,7 @@ def reduce_scatter_kernel(
 
 
 def even_counts(n: int, num_ranks: int, grain: int = 16) -> list[int]:
-    """n cut into nearly equal parts of whole grains; the last part takes the remainder."""
+    """n cut as by pyparallel.cut.shard.part_sizes(unit=grain), which kernels do not know."""
     grains = cdiv(n, grain)
     base, more = divmod(grains, num_ranks)
     edges = [0, *accumulate((base + (r < more)) * grain for r in range(num_ranks))]

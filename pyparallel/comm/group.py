@@ -6,7 +6,8 @@ import itertools
 import weakref
 from dataclasses import dataclass, field
 
-from pyparallel.comm.communicator import Communicator, LocalCommunicator
+from pyparallel.comm.communicator import Communicator
+from pyparallel.comm.local_engine import LocalCommunicator
 
 _handles = itertools.count()
 _by_handle: weakref.WeakValueDictionary[int, Group] = weakref.WeakValueDictionary()

@@ -14,27 +14,27 @@ totals travel in fp32 on the way there).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyparallel.comm.call_order import CallOrder
-from pyparallel.comm.communicator import Communicator, Work, split_counts
+from pyparallel.comm.checks import Takes
+from pyparallel.comm.communicator import Communicator, Work
 from pyparallel.comm.shared.engine import SharedMemoryCommunicator
+from pyparallel.comm.shared.host_tensors import CODES
 from pyparallel.comm.torch_engine import TorchCommunicator
+from pyparallel.cut.shard import part_sizes
 
 _FOLDS = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
 
 
-def even_counts(length: int, parts: int) -> list[int]:
-    """``length`` cut into nearly equal parts, the first ones larger."""
-    base, more = divmod(length, parts)
-    return [base + (part < more) for part in range(parts)]
-
-
 class HierarchicalCommunicator(Communicator):
     """Ranks of several machines; made by :func:`pyparallel.comm.connect.connect`."""
+
+    takes = Takes("cpu", moved=CODES, reduced=CODES)
 
     def __init__(
         self,
@@ -63,75 +63,8 @@ class HierarchicalCommunicator(Communicator):
         )
         self._order = CallOrder(self.name)
 
-    def all_reduce(self, tensor: Tensor, *, op: str = "sum", async_op: bool = False) -> Work | None:
-        return self._order.run(async_op, self._all_reduce, tensor, op)
-
-    def all_gather(
-        self,
-        output: Tensor,
-        input: Tensor,
-        *,
-        counts: Sequence[int] | None = None,
-        async_op: bool = False,
-    ) -> Work | None:
-        parts = split_counts(output.numel(), self.size, counts, "all_gather")
-        self._check_own("input", input, parts)
-        return self._order.run(async_op, self._all_gather, output, input, parts)
-
-    def reduce_scatter(
-        self,
-        output: Tensor,
-        input: Tensor,
-        *,
-        counts: Sequence[int] | None = None,
-        op: str = "sum",
-        async_op: bool = False,
-    ) -> Work | None:
-        parts = split_counts(input.numel(), self.size, counts, "reduce_scatter")
-        self._check_own("output", output, parts)
-        return self._order.run(async_op, self._reduce_scatter, output, input, parts, op)
-
-    def all_to_all(
-        self,
-        output: Tensor,
-        input: Tensor,
-        *,
-        output_counts: Sequence[int] | None = None,
-        input_counts: Sequence[int] | None = None,
-        async_op: bool = False,
-    ) -> Work | None:
-        received = split_counts(output.numel(), self.size, output_counts, "all_to_all output")
-        sent = split_counts(input.numel(), self.size, input_counts, "all_to_all input")
-        return self._order.run(async_op, self._all_to_all, output, input, received, sent)
-
-    def broadcast(self, tensor: Tensor, src: int, *, async_op: bool = False) -> Work | None:
-        if not 0 <= src < self.size:
-            raise ValueError(f"src: expected a rank from 0 to {self.size - 1}, got {src}")
-        return self._order.run(async_op, self._broadcast, tensor, src)
-
-    def send(self, tensor: Tensor, dst: int, *, tag: int = 0) -> None:
-        self._order.drain()
-        local = self._machines[self._machine]
-        if dst in local:
-            self._inside.send(tensor, local.index(dst), tag=tag)
-        else:
-            self._between.send(tensor, dst, tag=tag)
-
-    def recv(self, tensor: Tensor, src: int, *, tag: int = 0) -> None:
-        self._order.drain()
-        local = self._machines[self._machine]
-        if src in local:
-            self._inside.recv(tensor, local.index(src), tag=tag)
-        else:
-            self._between.recv(tensor, src, tag=tag)
-
-    def barrier(self) -> None:
-        self._order.run(False, self._all_reduce, torch.zeros(1), "sum")
-
-    def close(self) -> None:
-        self._order.close()
-        self._inside.close()
-        self._between.close()
+    def _issue(self, async_op: bool, call: Callable[..., None], *arguments: Any) -> Work | None:
+        return self._order.run(async_op, call, *arguments)
 
     def _all_reduce(self, tensor: Tensor, op: str) -> None:
         flat = tensor.view(-1)
@@ -146,21 +79,21 @@ class HierarchicalCommunicator(Communicator):
                 self._between.recv(total, self._counterparts[-1])
         self._inside.all_gather(flat, total, counts=pieces)
 
-    def _reduce_scatter(self, output: Tensor, input: Tensor, parts: list[int], op: str) -> None:
-        blocks = self._blocks(input.view(-1), parts)
+    def _reduce_scatter(self, output: Tensor, input: Tensor, counts: list[int], op: str) -> None:
+        blocks = self._blocks(input.view(-1), counts)
         for machine, block in enumerate(blocks):
             pieces = self._pieces(block.numel())
             total = self._fold_over_ranks(block, pieces, op, last=machine)
             if machine == self._machine:
                 whole = torch.empty_like(block)
                 self._inside.all_gather(whole, total, counts=pieces)
-                local = [parts[rank] for rank in self._machines[machine]]
+                local = [counts[rank] for rank in self._machines[machine]]
                 output.view(-1).copy_(whole.split(local)[self._inside.rank])
 
-    def _all_gather(self, output: Tensor, input: Tensor, parts: list[int]) -> None:
-        blocks = self._blocks(output.view(-1), parts)
-        local = [parts[rank] for rank in self._machines[self._machine]]
-        self._inside.all_gather(blocks[self._machine], input.reshape(-1), counts=local)
+    def _all_gather(self, output: Tensor, input: Tensor, counts: list[int]) -> None:
+        blocks = self._blocks(output.view(-1), counts)
+        local = [counts[rank] for rank in self._machines[self._machine]]
+        self._inside.all_gather(blocks[self._machine], input.view(-1), counts=local)
         if self._counterparts:
             own = blocks[self._machine]
             piece = own.split(self._pieces(own.numel()))[self._inside.rank]
@@ -180,7 +113,7 @@ class HierarchicalCommunicator(Communicator):
         self, output: Tensor, input: Tensor, received: list[int], sent: list[int]
     ) -> None:
         local = self._machines[self._machine]
-        outgoing = input.reshape(-1).split(sent)
+        outgoing = input.view(-1).split(sent)
         incoming = output.view(-1).split(received)
         remote = [rank for rank in range(self.size) if rank not in local]
         for peer in remote:
@@ -189,7 +122,7 @@ class HierarchicalCommunicator(Communicator):
         first, after = local[0], local[-1] + 1
         self._inside.all_to_all(
             output.view(-1)[sum(received[:first]) : sum(received[:after])],
-            input.reshape(-1)[sum(sent[:first]) : sum(sent[:after])],
+            input.view(-1)[sum(sent[:first]) : sum(sent[:after])],
             output_counts=received[first:after],
             input_counts=sent[first:after],
         )
@@ -209,6 +142,28 @@ class HierarchicalCommunicator(Communicator):
             if self.rank == local[0]:
                 self._between.recv(tensor, src)
             self._inside.broadcast(tensor, 0)
+
+    def _send(self, tensor: Tensor, dst: int, tag: int) -> None:
+        local = self._machines[self._machine]
+        if dst in local:
+            self._inside.send(tensor, local.index(dst), tag=tag)
+        else:
+            self._between.send(tensor, dst, tag=tag)
+
+    def _recv(self, tensor: Tensor, src: int, tag: int) -> None:
+        local = self._machines[self._machine]
+        if src in local:
+            self._inside.recv(tensor, local.index(src), tag=tag)
+        else:
+            self._between.recv(tensor, src, tag=tag)
+
+    def _barrier(self) -> None:
+        self._all_reduce(torch.zeros(1), "sum")
+
+    def _close(self) -> None:
+        self._order.close()
+        self._inside.close()
+        self._between.close()
 
     def _fold_over_ranks(self, flat: Tensor, pieces: list[int], op: str, *, last: int) -> Tensor:
         """Fold ``flat`` over all ranks, each local rank its piece; the result is on machine ``last``.
@@ -246,14 +201,8 @@ class HierarchicalCommunicator(Communicator):
 
     def _pieces(self, length: int) -> list[int]:
         """``length`` cut over the lanes; nothing for local ranks without one."""
-        return even_counts(length, self._lanes) + [0] * (self._inside.size - self._lanes)
+        return part_sizes(length, self._lanes) + [0] * (self._inside.size - self._lanes)
 
     def _blocks(self, flat: Tensor, parts: list[int]) -> list[Tensor]:
         """``flat``, the parts of all ranks, cut by machine."""
         return list(flat.split([sum(parts[rank] for rank in ranks) for ranks in self._machines]))
-
-    def _check_own(self, name: str, tensor: Tensor, parts: list[int]) -> None:
-        if tensor.numel() != parts[self.rank]:
-            raise ValueError(
-                f"{name}: expected this rank's {parts[self.rank]} elements, got {tensor.numel()}"
-            )

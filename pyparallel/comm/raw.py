@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from pyparallel import backend
-from pyparallel.comm.communicator import REDUCTIONS, Work
+from pyparallel.comm.checks import check_reduction
+from pyparallel.comm.communicator import Work
 from pyparallel.comm.group import Group
 
 _counters: list[Counter] = []
@@ -125,8 +126,7 @@ def all_reduce_raw(
 
     Sums are taken in rank order in fp32 and rounded once: all ranks get the same bits.
     """
-    if op not in REDUCTIONS:
-        raise ValueError(f"op: expected one of {', '.join(REDUCTIONS)}, got {op!r}")
+    check_reduction("all_reduce", op)
     if torch.compiler.is_compiling():
         result = x.contiguous()
         torch.ops.pyparallel.all_reduce_(result, op, group.handle)

@@ -9,15 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pyparallel.comm.communicator import (
-    Communicator,
-    PeerError,
-    Work,
-    check_own,
-    rank_ordered_reduce,
-    split_counts,
-)
+from pyparallel.comm.communicator import Communicator, Finish, PeerError
 from pyparallel.comm.peer_watch import bounded_roll_call
+from pyparallel.comm.rank_order import rank_ordered_reduce
+from pyparallel.cut.shard import part_sizes
 
 T = TypeVar("T")
 
@@ -47,87 +42,55 @@ class TorchCommunicator(Communicator):
         self._sequence = 0
         self._failure: PeerError | None = None
 
-    def all_reduce(self, tensor: Tensor, *, op: str = "sum", async_op: bool = False) -> Work | None:
+    def _all_reduce(self, tensor: Tensor, op: str) -> Finish:
         if tensor.numel() * tensor.itemsize <= ONE_SHOT_BYTES or self.size == 2:
             copies = tensor.new_empty(self.size, tensor.numel())
-            return self._run(
+            return self._start(
                 "all_reduce",
-                async_op,
                 lambda: self._gather(copies, tensor),
                 lambda: rank_ordered_reduce(copies.unbind(), op, tensor),
             )
-        base, more = divmod(tensor.numel(), self.size)
-        counts = [base + (rank < more) for rank in range(self.size)]
+        counts = part_sizes(tensor.numel(), self.size)
         own = tensor.new_empty(counts[self.rank])
-        self.reduce_scatter(own, tensor, counts=counts, op=op)
-        return self.all_gather(tensor, own, counts=counts, async_op=async_op)
+        self._reduce_scatter(own, tensor, counts, op)()
+        return self._all_gather(tensor, own, counts)
 
-    def all_gather(
-        self,
-        output: Tensor,
-        input: Tensor,
-        *,
-        counts: Sequence[int] | None = None,
-        async_op: bool = False,
-    ) -> Work | None:
-        parts = split_counts(output.numel(), self.size, counts, "all_gather")
-        check_own("all_gather: input", input, parts[self.rank])
-        if len(set(parts)) == 1:
-            return self._run("all_gather", async_op, lambda: self._gather(output, input))
-        padded = input.new_empty(max(parts))
-        padded[: input.numel()] = input.reshape(-1)
-        gathered = input.new_empty(self.size, max(parts))
+    def _all_gather(self, output: Tensor, input: Tensor, counts: list[int]) -> Finish:
+        if len(set(counts)) == 1:
+            return self._start("all_gather", lambda: self._gather(output, input))
+        padded = input.new_empty(max(counts))
+        padded[: input.numel()] = input.view(-1)
+        gathered = input.new_empty(self.size, max(counts))
 
         def unpad() -> None:
-            for row, part in zip(gathered, output.view(-1).split(parts), strict=True):
+            for row, part in zip(gathered, output.view(-1).split(counts), strict=True):
                 part.copy_(row[: part.numel()])
 
-        return self._run("all_gather", async_op, lambda: self._gather(gathered, padded), unpad)
+        return self._start("all_gather", lambda: self._gather(gathered, padded), unpad)
 
-    def reduce_scatter(
-        self,
-        output: Tensor,
-        input: Tensor,
-        *,
-        counts: Sequence[int] | None = None,
-        op: str = "sum",
-        async_op: bool = False,
-    ) -> Work | None:
-        parts = split_counts(input.numel(), self.size, counts, "reduce_scatter")
-        check_own("reduce_scatter: output", output, parts[self.rank])
-        inbox = input.new_empty(self.size, parts[self.rank])
-        return self._run(
+    def _reduce_scatter(
+        self, output: Tensor, input: Tensor, counts: list[int], op: str
+    ) -> Callable[[], None]:
+        own = counts[self.rank]
+        inbox = input.new_empty(self.size, own)
+        return self._start(
             "reduce_scatter",
-            async_op,
-            lambda: self._exchange(inbox, input, [parts[self.rank]] * self.size, parts),
+            lambda: self._exchange(inbox, input, [own] * self.size, counts),
             lambda: rank_ordered_reduce(inbox.unbind(), op, output),
         )
 
-    def all_to_all(
-        self,
-        output: Tensor,
-        input: Tensor,
-        *,
-        output_counts: Sequence[int] | None = None,
-        input_counts: Sequence[int] | None = None,
-        async_op: bool = False,
-    ) -> Work | None:
-        received = split_counts(output.numel(), self.size, output_counts, "all_to_all output")
-        sent = split_counts(input.numel(), self.size, input_counts, "all_to_all input")
-        return self._run(
-            "all_to_all", async_op, lambda: self._exchange(output, input, received, sent)
+    def _all_to_all(
+        self, output: Tensor, input: Tensor, received: list[int], sent: list[int]
+    ) -> Finish:
+        return self._start("all_to_all", lambda: self._exchange(output, input, received, sent))
+
+    def _broadcast(self, tensor: Tensor, src: int) -> Finish:
+        data, root = _as_bytes(tensor), self._ranks[src]
+        return self._start(
+            "broadcast", lambda: dist.broadcast(data, root, self.process_group, async_op=True)
         )
 
-    def broadcast(self, tensor: Tensor, src: int, *, async_op: bool = False) -> Work | None:
-        return self._run(
-            "broadcast",
-            async_op,
-            lambda: dist.broadcast(
-                _as_bytes(tensor), self._ranks[src], self.process_group, async_op=True
-            ),
-        )
-
-    def send(self, tensor: Tensor, dst: int, *, tag: int = 0) -> None:
+    def _send(self, tensor: Tensor, dst: int, tag: int) -> None:
         # Gloo's send waits for its receiver, so two ranks that send first would wait for ever: a copy
         # is sent in the background, and kept until the transfer is done.
         self._sent = [(work, data) for work, data in self._sent if not work.is_completed()]
@@ -136,18 +99,16 @@ class TorchCommunicator(Communicator):
         self._sequence += 1
         self._sent.append((self._guard("send", call, peer=dst), data))
 
-    def recv(self, tensor: Tensor, src: int, *, tag: int = 0) -> None:
-        self._run(
-            "recv",
-            False,
-            lambda: dist.irecv(_as_bytes(tensor), self._ranks[src], self.process_group, tag),
-            peer=src,
+    def _recv(self, tensor: Tensor, src: int, tag: int) -> Finish:
+        data, root = _as_bytes(tensor), self._ranks[src]
+        return self._start(
+            "recv", lambda: dist.irecv(data, root, self.process_group, tag), peer=src
         )
 
-    def barrier(self) -> None:
-        self._run("barrier", False, lambda: dist.barrier(self.process_group, async_op=True))
+    def _barrier(self) -> Finish:
+        return self._start("barrier", lambda: dist.barrier(self.process_group, async_op=True))
 
-    def close(self) -> None:
+    def _close(self) -> None:
         if self._failure is None:
             for work, _ in self._sent:
                 self._guard("send", work.wait)
@@ -212,15 +173,15 @@ class TorchCommunicator(Communicator):
         named.group, named.missing = self.name, missing or ()
         return named
 
-    def _run(
+    def _start(
         self,
         operation: str,
-        async_op: bool,
         start: Callable[[], dist.Work],
-        finish: Callable[[], None] | None = None,
+        finish: Finish = None,
         *,
         peer: int | None = None,
-    ) -> Work | None:
+    ) -> Callable[[], None]:
+        """Start a call of torch's; what it returns waits for that, and then does ``finish``."""
         self._sequence += 1
         sequence = self._sequence
         handle = self._guard(operation, start, peer=peer)
@@ -230,10 +191,7 @@ class TorchCommunicator(Communicator):
             if finish is not None:
                 finish()
 
-        if async_op:
-            return Work(complete)
-        complete()
-        return None
+        return complete
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

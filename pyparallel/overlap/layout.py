@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
+from pyparallel.cut.shard import part_sizes
+
 
 class Layout:
     """Rows [M] of all ranks in rank order, each rank's share cut into nearly equal pieces.
@@ -18,6 +20,8 @@ class Layout:
         self.rows = tuple(rows)
         self.pieces = max(pieces, 1)
         self.offsets = (0, *accumulate(self.rows))
+        cuts = (part_sizes(count, self.pieces) for count in self.rows)
+        self._edges = [(0, *accumulate(sizes)) for sizes in cuts]
 
     @property
     def total(self) -> int:
@@ -33,9 +37,7 @@ class Layout:
         """Rows of a chunk within its rank's shard; piece -1 is the whole shard."""
         if piece < 0:
             return slice(0, self.rows[rank])
-        base, extra = divmod(self.rows[rank], self.pieces)
-        begin = base * piece + min(piece, extra)
-        return slice(begin, begin + base + (piece < extra))
+        return slice(self._edges[rank][piece], self._edges[rank][piece + 1])
 
     def rows_of(self, rank: int, piece: int = -1) -> slice:
         """Rows of a chunk among the rows of all ranks."""

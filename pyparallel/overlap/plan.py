@@ -39,9 +39,3 @@ class Plan:
     def layout(self) -> Layout:
         """Where each chunk lies."""
         return Layout(self.rows, pieces=self.pieces)
-
-
-def even_rows(total: int, size: int) -> tuple[int, ...]:
-    """M rows over R ranks, the first M % R ranks one more."""
-    base, extra = divmod(total, size)
-    return tuple(base + (rank < extra) for rank in range(size))

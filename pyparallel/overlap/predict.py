@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from pyparallel.cut.shard import part_sizes
 from pyparallel.overlap.all_gather_linear import all_gather_linear
 from pyparallel.overlap.linear_reduce_scatter import linear_reduce_scatter
 from pyparallel.overlap.machine import H100, Machine
-from pyparallel.overlap.plan import even_rows
 from pyparallel.overlap.schedule import Schedule
 from pyparallel.overlap.timing import Timeline, Workload, matmul_seconds, simulate
 
@@ -51,7 +51,7 @@ def workload(operation: str, *, m: int, k: int, n: int, size: int) -> Workload:
     if operation not in OPERATIONS:
         raise ValueError(f"operation: expected one of {sorted(OPERATIONS)}, got {operation!r}")
     moved = k if operation == "all_gather_linear" else n
-    return Workload(rows=even_rows(m, size), k=k, n=n, moved_columns=moved)
+    return Workload(rows=tuple(part_sizes(m, size)), k=k, n=n, moved_columns=moved)
 
 
 def timeline(

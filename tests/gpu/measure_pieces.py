@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from pyparallel.comm.cuda.engine import NcclCommunicator
+from pyparallel.cut.shard import part_sizes
 from pyparallel.ops.cuda_pipelines import available, reduce_on_gpu
 from pyparallel.overlap.choice import Choice
 from pyparallel.overlap.cuda_links import link_of, streams_of
@@ -28,7 +29,6 @@ from pyparallel.overlap.pipelines import (
     all_gather_linear_pipeline,
     linear_reduce_scatter_pipeline,
 )
-from pyparallel.overlap.plan import even_rows
 from pyparallel.overlap.predict import OPERATIONS
 from tests.gpu.measure_peers import machine_facts, peer_thresholds
 
@@ -36,7 +36,7 @@ REPEATS = 20
 
 
 def build(operation: str, c: NcclCommunicator, m: int, k: int, n: int, way: Choice) -> Pipeline:
-    plan = Plan(c.rank, even_rows(m, c.size), way.pieces, way.transport)
+    plan = Plan(c.rank, tuple(part_sizes(m, c.size)), way.pieces, way.transport)
     weight = torch.randn(n, k, device="cuda").bfloat16()
     rows = plan.rows[c.rank] if operation == "all_gather_linear" else m
     x = torch.randn(rows, k, device="cuda").bfloat16()
@@ -69,7 +69,10 @@ def overlaps(c: NcclCommunicator, k: int, n: int, ms: list[int]) -> list[dict]:
         for m in ms:
             weight = torch.empty(outer, inner, dtype=torch.bfloat16, device="cuda")
             ways = available(
-                weight, even_rows(m, c.size), addressable=c.peers is not None, most_bytes=1 << 40
+                weight,
+                tuple(part_sizes(m, c.size)),
+                addressable=c.peers is not None,
+                most_bytes=1 << 40,
             )
             times = {}
             for way in ways:

@@ -7,6 +7,7 @@ import triton.language as tl
 from helpers import DTYPES, normal
 from ranks import run_ranks
 
+from pyparallel.cut.shard import part_sizes
 from pyparallel.kernels.collective import symmetric
 from pyparallel.kernels.collective.collectives import (
     all_gather,
@@ -164,4 +165,5 @@ def test_bad_input():
     with pytest.raises(ValueError, match="rank: expected 0 to 1, got 2"):
         SymmetricMemory(2, [16, 32], 1 << 20)
     for n in (0, 1, 15, 16, 100, 4097):
+        assert even_counts(n, 3) == part_sizes(n, 3, unit=16)
         assert sum(even_counts(n, 3)) == n

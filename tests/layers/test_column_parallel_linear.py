@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pyparallel.comm.collectives import count_collectives
-from pyparallel.comm.communicator import LocalCommunicator
 from pyparallel.comm.group import Group
+from pyparallel.comm.local_engine import LocalCommunicator
 from pyparallel.cut.shard import features, fuse
 from pyparallel.layers import ColumnParallelLinear
 from pyparallel.testing import (

@@ -10,8 +10,8 @@ import transformers
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from pyparallel.comm.communicator import LocalCommunicator
 from pyparallel.comm.group import Group
+from pyparallel.comm.local_engine import LocalCommunicator
 from pyparallel.cut.shard import features
 from pyparallel.layers import (
     ColumnParallelLinear,

@@ -10,8 +10,8 @@ import transformers
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from pyparallel.comm.communicator import LocalCommunicator
 from pyparallel.comm.group import Group
+from pyparallel.comm.local_engine import LocalCommunicator
 from pyparallel.mesh import init_mesh
 from pyparallel.models.parallelize import parallelize
 from pyparallel.models.swap.stage import plan_stage

@@ -16,17 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pyparallel.comm.communicator import (
-    Communicator,
-    PeerError,
-    Work,
-    check_own,
-    rank_ordered_reduce,
-    split_counts,
-)
+from pyparallel.comm.checks import Takes
+from pyparallel.comm.communicator import Communicator, PeerError, Work
 from pyparallel.comm.cuda.peers import PeerMemory
 from pyparallel.comm.cuda.windows import Windows
 from pyparallel.comm.peer_watch import PeerWatch, meet_neighbours, roll_call
+from pyparallel.comm.rank_order import rank_ordered_reduce
+from pyparallel.cut.shard import part_sizes
 from pyparallel.native.cuda import extension as cuda_extension
 from pyparallel.native.cuda.extension import BYTES, NCCL_REDUCTIONS, NCCL_TYPES, type_of
 from pyparallel.native.cuda.extension import stream as _stream
@@ -41,6 +37,8 @@ class NcclCommunicator(Communicator):
     operation, its sequence number, the group and the ranks that are missing; the group then refuses
     further work with the same reason.
     """
+
+    takes = Takes("cuda")
 
     def __init__(
         self,
@@ -96,89 +94,48 @@ class NcclCommunicator(Communicator):
             deterministic=self.deterministic,
         )
 
-    def all_reduce(self, tensor: Tensor, *, op: str = "sum", async_op: bool = False) -> Work | None:
-        if not self.deterministic:
-            return self._enqueue(async_op, self._nccl_all_reduce, tensor, op, uses=(tensor,))
-        # Peer kernels are ordered by the caller's stream; those of another stream would not be.
-        reason = PeerMemory.reason_against_sum(tensor.dtype, tensor.numel() * tensor.itemsize)
-        if self.peers is not None and not async_op and reason is None:
-            return self._enqueue(
-                False, self.call, self.peers.all_reduce, tensor, op, uses=(tensor,)
-            )
-        flat = tensor.view(-1)
-        base, extra = divmod(flat.numel(), self.size)
-        counts = [base + (rank < extra) for rank in range(self.size)]
+    def _issue(self, async_op: bool, call: Callable[..., None], *arguments: Any) -> Work | None:
+        if not async_op:
+            call(*arguments)
+            return None
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            call(*arguments)
+            done = self.stream.record_event()
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                # The allocator must not hand the memory out again while the other stream uses it.
+                argument.record_stream(self.stream)
+        return Work(lambda: torch.cuda.current_stream().wait_event(done))
 
-        def run() -> None:
+    def _all_reduce(self, tensor: Tensor, op: str) -> None:
+        if not self.deterministic:
+            self._nccl_all_reduce(tensor, op)
+        elif self._reaches_peers(tensor):
+            self.call(self.peers.all_reduce, tensor, op)
+        else:
+            flat = tensor.view(-1)
+            counts = part_sizes(flat.numel(), self.size)
             mine = flat.new_empty(counts[self.rank])
             self._reduce_scatter(mine, flat, counts, op)
             self._all_gather(flat, mine, counts)
 
-        return self._enqueue(async_op, run, uses=(tensor,))
-
-    def all_gather(
-        self,
-        output: Tensor,
-        input: Tensor,
-        *,
-        counts: Sequence[int] | None = None,
-        async_op: bool = False,
-    ) -> Work | None:
-        parts = split_counts(output.numel(), self.size, counts, "all_gather")
-        check_own("all_gather", input, parts[self.rank])
-        return self._enqueue(async_op, self._all_gather, output, input, parts, uses=(output, input))
-
-    def reduce_scatter(
-        self,
-        output: Tensor,
-        input: Tensor,
-        *,
-        counts: Sequence[int] | None = None,
-        op: str = "sum",
-        async_op: bool = False,
-    ) -> Work | None:
-        parts = split_counts(input.numel(), self.size, counts, "reduce_scatter")
-        check_own("reduce_scatter", output, parts[self.rank])
-        return self._enqueue(
-            async_op, self._reduce_scatter, output, input, parts, op, uses=(output, input)
-        )
-
-    def all_to_all(
-        self,
-        output: Tensor,
-        input: Tensor,
-        *,
-        output_counts: Sequence[int] | None = None,
-        input_counts: Sequence[int] | None = None,
-        async_op: bool = False,
-    ) -> Work | None:
-        into = split_counts(output.numel(), self.size, output_counts, "all_to_all output")
-        out = split_counts(input.numel(), self.size, input_counts, "all_to_all input")
-        return self._enqueue(
-            async_op, self._all_to_all, output, input, into, out, uses=(output, input)
-        )
-
-    def broadcast(self, tensor: Tensor, src: int, *, async_op: bool = False) -> Work | None:
-        def run() -> None:
-            count = tensor.numel() * tensor.element_size()
-            self.call(self.engine.broadcast, tensor.data_ptr(), count, BYTES, src, _stream())
-
-        return self._enqueue(async_op, run, uses=(tensor,))
-
-    def send(self, tensor: Tensor, dst: int, *, tag: int = 0) -> None:
-        self._exchange([(tensor, dst)], [], "send")
-
-    def recv(self, tensor: Tensor, src: int, *, tag: int = 0) -> None:
-        self._exchange([], [(tensor, src)], "recv")
+    def _reaches_peers(self, tensor: Tensor) -> bool:
+        """Whether our kernel over the peers' memory sums ``tensor``."""
+        if self.peers is None:
+            return False
+        if (
+            PeerMemory.reason_against_sum(tensor.dtype, tensor.numel() * tensor.itemsize)
+            is not None
+        ):
+            return False
+        # Peer kernels are ordered by the caller's stream; on ours, where asynchronous calls run, they
+        # would not be.
+        return _stream() != self.engine.stream
 
     def exchange(self, send: Tensor, send_to: int, receive: Tensor, receive_from: int) -> None:
         """Sends one tensor and receives another as one group, on the current stream."""
         self._exchange([(send, send_to)], [(receive, receive_from)], "exchange")
-
-    def barrier(self) -> None:
-        flag = torch.zeros(self.size, dtype=torch.uint8, device="cuda")
-        self._all_gather(flag, flag[self.rank : self.rank + 1], [1] * self.size)
-        self.synchronize()
 
     def synchronize(self) -> None:
         """Waits on the host for the current stream; bounded, raises PeerError like every call."""
@@ -186,35 +143,25 @@ class NcclCommunicator(Communicator):
         if self.peers is not None:
             self.call(self.peers.check)
 
-    def close(self) -> None:
-        self._watch.close()
-        if self.peers is not None:
-            self.peers.close(wait=self._failure is None)
-        if self._failure is None:
-            self.windows.close()
-        self.engine.close()
-
-    def _all_gather(self, output: Tensor, input: Tensor, counts: Sequence[int]) -> None:
+    def _all_gather(self, output: Tensor, input: Tensor, counts: list[int]) -> None:
         kind, element = type_of(output)
         if len(set(counts)) == 1:
             count = input.numel() * element
             arguments = (output.data_ptr(), input.data_ptr(), count, kind, _stream())
             self.call(self.engine.all_gather, *arguments)
             return
-        parts = output.view(-1).split(list(counts))
+        parts = output.view(-1).split(counts)
         sends = [(input, peer) for peer in range(self.size)]
         self._exchange(sends, list(zip(parts, range(self.size), strict=True)), "all_gather")
 
     def _all_to_all(
-        self, output: Tensor, input: Tensor, into: Sequence[int], out: Sequence[int]
+        self, output: Tensor, input: Tensor, received: list[int], sent: list[int]
     ) -> None:
-        receives = zip(output.view(-1).split(list(into)), range(self.size), strict=True)
-        sends = zip(input.view(-1).split(list(out)), range(self.size), strict=True)
+        receives = zip(output.view(-1).split(received), range(self.size), strict=True)
+        sends = zip(input.view(-1).split(sent), range(self.size), strict=True)
         self._exchange(list(sends), list(receives), "all_to_all")
 
-    def _reduce_scatter(
-        self, output: Tensor, input: Tensor, counts: Sequence[int], op: str
-    ) -> None:
+    def _reduce_scatter(self, output: Tensor, input: Tensor, counts: list[int], op: str) -> None:
         if not self.deterministic and len(set(counts)) == 1 and input.dtype in NCCL_TYPES:
             where = (output.data_ptr(), input.data_ptr(), output.numel())
             how = (NCCL_TYPES[input.dtype], NCCL_REDUCTIONS[op], _stream())
@@ -235,6 +182,29 @@ class NcclCommunicator(Communicator):
         address, kinds = tensor.data_ptr(), (NCCL_TYPES[tensor.dtype], NCCL_REDUCTIONS[op])
         self.call(self.engine.all_reduce, address, address, tensor.numel(), *kinds, _stream())
 
+    def _broadcast(self, tensor: Tensor, src: int) -> None:
+        count = tensor.numel() * tensor.element_size()
+        self.call(self.engine.broadcast, tensor.data_ptr(), count, BYTES, src, _stream())
+
+    def _send(self, tensor: Tensor, dst: int, tag: int) -> None:
+        self._exchange([(tensor, dst)], [], "send")
+
+    def _recv(self, tensor: Tensor, src: int, tag: int) -> None:
+        self._exchange([], [(tensor, src)], "recv")
+
+    def _barrier(self) -> None:
+        flag = torch.zeros(self.size, dtype=torch.uint8, device="cuda")
+        self._all_gather(flag, flag[self.rank : self.rank + 1], [1] * self.size)
+        self.synchronize()
+
+    def _close(self) -> None:
+        self._watch.close()
+        if self.peers is not None:
+            self.peers.close(wait=self._failure is None)
+        if self._failure is None:
+            self.windows.close()
+        self.engine.close()
+
     def _exchange(
         self,
         sends: Sequence[tuple[Tensor, int]],
@@ -246,25 +216,6 @@ class NcclCommunicator(Communicator):
             for pairs in (sends, receives)
         )
         self.call(self.engine.exchange, out, into, BYTES, _stream(), operation)
-
-    def _enqueue(
-        self, async_op: bool, run: Callable[..., None], *args: Any, uses: Sequence[Tensor]
-    ) -> Work | None:
-        for tensor in uses:
-            if not tensor.is_cuda or not tensor.is_contiguous():
-                raise ValueError("tensor: expected a contiguous CUDA tensor; call .contiguous()")
-        if not async_op:
-            run(*args)
-            return None
-        current = torch.cuda.current_stream()
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            run(*args)
-            done = self.stream.record_event()
-        for tensor in uses:
-            # The allocator must not hand the memory out again while the other stream uses it.
-            tensor.record_stream(self.stream)
-        return Work(lambda: torch.cuda.current_stream().wait_event(done))
 
     def call(self, call: Callable[..., Any], *args: Any) -> Any:
         """call(*args); a PeerError names the missing ranks, and is that of every later call."""

@@ -1,13 +1,14 @@
 """The engine of CPU ranks on one machine: collectives over shared memory.
 
 What runs is in ``csrc/core`` (the algorithms) and ``csrc/cpu`` (the memory, the waiting, the SIMD);
-this file checks tensors and hands addresses over. How ranks find each other is in ``rendezvous.py``.
+this file hands addresses over. How ranks find each other is in ``rendezvous.py``.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -15,15 +16,11 @@ from torch import Tensor
 from pyparallel import _C
 from pyparallel._C import SharedMemoryGroup, fast_collectives, slot_bytes
 from pyparallel.comm.call_order import CallOrder
+from pyparallel.comm.checks import Takes
 from pyparallel.comm.communicator import Communicator, Work
 from pyparallel.comm.rendezvous import meet
 from pyparallel.comm.shared.buffer import SharedBuffer
-from pyparallel.comm.shared.host_tensors import (
-    check_pair,
-    exchange_code,
-    reducible_code,
-    reduction_code,
-)
+from pyparallel.comm.shared.host_tensors import CODES, REDUCIBLE_CODES, REDUCTION_CODES
 
 DEFAULT_TIMEOUT_S = 300.0
 # Ranks that join have all arrived already.
@@ -37,6 +34,8 @@ class SharedMemoryCommunicator(Communicator):
     rank and every run gets the same bits. A peer that died or is stuck, or that makes another call
     than this rank, raises :class:`PeerError`; the group then refuses further work with that reason.
     """
+
+    takes = Takes("cpu", moved=CODES, reduced=REDUCIBLE_CODES)
 
     def __init__(
         self,
@@ -95,110 +94,61 @@ class SharedMemoryCommunicator(Communicator):
             timeout_s=timeout_s,
         )
 
-    def all_reduce(self, tensor: Tensor, *, op: str = "sum", async_op: bool = False) -> Work | None:
-        if not async_op and self._order.idle and self._fast_all_reduce(tensor, op):
-            return None
-        code = reducible_code(tensor, "tensor")
-        arguments = (tensor.data_ptr(), tensor.numel(), code, reduction_code(op))
-        return self._call(async_op, self.engine.all_reduce, arguments, tensor)
+    # Shown to the C++ of csrc/bindings/collectives_fast.cpp first, which looks at the arguments itself.
 
-    def all_gather(
-        self,
-        output: Tensor,
-        input: Tensor,
-        *,
-        counts: Sequence[int] | None = None,
-        async_op: bool = False,
-    ) -> Work | None:
-        if not async_op and self._order.idle and self._fast_all_gather(output, input, counts):
-            return None
-        code = exchange_code(output, "output")
-        check_pair(output, input)
-        self._check_parts("output", output.numel(), "input", input.numel(), counts)
-        arguments = (output.data_ptr(), input.data_ptr(), output.numel(), counts, code)
-        return self._call(async_op, self.engine.all_gather, arguments, output, input)
+    def _try_all_reduce(self, tensor: Tensor, op: str) -> bool:
+        return self._order.idle and self._fast_all_reduce(tensor, op)
 
-    def reduce_scatter(
-        self,
-        output: Tensor,
-        input: Tensor,
-        *,
-        counts: Sequence[int] | None = None,
-        op: str = "sum",
-        async_op: bool = False,
-    ) -> Work | None:
-        if (
-            not async_op
-            and self._order.idle
-            and self._fast_reduce_scatter(output, input, counts, op)
-        ):
-            return None
-        code = reducible_code(output, "output")
-        check_pair(output, input)
-        self._check_parts("input", input.numel(), "output", output.numel(), counts)
-        arguments = (
-            output.data_ptr(),
-            input.data_ptr(),
-            input.numel(),
-            counts,
-            code,
-            reduction_code(op),
-        )
-        return self._call(async_op, self.engine.reduce_scatter, arguments, output, input)
+    def _try_all_gather(self, output: Tensor, input: Tensor, counts: Sequence[int] | None) -> bool:
+        return self._order.idle and self._fast_all_gather(output, input, counts)
 
-    def all_to_all(
-        self,
-        output: Tensor,
-        input: Tensor,
-        *,
-        output_counts: Sequence[int] | None = None,
-        input_counts: Sequence[int] | None = None,
-        async_op: bool = False,
-    ) -> Work | None:
-        code = exchange_code(output, "output")
-        check_pair(output, input)
-        for name, counts, tensor in (
-            ("output", output_counts, output),
-            ("input", input_counts, input),
-        ):
-            if counts is not None:
-                self._check_counts(f"{name}_counts", counts, tensor.numel())
-            elif tensor.numel() % self.size:
-                raise ValueError(
-                    f"{name}: {tensor.numel()} elements do not divide by {self.size} ranks; "
-                    f"give {name}_counts="
-                )
-        arguments = (
-            output.data_ptr(),
-            input.data_ptr(),
-            output.numel(),
-            input.numel(),
-            output_counts,
-            input_counts,
-            code,
-        )
-        return self._call(async_op, self.engine.all_to_all, arguments, output, input)
+    def _try_reduce_scatter(
+        self, output: Tensor, input: Tensor, counts: Sequence[int] | None, op: str
+    ) -> bool:
+        return self._order.idle and self._fast_reduce_scatter(output, input, counts, op)
 
-    def broadcast(self, tensor: Tensor, src: int, *, async_op: bool = False) -> Work | None:
-        code = exchange_code(tensor, "tensor")
-        if not 0 <= src < self.size:
-            raise ValueError(f"src: expected a rank from 0 to {self.size - 1}, got {src}")
-        arguments = (tensor.data_ptr(), tensor.numel(), code, src)
-        return self._call(async_op, self.engine.broadcast, arguments, tensor)
+    def _issue(self, async_op: bool, call: Callable[..., None], *arguments: Any) -> Work | None:
+        # The tensors go along so that they outlive the call, whatever the caller does with his.
+        return self._order.run(async_op, call, *arguments)
 
-    def send(self, tensor: Tensor, dst: int, *, tag: int = 0) -> None:
-        code = exchange_code(tensor, "tensor")
-        self._order.drain()
-        self.engine.send(tensor.data_ptr(), tensor.numel(), code, dst, tag)
+    def _all_reduce(self, tensor: Tensor, op: str) -> None:
+        code = CODES[tensor.dtype]
+        self.engine.all_reduce(tensor.data_ptr(), tensor.numel(), code, REDUCTION_CODES[op])
 
-    def recv(self, tensor: Tensor, src: int, *, tag: int = 0) -> None:
-        code = exchange_code(tensor, "tensor")
-        self._order.drain()
-        self.engine.receive(tensor.data_ptr(), tensor.numel(), code, src, tag)
+    def _all_gather(self, output: Tensor, input: Tensor, counts: list[int]) -> None:
+        places = output.data_ptr(), input.data_ptr()
+        self.engine.all_gather(*places, output.numel(), counts, CODES[output.dtype])
 
-    def barrier(self) -> None:
-        self._order.drain()
+    def _reduce_scatter(self, output: Tensor, input: Tensor, counts: list[int], op: str) -> None:
+        places = output.data_ptr(), input.data_ptr()
+        codes = CODES[output.dtype], REDUCTION_CODES[op]
+        self.engine.reduce_scatter(*places, input.numel(), counts, *codes)
+
+    def _all_to_all(
+        self, output: Tensor, input: Tensor, received: list[int], sent: list[int]
+    ) -> None:
+        places = output.data_ptr(), input.data_ptr()
+        lengths = output.numel(), input.numel()
+        self.engine.all_to_all(*places, *lengths, received, sent, CODES[output.dtype])
+
+    def _broadcast(self, tensor: Tensor, src: int) -> None:
+        self.engine.broadcast(tensor.data_ptr(), tensor.numel(), CODES[tensor.dtype], src)
+
+    def _send(self, tensor: Tensor, dst: int, tag: int) -> None:
+        self.engine.send(tensor.data_ptr(), tensor.numel(), CODES[tensor.dtype], dst, tag)
+
+    def _recv(self, tensor: Tensor, src: int, tag: int) -> None:
+        self.engine.receive(tensor.data_ptr(), tensor.numel(), CODES[tensor.dtype], src, tag)
+
+    def _barrier(self) -> None:
         self.engine.barrier()
+
+    def _close(self) -> None:
+        self._order.close()
+        try:
+            self.engine.flush()
+        finally:
+            self.engine.close()
 
     def shared_buffer(self, num_bytes: int) -> SharedBuffer:
         """Memory of every rank that the others read in place, for one fused operation.
@@ -222,46 +172,3 @@ class SharedMemoryCommunicator(Communicator):
         """The engine, when no call is under way, for a fused operation's own calls."""
         self._order.drain()
         return self.engine
-
-    def close(self) -> None:
-        self._order.close()
-        try:
-            self.engine.flush()
-        finally:
-            self.engine.close()
-
-    def _call(
-        self, async_op: bool, call: Callable[..., None], arguments: tuple, *keep: Tensor
-    ) -> Work | None:
-        def made(*_: Tensor) -> None:
-            call(*arguments)
-
-        # The tensors go along so that they outlive the call, whatever the caller does with his.
-        return self._order.run(async_op, made, *keep)
-
-    def _check_counts(self, name: str, counts: Sequence[int], total: int) -> None:
-        if len(counts) != self.size or sum(counts) != total or min(counts) < 0:
-            raise ValueError(
-                f"{name}: expected {self.size} counts that sum to {total}, got {list(counts)}"
-            )
-
-    def _check_parts(
-        self,
-        whole_name: str,
-        whole: int,
-        part_name: str,
-        part: int,
-        counts: Sequence[int] | None,
-    ) -> None:
-        if counts is not None:
-            self._check_counts("counts", counts, whole)
-            if part != counts[self.rank]:
-                raise ValueError(
-                    f"{part_name}: expected counts[{self.rank}] = {counts[self.rank]} elements, "
-                    f"got {part}"
-                )
-        elif part * self.size != whole:
-            raise ValueError(
-                f"{whole_name}: expected {self.size} x {part_name}'s {part} elements, got {whole}; "
-                "give counts= where the parts are uneven"
-            )
