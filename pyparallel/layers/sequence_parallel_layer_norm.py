@@ -11,7 +11,7 @@ from pyparallel import backend
 from pyparallel.comm.group import Group
 from pyparallel.layers.norm import LayerNorm
 from pyparallel.layers.owner import check_replaceable
-from pyparallel.ops.shared_parameters import sum_gradients
+from pyparallel.ops.shared_parameters import with_summed_gradients
 
 
 class SequenceParallelLayerNorm(LayerNorm):
@@ -64,5 +64,5 @@ class SequenceParallelLayerNorm(LayerNorm):
         return module.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = sum_gradients(self.weight, self.bias, group=self.group)
+        weight, bias = with_summed_gradients(self.weight, self.bias, group=self.group)
         return backend.call("layer_norm", x, weight, bias, self.eps)

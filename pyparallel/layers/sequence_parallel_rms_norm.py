@@ -11,7 +11,7 @@ from pyparallel import backend
 from pyparallel.comm.group import Group
 from pyparallel.layers.norm import RMSNorm
 from pyparallel.layers.owner import check_replaceable
-from pyparallel.ops.shared_parameters import sum_gradients
+from pyparallel.ops.shared_parameters import with_summed_gradients
 
 
 class SequenceParallelRMSNorm(RMSNorm):
@@ -62,5 +62,5 @@ class SequenceParallelRMSNorm(RMSNorm):
         return module.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        (weight,) = sum_gradients(self.weight, group=self.group)
+        (weight,) = with_summed_gradients(self.weight, group=self.group)
         return backend.call("rms_norm", x, weight, self.epsilon(x))

@@ -18,7 +18,7 @@ from pyparallel.models.stored import TIED_NAMES, stored_name
 from pyparallel.models.weights import Source, Sources, sources
 
 # Tensors that checkpoints carry and that hold nothing a model has to load.
-IGNORED = (
+NOT_LOADED = (
     "rotary_emb.inv_freq",
     ".attn.bias",
     ".attn.masked_bias",
@@ -67,7 +67,7 @@ def fill(
     if model.config.tied:
         wanted = _tied_as_stored(wanted, model.config.family, checkpoint)
     extra = set(checkpoint.shapes) - {source.name for found in wanted.values() for source in found}
-    extra = {name for name in extra if not name.endswith(IGNORED)}
+    extra = {name for name in extra if not name.endswith(NOT_LOADED)}
     if model.config.tied:
         extra -= set(TIED_NAMES[model.config.family])
     if extra:

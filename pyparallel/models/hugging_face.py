@@ -24,7 +24,7 @@ from pyparallel.models.transformers_decoder import TransformersDecoder
 Progress = Callable[[int, int], None]
 
 # Tensors of older checkpoints that hold nothing a model has to load.
-IGNORED = re.compile(
+NOT_LOADED = re.compile(
     r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias|position_ids)$"
 )
 
@@ -225,7 +225,7 @@ def _stored_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
                 f"{checkpoint.path}: tensor {source} is stored in another layout than the model's "
                 f"{name}; load it with transformers and call parallelize()"
             )
-        elif not IGNORED.search(source) and not any(rule.search(name) for rule in ignored):
+        elif not NOT_LOADED.search(source) and not any(rule.search(name) for rule in ignored):
             raise CheckpointError(
                 f"{checkpoint.path}: tensor {source} is not one of a {type(model).__name__}"
             )

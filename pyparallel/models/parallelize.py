@@ -28,7 +28,7 @@ from pyparallel.models.swap.local_attention import local_sizes, tell_local_heads
 from pyparallel.models.swap.own_attention import use_own_attention
 from pyparallel.models.swap.plans import parent_of
 from pyparallel.models.swap.sequence_region import check_sequence, cut_sequence
-from pyparallel.models.swap.shared_parameter import sum_gradients
+from pyparallel.models.swap.shared_parameter import always_sum_gradients
 from pyparallel.models.swap.stage import cut_stage, plan_stage
 from pyparallel.models.whole_call import check_drops
 
@@ -116,7 +116,7 @@ def parallelize(
     for name, cut in cuts.modules.items():
         module = model.get_submodule(name)
         if cut.kind == "shared":
-            sum_gradients(module, group)
+            always_sum_gradients(module, group)
             continue
         twin = _twin(module, cut, group).train(module.training)
         setattr(model.get_submodule(parent_of(name)), name.rpartition(".")[2], twin)

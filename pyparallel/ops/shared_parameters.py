@@ -31,7 +31,7 @@ class _SumGradients(Function):
         return None, *(s.view_as(g) for s, g in zip(summed, grads, strict=True))
 
 
-def sum_gradients(*parameters: Tensor | None, group: Group) -> tuple[Tensor | None, ...]:
+def with_summed_gradients(*parameters: Tensor | None, group: Group) -> tuple[Tensor | None, ...]:
     """The parameters themselves; their gradients are summed over the ranks, in one all-reduce.
 
     All must have one dtype. None stays None.

@@ -25,7 +25,7 @@ from pyparallel.checkpoint.source import Checkpoint, CheckpointError, open_check
 from pyparallel.comm.exchange import gather_objects
 from pyparallel.cut.shard import REPLICATED
 from pyparallel.mesh import Mesh
-from pyparallel.models.fill import IGNORED
+from pyparallel.models.fill import NOT_LOADED
 from pyparallel.saving.exchange import together
 from pyparallel.saving.files import set_dtype, source_of, write_files
 from pyparallel.saving.names import unwrap
@@ -154,7 +154,7 @@ def split_files(
     groups: list[dict[str, tuple[tuple[int, ...], torch.dtype]]] = [{}]
     held = 0
     for name in sorted(checkpoint.shapes, key=_natural):
-        if name.endswith(IGNORED):
+        if name.endswith(NOT_LOADED):
             continue
         shape, kind = checkpoint.shapes[name], checkpoint.dtype(name)
         kind = dtype if dtype is not None and kind.is_floating_point else kind

@@ -29,7 +29,8 @@ from pyparallel.training.pipeline_errors import named_errors
 from pyparallel.training.pipeline_stages import Stages
 from pyparallel.training.tied_gradients import sum_tied_gradients
 
-IGNORED = -100
+# A target that does not count, as in torch's cross_entropy.
+IGNORE_INDEX = -100
 # A schedule keeps receive buffers of its shape; a step of another shape makes another schedule.
 KEPT_SHAPES = 4
 
@@ -148,16 +149,16 @@ class Pipeline:
             raise ValueError(
                 "documents: expected None without context-parallel ranks, got a tensor"
             )
-        self._count = (targets != IGNORED).sum()
+        self._count = (targets != IGNORE_INDEX).sum()
         if self.mesh.dp.size > 1:
             self._count = all_reduce_raw(self._count, self.mesh.dp)
         if int(self._count) == 0:
-            raise ValueError(f"targets: expected one that counts, got only {IGNORED}")
+            raise ValueError(f"targets: expected one that counts, got only {IGNORE_INDEX}")
         rows = -ids.shape[0] % self.num_microbatches
         options = self.stages.options(ids.shape[1])
         if documents is not None:
             options["documents"] = _pad(documents, rows, 0)
-        return _pad(ids, rows, 0), _pad(targets, rows, IGNORED), options
+        return _pad(ids, rows, 0), _pad(targets, rows, IGNORE_INDEX), options
 
     def _engine(self, ids: Tensor) -> Any:
         """Torch's schedule for a batch of this shape."""

@@ -206,7 +206,8 @@ class Stages:
 
 
 def _is_fsdp(module: nn.Module) -> bool:
-    # FSDP2 changes a module's class to one of its own, and is known without its slow import.
+    # FSDP2 gives a module a class that derives from its FSDPModule, and whoever has such a module has
+    # imported it: its name tells, so asking imports nothing.
     return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 

@@ -46,7 +46,8 @@ FAMILIES = (
     "qwen3",
     "starcoder2",
 )
-IGNORED = -100
+# A label that does not count, as in torch's cross_entropy.
+IGNORE_INDEX = -100
 # Arguments [B, S] that go with the tokens.
 WITH_TOKENS = ("input_ids", "inputs_embeds", "token_type_ids")
 
@@ -227,7 +228,7 @@ def _cut_labels(given: dict[str, Any], shards: ContextShards) -> None:
         return
     if shifted is None:
         # A token's next one may be another rank's: shifted whole, and then cut.
-        shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
     if given.get("num_items_in_batch") is None:
-        given["num_items_in_batch"] = (shifted != IGNORED).sum()
+        given["num_items_in_batch"] = (shifted != IGNORE_INDEX).sum()
     given["shift_labels"] = given["labels"] = shards.split(shifted).contiguous()

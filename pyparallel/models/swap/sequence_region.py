@@ -30,7 +30,7 @@ from pyparallel.layers.parameters import ShardedModule
 from pyparallel.layers.sequence_parallel_dropout import SequenceParallelDropout
 from pyparallel.models.swap.cuts import Cuts
 from pyparallel.models.swap.plans import parent_of
-from pyparallel.models.swap.shared_parameter import sum_gradients
+from pyparallel.models.swap.shared_parameter import always_sum_gradients
 from pyparallel.models.whole_call import WholeCall, drop
 
 # Dropouts that an attention module applies behind its output projection; its others act on heads.
@@ -210,7 +210,7 @@ def _dropouts(model: nn.Module, stack: str, cuts: Cuts) -> Iterator[str]:
 
 def _sum_own(module: nn.Module, group: Group) -> None:
     if next(module.children(), None) is None:
-        sum_gradients(module, group)
+        always_sum_gradients(module, group)
         return
     raise ValueError(
         f"{type(module).__name__}: has parameters beside modules of its own; sequence_parallel knows "

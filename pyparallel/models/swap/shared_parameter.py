@@ -30,7 +30,7 @@ class GradientSummed:
             self._parameters.update(own)
 
 
-def sum_gradients(module: nn.Module, group: Group) -> None:
+def always_sum_gradients(module: nn.Module, group: Group) -> None:
     """From now on, sum the gradients of all parameters in ``module`` over ``group``."""
     for part in module.modules():
         if any(p is not None for p in part._parameters.values()):
