@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export MAX_JOBS ?= 2
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
-CSRC := $(shell find csrc/core csrc/cpu csrc/bindings -name '*.cpp' -o -name '*.h')
+CSRC := $(shell find csrc/core csrc/cpu csrc/bindings -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
 .PHONY: demo install model test test-kernels test-slow test-gpu test-processors tsan asan mutants mutants-kernels \
   mutants-numerics lint format clean

@@ -29,8 +29,8 @@ CXX_FLAGS = [
 
 
 def sources(*folders: str) -> list[str]:
-    """Every .cpp of the folders, relative to the root as setuptools wants it."""
-    found = (path for folder in folders for path in (ROOT / folder).glob("*.cpp"))
+    """Every .cpp in and under the folders, relative to the root as setuptools wants it."""
+    found = (path for folder in folders for path in (ROOT / folder).rglob("*.cpp"))
     return sorted(str(path.relative_to(ROOT)) for path in found)
 
 
@@ -39,7 +39,7 @@ def extension() -> CppExtension:
         "pyparallel._C",
         sources("csrc/bindings", "csrc/cpu"),
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
-        depends=[str(path) for path in (ROOT / "csrc").rglob("*.h")],
+        depends=[str(path) for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".inl")],
         extra_compile_args={"cxx": CXX_FLAGS},
     )
 

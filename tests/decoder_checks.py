@@ -15,7 +15,8 @@ from pyparallel.decoding.cpu_decoder import CPUDecoder
 ISAS = ("plain", "avx2", "avx512", "avx512_bf16")
 
 # Where the kernels take activations as integers, these have 4 fp32 roundings' error, 2^-22 of a block's
-# largest (csrc/cpu/gguf_fixed_point.h): how many times a dense model's error in fp32 is allowed.
+# largest (csrc/cpu/kernels/gguf_fixed_point.inl): how many times a dense model's error in fp32 is
+# allowed.
 FIXED_POINT = 4
 
 

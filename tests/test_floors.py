@@ -42,14 +42,23 @@ PYTHON_FLOORS = (
     # The public names, and what tests of parallel code need.
     ("", "testing"),
 )
-# What each folder of csrc may include of the others, and whether it may know torch.
+# What each folder of csrc may include beside its own files; lowest first.
 CSRC_FOLDERS = {
-    "core": ({"core"}, False),
-    "cpu": ({"core", "cpu"}, False),
-    "cuda": ({"core", "cuda"}, False),
-    "cuda/bindings": ({"core", "cuda", "bindings"}, True),
-    "bindings": ({"core", "cpu", "cuda", "bindings"}, True),
+    "core": set(),
+    "cpu/simd": {"core"},
+    "cpu/world": {"core", "cpu/simd"},
+    "cpu/kernels": {"core", "cpu/simd"},
+    "cpu/ops": {"core", "cpu/simd", "cpu/world", "cpu/kernels"},
+    "cpu/decoder": {"core", "cpu/simd", "cpu/world", "cpu/kernels", "cpu/ops"},
+    "bindings": {"core", "cpu/simd", "cpu/world", "cpu/kernels", "cpu/ops", "cpu/decoder"},
+    "cuda/kernels": {"core"},
+    "cuda/world": {"core", "cuda/kernels"},
+    "cuda/nccl": {"core", "cuda/world"},
+    "cuda/bindings": {"core", "cuda/kernels", "cuda/world", "cuda/nccl"},
 }
+TORCH_FOLDERS = {"bindings", "cuda/bindings"}
+# A fragment (.inl) is included in the middle of a file, once for each instruction set.
+CSRC_SUFFIXES = (".h", ".inl", ".cpp", ".cu", ".cuh")
 TORCH_HEADER = re.compile(r"^(torch|ATen|c10|caffe2|pybind11)/|^(torch|Python)\.h$")
 
 
@@ -140,21 +149,33 @@ def circles(edges: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
+def includes(path: Path) -> list[tuple[str, str]]:
+    """The includes of a file: what opens the name, and the name."""
+    return re.findall(r'^\s*#\s*include\s*([<"])([^>"]+)', path.read_text(), re.M)
+
+
 def include_faults(root: Path) -> list[str]:
+    csrc = root / "csrc"
+    edges: dict[str, set[str]] = {}
     faults = []
-    for path in sorted((root / "csrc").rglob("*")):
-        if path.suffix not in (".h", ".cpp", ".cu", ".cuh"):
+    for path in sorted(csrc.rglob("*")):
+        if path.suffix not in CSRC_SUFFIXES:
             continue
-        folder = path.parent.relative_to(root / "csrc").as_posix()
-        allowed, knows_torch = CSRC_FOLDERS[folder]
-        for kind, name in re.findall(r'^\s*#\s*include\s*([<"])([^>"]+)', path.read_text(), re.M):
-            where = f"{path.relative_to(root)} includes {name}"
-            if TORCH_HEADER.search(name) and not knows_torch:
-                faults.append(f"{where}: only bindings know torch and Python")
-            first = name.split("/")[0] if "/" in name else folder
-            if kind == '"' and first in CSRC_FOLDERS and first not in allowed:
-                faults.append(f"{where}: {folder} may include {', '.join(sorted(allowed))}")
-    return faults
+        name, folder = path.relative_to(csrc).as_posix(), path.parent.relative_to(csrc).as_posix()
+        allowed = CSRC_FOLDERS[folder] | {folder}
+        once = "\n#pragma once\n" in "\n" + path.read_text()
+        if path.suffix in (".h", ".cuh") and not once:
+            faults.append(f"{name} lacks #pragma once; a fragment is called .inl")
+        edges[name] = set()
+        for kind, target in includes(path):
+            if TORCH_HEADER.search(target) and folder not in TORCH_FOLDERS:
+                faults.append(f"{name} includes {target}: only bindings know torch and Python")
+            if kind == '"':
+                edges[name].add(target)
+                if target.rpartition("/")[0] not in allowed:
+                    known = ", ".join(sorted(allowed))
+                    faults.append(f"{name} includes {target}: may be of {known}")
+    return faults + [f"a circle: {' -> '.join(circle)}" for circle in circles(edges)]
 
 
 def test_python_imports_go_down():
@@ -182,9 +203,21 @@ def test_includes_go_down():
         ),
         ("kernels/norm/norm.py", "import pyparallel.comm.group", "kernels know only kernels"),
         ("csrc/core/part.h", "#include <torch/csrc/stable/ops.h>", "only bindings know torch"),
-        ("csrc/core/part.h", '#include "cpu/norm.h"', "core may include core"),
-        ("csrc/cuda/norm.cuh", "#include <ATen/ATen.h>", "only bindings know torch"),
-        ("csrc/cuda/norm.cuh", '#include "bindings/bindings.h"', "cuda may include core, cuda"),
+        ("csrc/core/part.h", '#include "cpu/kernels/norm.inl"', "may be of core"),
+        ("csrc/core/part.h", '#include "part.h"', "may be of core"),
+        ("csrc/cuda/kernels/norm.cuh", "#include <ATen/ATen.h>", "only bindings know torch"),
+        (
+            "csrc/cuda/kernels/norm.cuh",
+            '#include "bindings/bindings.h"',
+            "may be of core, cuda/kernels",
+        ),
+        ("csrc/cpu/kernels/norm.inl", '#include "cpu/kernels/linear.inl"', "a circle"),
+        (
+            "csrc/cpu/kernels/norm.inl",
+            '#include "cpu/decoder/pass.h"',
+            "may be of core, cpu/kernels",
+        ),
+        ("csrc/cpu/kernels/linear.h", "", "lacks #pragma once"),
     ],
 )
 def test_a_broken_rule_is_found(tmp_path, name, line, fault):
@@ -199,8 +232,10 @@ def test_a_broken_rule_is_found(tmp_path, name, line, fault):
         "kernels/__init__.py": "",
         "kernels/norm/norm.py": "from . import language",
         "kernels/language.py": "",
-        "csrc/core/part.h": "#include <vector>",
-        "csrc/cuda/norm.cuh": '#include "core/part.h"',
+        "csrc/core/part.h": "#pragma once\n#include <vector>",
+        "csrc/cuda/kernels/norm.cuh": '#pragma once\n#include "core/part.h"',
+        "csrc/cpu/kernels/norm.inl": '#include "core/part.h"',
+        "csrc/cpu/kernels/linear.inl": '#include "cpu/kernels/norm.inl"',
     }
     for file, text in files.items():
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
@@ -213,9 +248,8 @@ def test_a_broken_rule_is_found(tmp_path, name, line, fault):
 
 
 def code_files() -> list[Path]:
-    suffixes = (".py", ".h", ".cpp", ".cu", ".cuh")
     found = [path for folder in CODE for path in (ROOT / folder).rglob("*")]
-    return [path for path in [ROOT / "setup.py", *found] if path.suffix in suffixes]
+    return [path for path in [ROOT / "setup.py", *found] if path.suffix in (".py", *CSRC_SUFFIXES)]
 
 
 def test_no_file_is_longer_than_can_be_read():

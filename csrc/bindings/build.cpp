@@ -2,7 +2,7 @@
 #include <vector>
 
 #include "bindings/bindings.h"
-#include "cpu/isa.h"
+#include "cpu/simd/isa.h"
 
 namespace pyparallel {
 

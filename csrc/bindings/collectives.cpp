@@ -8,7 +8,7 @@
 
 #include "bindings/bindings.h"
 #include "bindings/python_group.h"
-#include "cpu/shared_memory.h"
+#include "cpu/world/shared_memory.h"
 
 namespace py = pybind11;
 

@@ -12,8 +12,8 @@
 
 #include "bindings/bindings.h"
 #include "core/part.h"
-#include "cpu/kernels.h"
-#include "cpu/team.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/ops/team.h"
 
 namespace py = pybind11;
 

@@ -9,8 +9,8 @@
 
 #include "bindings/bindings.h"
 #include "bindings/python_group.h"
-#include "cpu/decoder.h"
-#include "cpu/group_peers.h"
+#include "cpu/decoder/decoder.h"
+#include "cpu/decoder/group_peers.h"
 
 namespace py = pybind11;
 

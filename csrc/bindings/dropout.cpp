@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bindings/bindings.h"
-#include "cpu/dropout.h"
+#include "cpu/ops/dropout.h"
 
 namespace py = pybind11;
 

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/world_group.h"
+#include "cpu/world/group.h"
 
 namespace pyparallel {
 

@@ -8,7 +8,7 @@
 
 #include "bindings/bindings.h"
 #include "bindings/python_group.h"
-#include "cpu/rank_sum.h"
+#include "cpu/ops/rank_sum.h"
 
 namespace py = pybind11;
 

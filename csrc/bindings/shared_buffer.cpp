@@ -11,8 +11,8 @@
 #include "bindings/bindings.h"
 #include "bindings/python_group.h"
 #include "core/part.h"
-#include "cpu/collectives_lanes.h"
-#include "cpu/world_group.h"
+#include "cpu/world/lanes.h"
+#include "cpu/world/group.h"
 
 namespace py = pybind11;
 

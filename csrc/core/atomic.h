@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "part.h"
+#include "core/part.h"
 
 namespace pyparallel {
 

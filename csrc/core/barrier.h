@@ -9,9 +9,9 @@
 // cannot overwrite the word of epoch e before this rank has seen it.
 #pragma once
 
-#include "atomic.h"
-#include "lanes.h"
-#include "world.h"
+#include "core/atomic.h"
+#include "core/lanes.h"
+#include "core/world.h"
 
 namespace pyparallel {
 

@@ -7,10 +7,10 @@
 // sender says it is against what it asked for.
 #pragma once
 
-#include "atomic.h"
-#include "barrier.h"
-#include "collective.h"
-#include "world.h"
+#include "core/atomic.h"
+#include "core/barrier.h"
+#include "core/collective.h"
+#include "core/world.h"
 
 namespace pyparallel {
 

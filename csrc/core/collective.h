@@ -10,10 +10,10 @@
 // blocks, each has a World of its own and calls the same function on its share of the elements.
 #pragma once
 
-#include "barrier.h"
-#include "lanes.h"
-#include "part.h"
-#include "reduce.h"
+#include "core/barrier.h"
+#include "core/lanes.h"
+#include "core/part.h"
+#include "core/reduce.h"
 
 namespace pyparallel {
 

@@ -11,8 +11,8 @@
 // order of operations.
 #pragma once
 
-#include "pack.h"
-#include "reduce.h"
+#include "core/pack.h"
+#include "core/reduce.h"
 
 namespace pyparallel {
 

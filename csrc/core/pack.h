@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "part.h"
+#include "core/part.h"
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>

@@ -4,7 +4,7 @@
 // every run gets the same bits, whatever the algorithm around it.
 #pragma once
 
-#include "pack.h"
+#include "core/pack.h"
 
 namespace pyparallel {
 

@@ -14,7 +14,7 @@
 
 #include <cstdint>
 
-#include "part.h"
+#include "core/part.h"
 
 namespace pyparallel {
 

@@ -1,8 +1,8 @@
 """Matrices in fewer bits: int8 with one fp32 scale a row, and blocks as GGUF files hold them.
 
 A row of a GGUF is one of blocks of 32 weights, each with its own fp16 scale (of q4_1 a minimum too). In
-memory the blocks of sixteen rows are woven, as csrc/cpu/gguf_blocks.h says, so that the kernels read one
-run of bytes with a row a lane.
+memory the blocks of sixteen rows are woven, as csrc/cpu/kernels/gguf_blocks.inl says, so that the
+kernels read one run of bytes with a row a lane.
 
 Legend: N rows (outputs), K columns (inputs), B blocks of a row, S scales and Q words of a block.
 """

@@ -1,7 +1,8 @@
 """The table's cuda rows that end in a sum over GPUs of one machine, through each other's memory.
 
     linear_all_reduce             cuBLASLt's matmul, then one peer kernel
-    all_reduce_residual_rms_norm  sum, residual and norm in one peer kernel (csrc/cuda/all_reduce_norm.h)
+    all_reduce_residual_rms_norm  sum, residual and norm in one peer kernel
+                                  (csrc/cuda/world/all_reduce_norm.h)
 
 Both have the bits of the plain path, and are offered for messages up to the thresholds of
 :mod:`pyparallel.native.cuda.tuning` only: beyond them NCCL is the faster.

@@ -45,7 +45,7 @@ def table() -> ChoiceTable:
 
 
 def reduce_on_gpu(parts: Tensor, out: Tensor) -> None:
-    """parts [R, m, N] summed into out [m, N] by the kernel of csrc/cuda/rank_sum.h."""
+    """parts [R, m, N] summed into out [m, N] by the kernel of csrc/cuda/kernels/rank_sum.h."""
     from pyparallel.native.cuda.ops import rank_sum
 
     if out.numel() > 0:

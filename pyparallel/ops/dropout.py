@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from pyparallel import _C, backend, reference
 
-# As numbered by DType in csrc/cpu/world_types.h.
+# As numbered by DType in csrc/cpu/world/types.h.
 CPU_DTYPES = {torch.float16: 6, torch.bfloat16: 7, torch.float32: 8}
 
 

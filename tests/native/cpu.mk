@@ -1,6 +1,5 @@
 # The compute kernels and the decoder of CPU ranks, on threads: `make asan_cpu`, `make tsan_cpu`.
-CPU_SOURCES := $(wildcard $(CSRC)/cpu/kernels_*.cpp $(CSRC)/cpu/decoder*.cpp $(CSRC)/cpu/team.cpp \
-  $(CSRC)/cpu/rank_sum.cpp $(CSRC)/cpu/collectives_*.cpp)
+CPU_SOURCES := $(wildcard $(CSRC)/cpu/*/*.cpp)
 
 .PHONY: asan_cpu tsan_cpu
 asan tsan: %: %_cpu

@@ -8,8 +8,8 @@
 
 #include "check.h"
 #include "core/pack.h"
-#include "cpu/kernels.h"
-#include "cpu/rank_sum.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/ops/rank_sum.h"
 #include "cpu_weights.h"
 
 namespace pyparallel::test {

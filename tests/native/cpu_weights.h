@@ -8,7 +8,7 @@
 
 #include "check.h"
 #include "core/part.h"
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 
 namespace pyparallel::test {
 
@@ -32,7 +32,7 @@ struct Packed {
   std::vector<float> wide;
 };
 
-// Random blocks of [N, K], woven: what csrc/cpu/gguf_blocks.h says, written down once more, a byte at a time.
+// Random blocks of [N, K], woven: what csrc/cpu/kernels/gguf_blocks.inl says, written down once more, a byte at a time.
 struct Woven {
   Woven(const Kernels& k, Random& random, int64_t N, int64_t K, Precision precision)
       : data(new unsigned char[size_t(N * bytes_of(precision, K))]), wide(size_t(N * K)), parts(size_t(N * K)) {

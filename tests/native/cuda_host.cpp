@@ -2,12 +2,12 @@
 // body on the host as `lanes` threads of one block, over the rows of a tensor.
 //
 // dtype: 0 float, 1 half, 2 bfloat16. wide: 1 for 16-byte accesses, 0 for single elements.
-#include "cuda/bias_activation.h"
-#include "cuda/column_sum.h"
-#include "cuda/cross_entropy.h"
-#include "cuda/layer_norm.h"
-#include "cuda/rank_sum.h"
-#include "cuda/rms_norm.h"
+#include "cuda/kernels/bias_activation.h"
+#include "cuda/kernels/column_sum.h"
+#include "cuda/kernels/cross_entropy.h"
+#include "cuda/kernels/layer_norm.h"
+#include "cuda/kernels/rank_sum.h"
+#include "cuda/kernels/rms_norm.h"
 #include "host_block.h"
 
 using namespace pyparallel;

@@ -1,5 +1,5 @@
 // A scripted NCCL and CUDA runtime: every call is written down, and answers what the script says. It takes
-// the place of both libraries when csrc/cuda/nccl_*.cpp are linked without them.
+// the place of both libraries when csrc/cuda/nccl/*.cpp are linked without them.
 #pragma once
 
 #include <cuda_runtime_api.h>

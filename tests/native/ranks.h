@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/shared_memory.h"
-#include "cpu/world_group.h"
+#include "cpu/world/shared_memory.h"
+#include "cpu/world/group.h"
 
 namespace pyparallel::test {
 

@@ -10,9 +10,9 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/decoder.h"
-#include "cpu/kernels.h"
-#include "cpu/team.h"
+#include "cpu/decoder/decoder.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/ops/team.h"
 #include "cpu_kernel_checks.h"
 
 using namespace pyparallel;

@@ -8,8 +8,8 @@
 
 #include "check.h"
 #include "core/collective.h"
-#include "cuda/all_reduce_norm.h"
-#include "cuda/peer_world.h"
+#include "cuda/world/all_reduce_norm.h"
+#include "cuda/world/peer_world.h"
 #include "host_block.h"
 
 using namespace pyparallel;

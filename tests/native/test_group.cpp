@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "core/pack.h"
-#include "cpu/group_peers.h"
+#include "cpu/decoder/group_peers.h"
 #include "ranks.h"
 
 namespace pyparallel::test {

@@ -1,6 +1,6 @@
 // The NCCL communicator against a scripted NCCL: creation without blocking, bounded waits, aborts, what is
 // registered and given back. Under ThreadSanitizer, with a second thread that polls.
-#include "cuda/nccl_communicator.h"
+#include "cuda/nccl/communicator.h"
 
 #include <chrono>
 #include <functional>

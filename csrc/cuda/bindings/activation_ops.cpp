@@ -1,6 +1,6 @@
 // Bias and activations as torch ops. Equations: bias_activation.h; codes: activation.h.
 #include "cuda/bindings/tensor_arguments.h"
-#include "cuda/kernels.h"
+#include "cuda/kernels/kernels.h"
 
 namespace pyparallel::cuda {
 namespace {

@@ -1,6 +1,6 @@
 // Vocab-parallel cross entropy and the rank-ordered sum as torch ops. Equations: cross_entropy.h, rank_sum.h.
 #include "cuda/bindings/tensor_arguments.h"
-#include "cuda/kernels.h"
+#include "cuda/kernels/kernels.h"
 
 namespace pyparallel::cuda {
 namespace {

@@ -5,8 +5,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "cuda/nccl_communicator.h"
-#include "cuda/peer_group.h"
+#include "cuda/nccl/communicator.h"
+#include "cuda/world/peer_group.h"
 
 namespace py = pybind11;
 

@@ -1,6 +1,6 @@
 // Norms as torch ops. Shapes, equations and rounding: rms_norm.h, layer_norm.h, column_sum.h.
 #include "cuda/bindings/tensor_arguments.h"
-#include "cuda/kernels.h"
+#include "cuda/kernels/kernels.h"
 
 namespace pyparallel::cuda {
 namespace {

@@ -6,7 +6,7 @@ import torch
 
 from pyparallel.comm.checks import REDUCTIONS
 
-# As numbered by DType in csrc/cpu/world_types.h.
+# As numbered by DType in csrc/cpu/world/types.h.
 DTYPES = (
     torch.uint8,
     torch.int8,

@@ -19,7 +19,7 @@ from pyparallel import _C, backend
 from pyparallel.cut.quantize import PackedWeight
 from pyparallel.native.cpu.weights import PRECISIONS, expect, form, weight_argument, widened
 
-# As numbered by Activation in csrc/cpu/kernels.h.
+# As numbered by Activation in csrc/cpu/kernels/kernels.h.
 ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3, "relu": 4}
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyparallel.cut.quantize import BLOCK_BYTES, PackedWeight
 
-# As numbered by Precision in csrc/cpu/kernels.h.
+# As numbered by Precision in csrc/cpu/kernels/kernels.h.
 PRECISIONS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2} | {
     kind: code for code, kind in enumerate(("int8", *BLOCK_BYTES), 3)
 }

@@ -21,7 +21,7 @@ from pyparallel.native.cuda.checks import (
 
 _ops = torch.ops.pyparallel
 
-# As numbered by Activation in csrc/cuda/activation.h.
+# As numbered by Activation in csrc/cuda/kernels/activation.h.
 ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
 
 
