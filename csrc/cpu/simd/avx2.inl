@@ -133,3 +133,13 @@ inline void transpose(Vec (&a)[W]) {
     a[4 + i].v = _mm256_permute2f128_ps(u[i], u[4 + i], 0x31);
   }
 }
+
+// Whole lines of 64 bytes to where a line begins, past the caches.
+inline void stream_lines(char* to, const char* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 32) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
+  }
+  // Streaming stores are not ordered by a release; the fence makes them so.
+  _mm_sfence();
+}

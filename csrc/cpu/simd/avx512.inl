@@ -121,3 +121,13 @@ inline void transpose(Vec (&a)[W]) {
     a[12 + i].v = _mm512_shuffle_f32x4(high01, high23, 0xdd);
   }
 }
+
+// Whole lines of 64 bytes to where a line begins, past the caches.
+inline void stream_lines(char* to, const char* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i),
+                        _mm512_loadu_si512(reinterpret_cast<const __m512i*>(from + i)));
+  }
+  // Streaming stores are not ordered by a release; the fence makes them so.
+  _mm_sfence();
+}

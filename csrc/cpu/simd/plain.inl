@@ -97,3 +97,8 @@ inline void transpose(Vec (&a)[W]) {
     }
   }
 }
+
+// Whole lines of 64 bytes to where a line begins, past the caches where there is a way.
+inline void stream_lines(char* to, const char* from, int64_t bytes) {
+  std::memcpy(to, from, size_t(bytes));
+}

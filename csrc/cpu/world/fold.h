@@ -54,7 +54,9 @@ struct Folds {
 const Folds& folds();
 
 const Folds& folds_plain();
+#if defined(__x86_64__)
 const Folds& folds_avx2();
 const Folds& folds_avx512();
+#endif
 
 }  // namespace pyparallel::cpu

@@ -1,5 +1,21 @@
-// The loops of the folds, over the Vec of one simd_*.h. Included inside the unnamed namespace of a
-// file compiled for one instruction set, which also defines stream(dst, src, bytes).
+// The folds and the copy past the caches, written once over the Vec of a fragment of cpu/simd. Included
+// inside the unnamed namespace of a file compiled for one instruction set.
+
+// Up to the first line of dst and after its last whole one, plain copies.
+void stream(void* dst, const void* src, int64_t bytes) {
+  auto* to = static_cast<char*>(dst);
+  const auto* from = static_cast<const char*>(src);
+  const int64_t misaligned = int64_t(reinterpret_cast<uintptr_t>(to) % 64);
+  const int64_t head = misaligned == 0 ? 0 : 64 - misaligned;
+  if (bytes < head + 64) {
+    std::memcpy(to, from, size_t(bytes));
+    return;
+  }
+  const int64_t lines = (bytes - head) / 64 * 64;
+  std::memcpy(to, from, size_t(head));
+  stream_lines(to + head, from + head, lines);
+  std::memcpy(to + head + lines, from + head + lines, size_t(bytes - head - lines));
+}
 
 // Sums of float, Half and BFloat16: W elements at a time, all ranks, then the next.
 template <class T>
