@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from pyparallel import _C
 from pyparallel.native.cuda import extension as cuda_extension
 
 pytestmark = pytest.mark.skipif(
@@ -162,6 +163,10 @@ def test_gradients_flow_through_the_registered_formulas(extension) -> None:
         out = cuda_ops.gated_activation(out, out, activation="silu", gate_bias=weight)
         cuda_ops.rms_norm(out, weight, eps=1e-5).sum().backward()
         assert x.grad.shape == (4, 8) and weight.grad.shape == (8,)
+
+
+def test_activations_have_the_numbers_of_the_other_extension(extension) -> None:
+    assert extension.ACTIVATIONS == _C.ACTIVATIONS
 
 
 def test_unknown_activation() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyparallel import reference
+from pyparallel import _C, reference
 from pyparallel.ops.cross_entropy_shard import statistics
 
 NATIVE = Path(__file__).parent
@@ -148,13 +148,7 @@ def test_layer_norm(library, dtype, hidden, wide, lanes, bias) -> None:
         close(dbias, offset.grad, dtype, terms=rows)
 
 
-KINDS = {
-    0: lambda x: x,
-    1: torch.relu,
-    2: torch.nn.functional.silu,
-    3: torch.nn.functional.gelu,
-    4: lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-}
+KINDS = {"none": lambda x: x, **reference.ACTIVATIONS}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -169,8 +163,8 @@ def test_bias_activation(library, dtype, columns, wide, kind, bias) -> None:
     shift, dy = randn(columns, dtype=dtype, seed=1), randn(rows, columns, dtype=dtype, seed=2)
     y, dx = nan(rows, columns, dtype=dtype), nan(rows, columns, dtype=dtype)
     common = (CODE[dtype], wide, padded, shift if bias else None)
-    run(library.host_bias_activation, *common, None, y, rows, columns, stride, kind)
-    run(library.host_bias_activation, *common, dy, dx, rows, columns, stride, kind)
+    run(library.host_bias_activation, *common, None, y, rows, columns, stride, _C.ACTIVATIONS[kind])
+    run(library.host_bias_activation, *common, dy, dx, rows, columns, stride, _C.ACTIVATIONS[kind])
     truth = (x.double() + (shift.double() if bias else 0)).requires_grad_()
     want = KINDS[kind](truth)
     close(y, want.detach(), dtype, terms=32)
@@ -180,7 +174,7 @@ def test_bias_activation(library, dtype, columns, wide, kind, bias) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("columns", "wide"), [(5, False), (24, True)])
-@pytest.mark.parametrize("kind", [2, 3, 4])
+@pytest.mark.parametrize("kind", reference.GATES)
 def test_gated_activation(library, dtype, columns, wide, kind) -> None:
     rows = 4
     both = randn(rows, 2 * columns, dtype=dtype) * 2
@@ -189,7 +183,7 @@ def test_gated_activation(library, dtype, columns, wide, kind) -> None:
     y, dboth = nan(rows, columns, dtype=dtype), nan(rows, 2 * columns, dtype=dtype)
     gate, up, dgate, dup = both[:, :columns], both[:, columns:], dboth, dboth[:, columns:]
     common = (CODE[dtype], wide, gate, up, gate_bias, up_bias)
-    sizes = (rows, columns, 2 * columns, 2 * columns, kind)
+    sizes = (rows, columns, 2 * columns, 2 * columns, _C.ACTIVATIONS[kind])
     run(library.host_gated_activation, *common, None, y, None, None, *sizes)
     run(library.host_gated_activation, *common, dy, None, dgate, dup, *sizes)
     g = (gate.double() + gate_bias.double()).requires_grad_()

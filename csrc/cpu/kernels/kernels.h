@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "core/activation.h"
 #include "cpu/simd/isa.h"
 
 namespace pyparallel::cpu {
@@ -39,8 +40,6 @@ constexpr int64_t bytes_of(Precision precision, int64_t n) {
     default: return n * bytes_of(precision);
   }
 }
-
-enum class Activation : int32_t { none = 0, silu = 1, gelu_tanh = 2, gelu = 3, relu = 4 };
 
 // Up to this many rows the matmul is bound by reading the weights, and reads them in place.
 constexpr int64_t kMaxThinRows = 16;

@@ -1,4 +1,4 @@
-// Bias and activations as torch ops. Equations: bias_activation.h; codes: activation.h.
+// Bias and activations as torch ops. Equations: bias_activation.h; codes: core/activation.h.
 #include "cuda/bindings/tensor_arguments.h"
 #include "cuda/kernels/kernels.h"
 

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "core/activation.h"
 #include "cuda/nccl/communicator.h"
 #include "cuda/world/peer_group.h"
 
@@ -254,6 +255,9 @@ PYBIND11_MODULE(_cuda, m) {
       raise(error);
     }
   });
+  py::dict activations;
+  for (int code = 0; code < kActivations; ++code) activations[kActivationNames[code]] = code;
+  m.attr("ACTIVATIONS") = activations;
   m.def("nccl_version", [] {
     int version = 0;
     ncclGetVersion(&version);

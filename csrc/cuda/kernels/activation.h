@@ -1,14 +1,12 @@
-// The activations of a transformer's MLP and their derivatives, in fp32.
+// The activations and their derivatives, in fp32.
 #pragma once
 
 #include <cmath>
 
+#include "core/activation.h"
 #include "core/part.h"
 
 namespace pyparallel::cuda {
-
-enum class Activation { none = 0, relu = 1, silu = 2, gelu = 3, gelu_tanh = 4 };
-constexpr int kActivations = 5;
 
 constexpr float kSqrtHalf = 0.70710678118654752f;
 constexpr float kSqrtTwoOverPi = 0.79788456080286536f;

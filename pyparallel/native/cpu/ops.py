@@ -19,8 +19,8 @@ from pyparallel import _C, backend
 from pyparallel.cut.quantize import PackedWeight
 from pyparallel.native.cpu.weights import PRECISIONS, expect, form, weight_argument, widened
 
-# As numbered by Activation in csrc/cpu/kernels/kernels.h.
-ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3, "relu": 4}
+# Their numbers, by the names of csrc/core/activation.h; none is None here.
+ACTIVATIONS = {None if name == "none" else name: code for name, code in _C.ACTIVATIONS.items()}
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)

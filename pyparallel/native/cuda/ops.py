@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyparallel.native.cuda import fakes as cuda_fakes  # noqa: F401  (loads the extension)
+from pyparallel.native.cuda import extension as cuda_extension
+from pyparallel.native.cuda import fakes as cuda_fakes  # noqa: F401  (registers what the ops need)
 from pyparallel.native.cuda.checks import (
     check_devices,
     check_dtype,
@@ -21,8 +22,8 @@ from pyparallel.native.cuda.checks import (
 
 _ops = torch.ops.pyparallel
 
-# As numbered by Activation in csrc/cuda/kernels/activation.h.
-ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
+# Their numbers, by the names of csrc/core/activation.h.
+ACTIVATIONS: dict[str, int] = cuda_extension.load().ACTIVATIONS
 
 
 def activation_code(name: str) -> int:
