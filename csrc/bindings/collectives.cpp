@@ -116,11 +116,7 @@ void bind_collectives(py::module_& m) {
              self.run([&](Group& g) { g.receive(at(data), n, DType(dtype), peer, tag); });
            })
       .def("flush", [](PythonGroup& self) { self.run([](Group& g) { g.flush(); }); })
-      .def("close", [](PythonGroup& self) { self.run([](Group& g) { g.close(); }); })
-      // The Group's address, for fused operations of this extension that take one.
-      .def_property_readonly("handle", [](PythonGroup& self) {
-        return reinterpret_cast<uintptr_t>(&self.group);
-      });
+      .def("close", [](PythonGroup& self) { self.run([](Group& g) { g.close(); }); });
 }
 
 }  // namespace pyparallel

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/addresses.h"
 #include "bindings/bindings.h"
 #include "bindings/python_group.h"
 #include "cpu/decoder/decoder.h"
@@ -19,21 +20,8 @@ namespace {
 
 using namespace cpu;
 
-template <class T = void>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 Norm norm_of(const std::pair<uintptr_t, uintptr_t>& addresses) {
   return {pointer<const float>(addresses.first), pointer<const float>(addresses.second)};
-}
-
-// (data, precision, bias, scale, rows); an address of 0 where there is none.
-using WeightTuple = std::tuple<uintptr_t, int, uintptr_t, uintptr_t, int64_t>;
-
-Weight weight_of(const WeightTuple& w) {
-  return {pointer<const void>(std::get<0>(w)), pointer<const float>(std::get<3>(w)),
-          pointer<const float>(std::get<2>(w)), Precision(std::get<1>(w)), std::get<4>(w)};
 }
 
 template <class T>
@@ -165,21 +153,6 @@ void bind_decode(py::module_& m) {
            },
            py::arg("tokens"), py::arg("rows"), py::arg("positions"),
            "One token for each of some sequences; leaves the logits after each.")
-      .def("step",
-           [](PythonDecoder& self, const std::vector<int64_t>& tokens, const std::vector<int64_t>& rows,
-              const std::vector<int64_t>& positions) {
-             if (rows.size() != tokens.size() || positions.size() != tokens.size()) {
-               throw std::invalid_argument("rows, positions: expected one for each token");
-             }
-             std::vector<int64_t> next;
-             self.run([&](Decoder& d) {
-               d.decode(tokens.data(), rows.data(), positions.data(), int64_t(tokens.size()));
-               next = greedy(d);
-             });
-             return next;
-           },
-           py::arg("tokens"), py::arg("rows"), py::arg("positions"),
-           "decode() and greedy() in one call.")
       .def("greedy",
            [](PythonDecoder& self) {
              std::vector<int64_t> next;
@@ -190,9 +163,7 @@ void bind_decode(py::module_& m) {
       .def_property_readonly("logits", [](PythonDecoder& self) {
         return reinterpret_cast<uintptr_t>(self.decoder().logits());
       })
-      .def_property_readonly("logit_rows", [](PythonDecoder& self) { return self.decoder().logit_rows(); })
-      .def_property_readonly("workspace_bytes",
-                             [](PythonDecoder& self) { return self.decoder().workspace_bytes(); });
+      .def_property_readonly("logit_rows", [](PythonDecoder& self) { return self.decoder().logit_rows(); });
 }
 
 }  // namespace pyparallel

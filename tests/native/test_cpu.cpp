@@ -13,6 +13,7 @@
 #include "cpu/decoder/decoder.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/ops/team.h"
+#include "cpu_element_checks.h"
 #include "cpu_kernel_checks.h"
 
 using namespace pyparallel;
@@ -124,6 +125,9 @@ int main() {
     isa_in_use().store(Isa(level));
     const Kernels& k = kernels();
     Random random(uint64_t(level) + 1);
+    check_conversions(k, random, Precision::bf16);
+    check_conversions(k, random, Precision::f16);
+    for (int i = 0; i < 50; ++i) check_argmax(k, random);
     for (int i = 0; i < 12; ++i) {
       for (const Precision p : {Precision::f32, Precision::bf16, Precision::f16, Precision::i8, Precision::q4_0,
                                 Precision::q4_1, Precision::q8_0}) {

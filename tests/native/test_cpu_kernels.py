@@ -258,37 +258,6 @@ def test_rope(D: int, half: int) -> None:
     assert torch.equal(cpu_ops.rope(x, batched.cos(), batched.sin()), y)
 
 
-def convert(x: Tensor, dtype: torch.dtype) -> Tensor:
-    y = torch.empty(x.shape, dtype=dtype)
-    codes = cpu_ops.PRECISIONS
-    _C.cpu_convert(x.data_ptr(), codes[x.dtype], y.data_ptr(), codes[dtype], x.numel())
-    return y
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_conversions_are_torchs_for_every_pattern(dtype: torch.dtype) -> None:
-    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    assert torch.equal(convert(every, torch.float32).nan_to_num(7), every.float().nan_to_num(7))
-    torch.manual_seed(0)
-    wide = torch.randint(-(2**31), 2**31, (100_003,)).to(torch.int32).view(torch.float32)
-    # Values that lie between two of the half precision, and exactly in the middle.
-    between = every.float() * (1 + torch.rand(every.shape) * torch.finfo(dtype).eps)
-    middle = (every.float() + every.float().roll(1)) / 2
-    for x in (wide, between, middle, torch.tensor([torch.inf, -torch.inf, 0.0, -0.0, 3e38])):
-        ours, torchs = convert(x, dtype), x.to(dtype)
-        assert torch.equal(ours.isnan(), torchs.isnan())
-        assert torch.equal(
-            ours.nan_to_num(7).view(torch.int16), torchs.nan_to_num(7).view(torch.int16)
-        )
-
-
-def test_argmax_takes_the_first_of_equals() -> None:
-    for n in (1, 5, 16, 200):
-        x = torch.randn(n)
-        x[n // 2 :] = x.max() + 1
-        assert _C.cpu_argmax(x.data_ptr(), n) == n // 2
-
-
 @settings(max_examples=25, deadline=None)
 @given(
     M=st.integers(1, 60),

@@ -58,14 +58,12 @@ Decoder::Buffer<T> Decoder::allocate(int64_t n) {
   const size_t bytes = size_t(round_up(max_of(n, 1) * int64_t(sizeof(T)), 64));
   void* p = std::aligned_alloc(64, bytes);
   if (p == nullptr) throw std::bad_alloc();
-  workspace_bytes_ += int64_t(bytes);
   return Buffer<T>(static_cast<T*>(p));
 }
 
 void Decoder::reserve(int64_t M) {
   const DecoderShape& s = shape_;
   if (M <= reserved_rows_) return;
-  workspace_bytes_ = 0;
   const int64_t own_rows = max_of(M, min_of(M, kMaxThinRows) * team_->size());
   x_ = allocate<float>(own_rows * s.hidden);
   normed_ = allocate<float>(own_rows * s.hidden);

@@ -81,8 +81,6 @@ struct DecoderCache {
 // Rows that go through the layers at once; longer calls are cut. Of several ranks' they go in two halves.
 constexpr int64_t kChunkRows = 1024;
 constexpr int64_t kExchangeRows = kChunkRows / 2;
-// Keys an attention task reads, whatever the number of threads: the order of the sums is fixed by it.
-constexpr int64_t kSplitKeys = 256;
 
 class Decoder {
  public:
@@ -107,7 +105,6 @@ class Decoder {
   int64_t logit_rows() const { return logit_rows_; }
   // The global argmax of each row of logits, over all ranks; ties go to the lowest token.
   void greedy(int64_t* tokens);
-  int64_t workspace_bytes() const { return workspace_bytes_; }
 
  private:
   struct Free {
@@ -130,7 +127,7 @@ class Decoder {
   };
 
   template <class T>
-  Buffer<T> allocate(int64_t n);
+  static Buffer<T> allocate(int64_t n);
   void reserve(int64_t M);
   void check(const Rows& rows) const;
   void forward(const Rows& rows, bool want_logits);
@@ -181,7 +178,6 @@ class Decoder {
   const Kernels* kernels_ = nullptr;
 
   int64_t reserved_rows_ = 0;
-  int64_t workspace_bytes_ = 0;
   int64_t logit_rows_ = 0;
   float* partial_ = nullptr;
   const void* parts_[kMaxRanks] = {};

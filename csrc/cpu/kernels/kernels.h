@@ -110,6 +110,10 @@ struct AttentionCall {
   void* workspace = nullptr;
 };
 
+// Keys of one query that are attended to in a task of their own, whatever the number of threads: the order of
+// the sums is fixed by it.
+constexpr int64_t kSplitKeys = 256;
+
 // The online-softmax state of G heads over part of the keys (Milakov & Gimelshein 2018):
 // out holds sum_t exp(s_t - maximum) v_t, unnormalised.
 struct SoftmaxState {

@@ -1,5 +1,8 @@
 #include "cpu/ops/rank_sum.h"
 
+#include <cstring>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "cpu/world/fold.h"
@@ -7,6 +10,14 @@
 namespace pyparallel::cpu {
 
 namespace {
+
+DType dtype_of(Precision precision) {
+  switch (precision) {
+    case Precision::f32: return DType::float32;
+    case Precision::bf16: return DType::bfloat16;
+    default: return DType::float16;
+  }
+}
 
 // to = the parts' row m, summed.
 void sum_row(const RankSum& sum, int64_t m, void* to) {
@@ -63,6 +74,27 @@ unsigned char* row_of(const void* rows, const RankSum& sum, int64_t m) {
 }
 
 }  // namespace
+
+RankSum show_rows(Group& group, const void* partial, bool wide, int64_t M, int64_t H, Precision precision) {
+  RankSum sum{};
+  sum.ranks = group.size();
+  sum.M = M;
+  sum.H = H;
+  sum.precision = precision;
+  const int64_t bytes = M * H * bytes_of(precision);
+  if (bytes > group.slot_bytes()) {
+    throw std::invalid_argument("rows: expected at most " + std::to_string(group.slot_bytes()) +
+                                " bytes, got " + std::to_string(bytes));
+  }
+  if (partial != nullptr && wide) {
+    kernels().from_float(static_cast<const float*>(partial), precision, M * H, group.own_slot());
+  } else if (partial != nullptr) {
+    std::memcpy(group.own_slot(), partial, size_t(bytes));
+  }
+  group.exchange(M * H, dtype_of(precision));
+  for (int r = 0; r < sum.ranks; ++r) sum.parts[r] = group.slot_of(r);
+  return sum;
+}
 
 void rank_sum(const RankSum& sum, const void* bias, void* y) {
   WideRows wide(sum.precision, bias == nullptr ? 0 : sum.H);

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "cpu/kernels/kernels.h"
-#include "cpu/world/types.h"
+#include "cpu/world/group.h"
 
 namespace pyparallel::cpu {
 
@@ -17,6 +17,11 @@ struct RankSum {
   int64_t H;
   Precision precision;  // f32, bf16 or f16, of all but the norm's weight
 };
+
+// Shows this rank's rows to the others, and waits for theirs, which stay until the next call on the group.
+// `partial` is null where its rows are in own_slot() already; `wide`: it is fp32, and is rounded on its way
+// there. std::invalid_argument if they do not fit a slot.
+RankSum show_rows(Group& group, const void* partial, bool wide, int64_t M, int64_t H, Precision precision);
 
 // y = sum_r parts_r (+ bias [H])
 void rank_sum(const RankSum& sum, const void* bias, void* y);
