@@ -26,7 +26,6 @@ one_gpu = torch.cuda.is_available() and torch.cuda.device_count() < 2
 several = pytest.mark.skipif(
     one_gpu and not shared, reason=f"needs 2 GPUs or more, or {', '.join(sorted(SHARING))} = 1"
 )
-apart = pytest.mark.skipif(one_gpu, reason="needs 2 GPUs or more")
 
 
 def gpu_of(rank: int) -> int:

@@ -1,5 +1,5 @@
 """The peer-memory kernels on GPUs that address each other: the ordered bits, many epochs, graphs,
-faults, the fused all-reduce + norm, and NVLink multicast."""
+faults, and the fused all-reduce + norm."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pyparallel.comm.communicator import PeerError
 from pyparallel.comm.cuda.engine import NcclCommunicator
 from pyparallel.native.cuda import extension as cuda_extension
 from pyparallel.native.cuda.extension import NCCL_TYPES
-from tests.gpu.ranks import apart, run_on_gpus, several, world_sizes
+from tests.gpu.ranks import run_on_gpus, several, world_sizes
 from tests.gpu.test_communicator import inputs, ordered_sum
 
 pytestmark = [pytest.mark.gpu, several]
@@ -150,27 +150,3 @@ def test_a_missing_peer_is_named() -> None:
 def test_different_calls_are_named() -> None:
     for text in run_on_gpus(faulty, 2, "mismatch"):
         assert "made another call" in text
-
-
-def multicast(c: NcclCommunicator) -> bool:
-    n = 1 << 16
-    window, address = c.engine.allocate_window(n * 4)
-    assert window != 0, "NCCL registered no symmetric window"
-    x = cuda_extension.tensor_at(address, n * 4).view(torch.float32).fill_(float(c.rank + 1))
-    addresses, multi = c.engine.window_addresses(window)
-    assert len(addresses) == c.size and addresses[c.rank] != 0
-    if multi == 0:
-        return False
-    peers = Peers(c)
-    peers.group.multimem_all_reduce(multi, n, NCCL_TYPES[x.dtype], stream())
-    assert torch.equal(x.cpu(), torch.full((n,), c.size * (c.size + 1) / 2))
-    c.synchronize()
-    c.engine.free_window(window)
-    return True
-
-
-@apart
-def test_multimem() -> None:
-    if torch.cuda.get_device_capability()[0] < 9:
-        pytest.skip("NVLink multicast needs compute capability 9.0")
-    assert all(run_on_gpus(multicast, 2)), "NCCL gave no multicast address; is NVLS there?"

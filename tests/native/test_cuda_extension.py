@@ -232,14 +232,3 @@ def test_machine_code_spills_nothing(architecture: str) -> None:
     local = re.compile(r"\b(LDL|STL)\b")
     spilling = [name for name, code in disassembly(architecture).items() if local.search(code)]
     assert spilling == []
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_multimem_is_there_for_hopper_and_later(architecture: str) -> None:
-    codes = [
-        code
-        for name, code in disassembly(architecture).items()
-        if kernel_of(name) == "multimem_all_reduce_kernel"
-    ]
-    assert len(codes) == 3
-    assert all(("LDGMC" in code) == (architecture != "sm_80") for code in codes)

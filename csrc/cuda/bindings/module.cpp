@@ -118,16 +118,6 @@ void bind_nccl(py::module_& m) {
           py::arg("operation") = "exchange")
       .def("allocate_window", &NcclCommunicator::allocate_window, Unlocked(), py::arg("bytes"))
       .def("free_window", &NcclCommunicator::free_window, Unlocked(), py::arg("window"))
-      .def("window_addresses",
-           [](NcclCommunicator& c, uint64_t window) {
-             uintptr_t multicast = 0;
-             std::vector<uintptr_t> addresses;
-             {
-               py::gil_scoped_release unlocked;
-               addresses = c.window_addresses(window, multicast);
-             }
-             return std::make_pair(addresses, multicast);
-           })
       .def("poll", &NcclCommunicator::poll, Unlocked())
       .def("fail", &NcclCommunicator::fail, Unlocked(), py::arg("reason"), py::arg("missing"))
       .def(
@@ -232,16 +222,7 @@ void bind_peer_group(py::module_& m) {
                            int(algorithm), rows, uint64_t(hidden)),
                    a, algorithm, stream_of(stream));
              });
-           })
-      .def("multimem_all_reduce", [](PeerGroup& g, uintptr_t multicast, int64_t n, int dtype,
-                                     uintptr_t stream) {
-        dispatch_floats(dtype, [&](auto zero) {
-          using T = decltype(zero);
-          multimem_all_reduce<T>(g.begin(PeerOperation::multimem_all_reduce, uint32_t(dtype),
-                                         Reduction::sum, 0, n, 0),
-                                 at<T>(multicast), n, stream_of(stream));
-        });
-      });
+           });
 }
 
 }  // namespace

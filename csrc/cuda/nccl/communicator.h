@@ -71,9 +71,6 @@ class NcclCommunicator {
   // and the address; 0 if the library or the machine does not support it.
   std::pair<uint64_t, uintptr_t> allocate_window(int64_t bytes);
   void free_window(uint64_t window);
-  // The address of the same bytes on every rank, and their multicast address (0 where there is none), for
-  // peer kernels. All ranks call it. Throws std::runtime_error where NCCL has no device API.
-  std::vector<uintptr_t> window_addresses(uint64_t window, uintptr_t& multicast);
 
   // Looks for errors and overdue calls; safe from another thread. Throws the PeerError once found.
   void poll();

@@ -35,7 +35,7 @@ std::string text_of(const std::vector<int>& ranks) {
 const char* name_of(PeerOperation operation) {
   static constexpr const char* kNames[] = {
       "nothing",   "all_reduce", "reduce_scatter", "all_gather",         "all_to_all",
-      "broadcast", "barrier",    "all_reduce_norm", "multimem_all_reduce"};
+      "broadcast", "barrier",    "all_reduce_norm"};
   return uint32_t(operation) < sizeof kNames / sizeof *kNames ? kNames[uint32_t(operation)]
                                                               : "an unknown call";
 }

@@ -11,8 +11,8 @@
 
 namespace pyparallel::cuda {
 
-// The segment of this rank and, opened through CUDA IPC, those of its peers on the same machine. The
-// other owners are NCCL's symmetric windows (cuda/nccl/addresses.cu) and torch's symmetric memory.
+// The segment of this rank and, opened through CUDA IPC, those of its peers on the same machine. Another
+// owner is torch's symmetric memory.
 class IpcSegments {
  public:
   explicit IpcSegments(int64_t bytes);

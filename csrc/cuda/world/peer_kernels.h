@@ -19,7 +19,6 @@ enum class PeerOperation : uint32_t {
   broadcast,
   barrier,
   all_reduce_norm,
-  multimem_all_reduce,
 };
 enum class Reduction : uint32_t { none = 0, sum, max, min };
 // one_shot: one step, reads n. two_shot: two steps, reads 2 n (R-1)/R. The caller knows where the one
@@ -54,12 +53,5 @@ void peer_barrier(const PeerCall& call, cudaStream_t stream);
 template <class T>
 void peer_all_reduce_norm(const PeerCall& call, const AllReduceNorm<T>& a, Algorithm algorithm,
                           cudaStream_t stream);
-
-// NVLS: the switch adds. data lies in memory bound to a multicast address (`multicast` is that of the
-// same bytes); rank r reduces and broadcasts its part. sm_90 or later; fp32 accumulation, but in the
-// switch's order, so the bits may differ from the rank-ordered sum: never taken unasked.
-// n must be a multiple of 16 bytes of T.
-template <class T>
-void multimem_all_reduce(const PeerCall& call, T* multicast, int64_t n, cudaStream_t stream);
 
 }  // namespace pyparallel::cuda
