@@ -125,7 +125,7 @@ def test_the_triton_kernel_gives_the_same() -> None:
         [
             sys.executable,
             "-c",
-            "from tests import test_attention_with_lse as t; t.in_interpreter()",
+            "from tests.ops import test_attention_with_lse as t; t.in_interpreter()",
         ],
         env={**os.environ, "PYPARALLEL_BACKEND": "triton"},
         capture_output=True,
