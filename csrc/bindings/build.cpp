@@ -12,7 +12,8 @@ void bind_build(pybind11::module_& m) {
   m.attr("ACTIVATIONS") = activations;
   m.def(
       "isa", [] { return std::string(cpu::isa_name(cpu::detected_isa())); },
-      "The widest instruction set the kernels may use here: 'avx512_bf16', 'avx512', 'avx2' or 'plain'.");
+      "The widest instruction set the kernels may use here: 'avx512_bf16', 'avx512', 'avx2' or "
+      "'plain'.");
 }
 
 }  // namespace pyparallel

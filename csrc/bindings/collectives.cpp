@@ -58,9 +58,10 @@ void bind_collectives(py::module_& m) {
   });
   bind_fast_collectives(m);
 
-  m.def("create_shared_memory", [](int size) {
-    return cpu::create_shared_memory(Group::shared_bytes(size));
-  }, py::arg("size"), "A descriptor of the shared memory of a group of that many ranks.");
+  m.def(
+      "create_shared_memory",
+      [](int size) { return cpu::create_shared_memory(Group::shared_bytes(size)); },
+      py::arg("size"), "A descriptor of the shared memory of a group of that many ranks.");
 
   py::class_<PythonGroup>(m, "SharedMemoryGroup",
                           "A rank's place in a group of CPU ranks that share memory.")
@@ -75,9 +76,8 @@ void bind_collectives(py::module_& m) {
       .def("barrier", [](PythonGroup& self) { self.run([](Group& g) { g.barrier(); }); })
       .def("all_reduce",
            [](PythonGroup& self, uintptr_t data, int64_t n, uint32_t dtype, uint32_t reduction) {
-             self.run([&](Group& g) {
-               g.all_reduce(at(data), n, DType(dtype), Reduction(reduction));
-             });
+             self.run(
+                 [&](Group& g) { g.all_reduce(at(data), n, DType(dtype), Reduction(reduction)); });
            })
       .def("reduce_scatter",
            [](PythonGroup& self, uintptr_t output, uintptr_t input, int64_t n,

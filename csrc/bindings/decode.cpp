@@ -121,49 +121,55 @@ void bind_decode(py::module_& m) {
       .def(py::init<const py::dict&, const py::dict&, PythonGroup*, int, std::vector<int>>(),
            py::arg("shape"), py::arg("weights"), py::arg("group"), py::arg("threads"),
            py::arg("cores"), py::keep_alive<1, 4>())
-      .def("use_cache",
-           [](PythonDecoder& self, int64_t batch, int64_t slots, const std::vector<uintptr_t>& keys,
-              const std::vector<uintptr_t>& values, uintptr_t cos, uintptr_t sin) {
-             DecoderCache cache;
-             cache.batch = batch;
-             cache.slots = slots;
-             for (const uintptr_t address : keys) cache.keys.push_back(pointer(address));
-             for (const uintptr_t address : values) cache.values.push_back(pointer(address));
-             cache.cos = pointer<const float>(cos);
-             cache.sin = pointer<const float>(sin);
-             self.decoder().use_cache(std::move(cache));
-           },
-           py::arg("batch"), py::arg("slots"), py::arg("keys"), py::arg("values"), py::arg("cos"),
-           py::arg("sin"))
-      .def("prefill",
-           [](PythonDecoder& self, const std::vector<int64_t>& tokens, int64_t row, int64_t start) {
-             self.run([&](Decoder& d) { d.prefill(tokens.data(), int64_t(tokens.size()), row, start); });
-           },
-           py::arg("tokens"), py::arg("row"), py::arg("start"),
-           "Append tokens to a sequence; leaves the logits after the last.")
-      .def("decode",
-           [](PythonDecoder& self, const std::vector<int64_t>& tokens, const std::vector<int64_t>& rows,
-              const std::vector<int64_t>& positions) {
-             if (rows.size() != tokens.size() || positions.size() != tokens.size()) {
-               throw std::invalid_argument("rows, positions: expected one for each token");
-             }
-             self.run([&](Decoder& d) {
-               d.decode(tokens.data(), rows.data(), positions.data(), int64_t(tokens.size()));
-             });
-           },
-           py::arg("tokens"), py::arg("rows"), py::arg("positions"),
-           "One token for each of some sequences; leaves the logits after each.")
-      .def("greedy",
-           [](PythonDecoder& self) {
-             std::vector<int64_t> next;
-             self.run([&](Decoder& d) { next = greedy(d); });
-             return next;
-           },
-           "The likeliest token of each row of logits, over all ranks; of equal ones the lowest.")
-      .def_property_readonly("logits", [](PythonDecoder& self) {
-        return reinterpret_cast<uintptr_t>(self.decoder().logits());
-      })
-      .def_property_readonly("logit_rows", [](PythonDecoder& self) { return self.decoder().logit_rows(); });
+      .def(
+          "use_cache",
+          [](PythonDecoder& self, int64_t batch, int64_t slots, const std::vector<uintptr_t>& keys,
+             const std::vector<uintptr_t>& values, uintptr_t cos, uintptr_t sin) {
+            DecoderCache cache;
+            cache.batch = batch;
+            cache.slots = slots;
+            for (const uintptr_t address : keys) cache.keys.push_back(pointer(address));
+            for (const uintptr_t address : values) cache.values.push_back(pointer(address));
+            cache.cos = pointer<const float>(cos);
+            cache.sin = pointer<const float>(sin);
+            self.decoder().use_cache(std::move(cache));
+          },
+          py::arg("batch"), py::arg("slots"), py::arg("keys"), py::arg("values"), py::arg("cos"),
+          py::arg("sin"))
+      .def(
+          "prefill",
+          [](PythonDecoder& self, const std::vector<int64_t>& tokens, int64_t row, int64_t start) {
+            self.run(
+                [&](Decoder& d) { d.prefill(tokens.data(), int64_t(tokens.size()), row, start); });
+          },
+          py::arg("tokens"), py::arg("row"), py::arg("start"),
+          "Append tokens to a sequence; leaves the logits after the last.")
+      .def(
+          "decode",
+          [](PythonDecoder& self, const std::vector<int64_t>& tokens,
+             const std::vector<int64_t>& rows, const std::vector<int64_t>& positions) {
+            if (rows.size() != tokens.size() || positions.size() != tokens.size()) {
+              throw std::invalid_argument("rows, positions: expected one for each token");
+            }
+            self.run([&](Decoder& d) {
+              d.decode(tokens.data(), rows.data(), positions.data(), int64_t(tokens.size()));
+            });
+          },
+          py::arg("tokens"), py::arg("rows"), py::arg("positions"),
+          "One token for each of some sequences; leaves the logits after each.")
+      .def(
+          "greedy",
+          [](PythonDecoder& self) {
+            std::vector<int64_t> next;
+            self.run([&](Decoder& d) { next = greedy(d); });
+            return next;
+          },
+          "The likeliest token of each row of logits, over all ranks; of equal ones the lowest.")
+      .def_property_readonly(
+          "logits",
+          [](PythonDecoder& self) { return reinterpret_cast<uintptr_t>(self.decoder().logits()); })
+      .def_property_readonly("logit_rows",
+                             [](PythonDecoder& self) { return self.decoder().logit_rows(); });
 }
 
 }  // namespace pyparallel

@@ -1,7 +1,8 @@
 #include "bindings/bindings.h"
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Host objects of pyparallel's C++ extension; its torch ops live in torch.ops.pyparallel.";
+  m.doc() =
+      "Host objects of pyparallel's C++ extension; its torch ops live in torch.ops.pyparallel.";
   pyparallel::bind_build(m);
   pyparallel::bind_collectives(m);
   pyparallel::bind_cpu_ops(m);

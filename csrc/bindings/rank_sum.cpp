@@ -14,10 +14,13 @@ namespace pyparallel {
 using namespace cpu;
 
 void bind_rank_sum(py::module_& m) {
-  m.def("slot_bytes", [](PythonGroup& self) { return self.group.slot_bytes(); }, py::arg("group"),
-        "What a rank can show the others at once.");
-  m.def("own_slot", [](PythonGroup& self) { return reinterpret_cast<uintptr_t>(self.group.own_slot()); },
-        py::arg("group"), "Where this rank writes what its next exchange shows.");
+  m.def(
+      "slot_bytes", [](PythonGroup& self) { return self.group.slot_bytes(); }, py::arg("group"),
+      "What a rank can show the others at once.");
+  m.def(
+      "own_slot",
+      [](PythonGroup& self) { return reinterpret_cast<uintptr_t>(self.group.own_slot()); },
+      py::arg("group"), "Where this rank writes what its next exchange shows.");
   m.def(
       "rank_sum",
       [](PythonGroup& self, uintptr_t partial, bool wide, int64_t M, int64_t H, int precision,
@@ -35,8 +38,8 @@ void bind_rank_sum(py::module_& m) {
          uintptr_t residual, uintptr_t weight, float eps, uintptr_t h, uintptr_t y) {
         self.run([&](Group& group) {
           const RankSum sum = show_rows(group, pointer(partial), wide, M, H, Precision(precision));
-          rank_sum_residual_rms_norm(sum, pointer(residual), pointer<const float>(weight), eps, pointer(h),
-                                     pointer(y));
+          rank_sum_residual_rms_norm(sum, pointer(residual), pointer<const float>(weight), eps,
+                                     pointer(h), pointer(y));
         });
       },
       py::arg("group"), py::arg("partial"), py::arg("wide"), py::arg("M"), py::arg("H"),

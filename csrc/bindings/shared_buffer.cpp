@@ -11,8 +11,8 @@
 #include "bindings/bindings.h"
 #include "bindings/python_group.h"
 #include "core/part.h"
-#include "cpu/world/lanes.h"
 #include "cpu/world/group.h"
+#include "cpu/world/lanes.h"
 
 namespace py = pybind11;
 

@@ -27,8 +27,8 @@ PP_HOST_DEVICE bool has_reached(uint64_t word, uint32_t epoch) {
 // 32 bits that differ, but for a chance of 2^-32, when any field that ranks must agree on differs.
 PP_HOST_DEVICE uint32_t signature_of(const Description& d) {
   uint64_t hash = 0x9e3779b97f4a7c15u;
-  const uint64_t fields[6] = {d.operation, d.dtype,        d.reduction,
-                              uint64_t(int64_t(d.root)), uint64_t(d.count), d.split};
+  const uint64_t fields[6] = {d.operation,       d.dtype, d.reduction, uint64_t(int64_t(d.root)),
+                              uint64_t(d.count), d.split};
   for (int i = 0; i < 6; ++i) {
     hash = (hash ^ fields[i]) * 0xff51afd7ed558ccdu;
     hash ^= hash >> 32;

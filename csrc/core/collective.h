@@ -49,8 +49,7 @@ PP_HOST_DEVICE bool for_slices(M& m, int64_t count, Write write, Read read) {
 
 template <class M>
 PP_HOST_DEVICE bool barrier(M& m) {
-  return for_slices(
-      m, 1, [](int64_t, uint32_t) {}, [](int64_t, uint32_t) {});
+  return for_slices(m, 1, [](int64_t, uint32_t) {}, [](int64_t, uint32_t) {});
 }
 
 // data [n], in place: each rank shows all of its data and folds everybody's.
@@ -215,8 +214,8 @@ PP_HOST_DEVICE bool all_to_all(M& m, T* output, const T* input, const Cut& outpu
       const auto* counts = reinterpret_cast<const int64_t*>(w.slot(r, e));
       for (int to = 0; to < w.size; ++to) most = max_of(most, counts[to]);
       if (counts[w.rank] != output_split[r].size()) {
-        agreed = m.lanes.index() > 0 ||
-                 m.waiter.miscounted(r, output_split[r].size(), counts[w.rank]);
+        agreed =
+            m.lanes.index() > 0 || m.waiter.miscounted(r, output_split[r].size(), counts[w.rank]);
       }
     }
     if (!m.lanes.all(agreed)) return false;

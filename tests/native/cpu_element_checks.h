@@ -25,7 +25,8 @@ struct HalfFormat {
     const int exponent = (bits & 0x7fff) >> fraction, low = bits & ((1 << fraction) - 1);
     const double sign = bits & 0x8000 ? -1 : 1;
     if (exponent == 0x7fff >> fraction) {
-      return low != 0 ? std::numeric_limits<double>::quiet_NaN() : sign * std::numeric_limits<double>::infinity();
+      return low != 0 ? std::numeric_limits<double>::quiet_NaN()
+                      : sign * std::numeric_limits<double>::infinity();
     }
     if (exponent == 0) return sign * std::ldexp(low, 1 - bias - fraction);
     return sign * std::ldexp(low + (1 << fraction), exponent - bias - fraction);
@@ -68,7 +69,8 @@ inline void check_conversions(const Kernels& k, Random& random, Precision precis
   std::vector<uint16_t> narrow(from.size());
   k.from_float(from.data(), precision, int64_t(from.size()), narrow.data());
   for (size_t i = 0; i < from.size(); ++i) {
-    expect(is_same(format.value_of(narrow[i]), format.nearest(from[i])), "a number is rounded to another");
+    expect(is_same(format.value_of(narrow[i]), format.nearest(from[i])),
+           "a number is rounded to another");
   }
 }
 

@@ -21,7 +21,8 @@ inline std::vector<float> values(Random& random, int64_t n) {
 }
 
 struct Aligned {
-  explicit Aligned(int64_t bytes) : data(std::aligned_alloc(64, size_t(round_up(max_of(bytes, 1), 64)))) {}
+  explicit Aligned(int64_t bytes)
+      : data(std::aligned_alloc(64, size_t(round_up(max_of(bytes, 1), 64)))) {}
   ~Aligned() { std::free(data); }
   void* data;
 };
@@ -31,7 +32,8 @@ inline constexpr double kRound = 0x1p-24;
 
 inline void check_linear(const Kernels& k, Random& random, Precision precision, bool gated) {
   const int64_t M = 1 + random.below(30), N = 1 + random.below(90);
-  const int64_t K = in_blocks(precision) ? kBlockWeights * (1 + random.below(4)) : 1 + random.below(120);
+  const int64_t K =
+      in_blocks(precision) ? kBlockWeights * (1 + random.below(4)) : 1 + random.below(120);
   const auto x = values(random, M * K);
   const auto bias = values(random, N), residual = values(random, M * N);
   const std::vector<float> scale(size_t(N), 0.01f);
@@ -50,7 +52,9 @@ inline void check_linear(const Kernels& k, Random& random, Precision precision, 
   Weight* const weights[2] = {&call.weight, &call.up};
   // Many rows take blocks by whole groups if the outputs begin with one, so half the calls do.
   const bool whole = random.below(2) == 1;
-  const auto start = [&](int64_t n) { return random.below(n) / (whole ? kGroupRows : 1) * (whole ? kGroupRows : 1); };
+  const auto start = [&](int64_t n) {
+    return random.below(n) / (whole ? kGroupRows : 1) * (whole ? kGroupRows : 1);
+  };
   for (int i = 0; i < (gated ? 2 : 1); ++i) {
     Weight& weight = *weights[i];
     weight.precision = precision;
@@ -68,7 +72,8 @@ inline void check_linear(const Kernels& k, Random& random, Precision precision, 
       for (int64_t j = 0; j < K; ++j) {
         // Rounded once there, and twice here.
         const int64_t at = (N - 1) * K + j;
-        expect(std::fabs(row[size_t(j)] - wide[i][at]) <= 3 * kRound * parts[i][at], "a row of blocks is off");
+        expect(std::fabs(row[size_t(j)] - wide[i][at]) <= 3 * kRound * parts[i][at],
+               "a row of blocks is off");
       }
     } else {
       plain[i] = std::make_unique<Packed>(k, values(random, N * K), precision);
@@ -98,7 +103,8 @@ inline void check_linear(const Kernels& k, Random& random, Precision precision, 
           for (int64_t i = 0; i < K; ++i) {
             const double xi = x[size_t(m * K + i)], part = std::fabs(parts[g][n * K + i]);
             sums[g] += by * xi * wide[g][n * K + i];
-            errors[g] += by * part * kRound * (double(K + 4) * std::fabs(xi) + (in_blocks(precision) ? 4 : 0));
+            errors[g] += by * part * kRound *
+                         (double(K + 4) * std::fabs(xi) + (in_blocks(precision) ? 4 : 0));
           }
         }
         double a = sums[0] + bias[size_t(n)], error = errors[0] + kRound * std::fabs(a);
@@ -106,7 +112,8 @@ inline void check_linear(const Kernels& k, Random& random, Precision precision, 
           // |silu'| <= 1.1; exp's error is 2e-7, of the same size as those of the division and the product.
           const double gate = a / (1 + std::exp(-a));
           a = gate * sums[1];
-          error = 1.1 * error * (std::fabs(sums[1]) + errors[1]) + std::fabs(gate) * errors[1] + 8 * kRound * std::fabs(a);
+          error = 1.1 * error * (std::fabs(sums[1]) + errors[1]) + std::fabs(gate) * errors[1] +
+                  8 * kRound * std::fabs(a);
         }
         a += residual[size_t(m * N + n)];
         error += 2 * kRound * std::fabs(a);
@@ -138,7 +145,9 @@ inline void check_attention(const Kernels& k, Random& random, Precision precisio
   call.out_head_stride = D;
   call.workspace = workspace.data;
   const int64_t window = random.below(2) * random.below(T + 1);
-  const auto first_key = [&](int64_t m) { return window == 0 ? 0 : max_of(0, start + m + 1 - window); };
+  const auto first_key = [&](int64_t m) {
+    return window == 0 ? 0 : max_of(0, start + m + 1 - window);
+  };
   k.prefill_attention(call, M, start, window);
   for (int64_t m = 0; m < M; ++m) {
     AttentionCall row = call;
@@ -154,7 +163,8 @@ inline void check_attention(const Kernels& k, Random& random, Precision precisio
     double largest = 0;
     for (int64_t t = first_key(i / G); t <= start + i / G; ++t) {
       double products = 0;
-      for (int64_t d = 0; d < D; ++d) products += std::fabs(double(q[size_t(i * D + d)]) * keys.wide[size_t(t * D + d)]);
+      for (int64_t d = 0; d < D; ++d)
+        products += std::fabs(double(q[size_t(i * D + d)]) * keys.wide[size_t(t * D + d)]);
       largest = std::fmax(largest, products);
     }
     const double error = 2 * kRound * (2 * double(D + 4) * largest + 2 * double(T) + 16);
@@ -177,9 +187,11 @@ inline void check_rank_sum(const Kernels& k, Random& random, Precision precision
   sum.M = M;
   sum.H = H;
   sum.precision = precision;
-  Packed biased(k, values(random, n), precision), h(k, values(random, n), precision), y(k, values(random, n), precision);
+  Packed biased(k, values(random, n), precision), h(k, values(random, n), precision),
+      y(k, values(random, n), precision);
   rank_sum(sum, bias.data.get(), biased.data.get());
-  rank_sum_residual_rms_norm(sum, residual.data.get(), weight.data(), 1e-5f, h.data.get(), y.data.get());
+  rank_sum_residual_rms_norm(sum, residual.data.get(), weight.data(), 1e-5f, h.data.get(),
+                             y.data.get());
   const auto rounded = [&](std::vector<float> row) { return Packed(k, row, precision).wide; };
   const auto read = [&](const Packed& rows, int64_t m) {
     std::vector<float> row(static_cast<size_t>(H));
@@ -189,7 +201,8 @@ inline void check_rank_sum(const Kernels& k, Random& random, Precision precision
   for (int64_t m = 0; m < M; ++m) {
     std::vector<float> total(static_cast<size_t>(H));
     const auto at = [&](const Packed& rows, int64_t i) { return rows.wide[size_t(m * H + i)]; };
-    for (int64_t i = 0; i < H; ++i) total[size_t(i)] = at(parts[0], i) + at(parts[1], i) + at(parts[2], i);
+    for (int64_t i = 0; i < H; ++i)
+      total[size_t(i)] = at(parts[0], i) + at(parts[1], i) + at(parts[2], i);
     total = rounded(total);
     auto with_bias = total, with_residual = total;
     for (int64_t i = 0; i < H; ++i) {

@@ -58,8 +58,8 @@ void host_rms_norm(int dtype, int wide, int lanes, void* x, void* residual, void
                    void* summed, float* rstd, int64_t rows, int64_t hidden, float eps) {
   dispatch(dtype, wide, [&](auto zero, auto width) {
     using T = decltype(zero);
-    const RmsNorm<T> a{as<T>(x),      as<T>(residual), as<T>(weight), as<T>(y),
-                       as<T>(summed), rstd,            rows,          hidden,   eps};
+    const RmsNorm<T> a{
+        as<T>(x), as<T>(residual), as<T>(weight), as<T>(y), as<T>(summed), rstd, rows, hidden, eps};
     for_rows(lanes, rows, [&](const auto& l, int64_t row) { rms_norm_row<width>(l, a, row); });
   });
 }
@@ -78,8 +78,8 @@ void host_layer_norm(int dtype, int wide, int lanes, void* x, void* weight, void
                      float* mean, float* rstd, int64_t rows, int64_t hidden, float eps) {
   dispatch(dtype, wide, [&](auto zero, auto width) {
     using T = decltype(zero);
-    const LayerNorm<T> a{as<T>(x), as<T>(weight), as<T>(bias), as<T>(y), mean, rstd,
-                         rows,     hidden,        eps};
+    const LayerNorm<T> a{as<T>(x), as<T>(weight), as<T>(bias), as<T>(y), mean,
+                         rstd,     rows,          hidden,      eps};
     for_rows(lanes, rows, [&](const auto& l, int64_t row) { layer_norm_row<width>(l, a, row); });
   });
 }
@@ -100,7 +100,7 @@ void host_column_sum(int dtype, int wide, int64_t blocks, void* dy, void* x, flo
                      int64_t columns) {
   dispatch(dtype, wide, [&](auto zero, auto width) {
     using T = decltype(zero);
-    const ColumnSum<T> a{as<T>(dy), as<T>(x), mean,    rstd,  partial, partial + blocks * columns,
+    const ColumnSum<T> a{as<T>(dy), as<T>(x), mean,  rstd, partial, partial + blocks * columns,
                          rows,      columns,  blocks};
     for (int64_t block = 0; block < blocks; ++block) {
       for (int64_t vec = 0; vec < columns / width; ++vec) column_sum_partial<width>(a, block, vec);
@@ -127,9 +127,10 @@ void host_gated_activation(int dtype, int wide, void* gate, void* up, void* gate
                            int64_t columns, int64_t in_stride, int64_t out_stride, int kind) {
   dispatch(dtype, wide, [&](auto zero, auto width) {
     using T = decltype(zero);
-    const GatedActivation<T> a{as<T>(gate), as<T>(up),  as<T>(gate_bias), as<T>(up_bias), as<T>(dy),
-                               as<T>(y),    as<T>(dgate), as<T>(dup),     rows,           columns,
-                               in_stride,   out_stride, Activation(kind)};
+    const GatedActivation<T> a{
+        as<T>(gate), as<T>(up),    as<T>(gate_bias), as<T>(up_bias), as<T>(dy),
+        as<T>(y),    as<T>(dgate), as<T>(dup),       rows,           columns,
+        in_stride,   out_stride,   Activation(kind)};
     for (int64_t at = 0; at < rows * (columns / width); ++at) gated_activation_vec<width>(a, at);
   });
 }
@@ -140,9 +141,8 @@ void host_cross_entropy_stats(int dtype, int wide, int lanes, void* logits, int6
   dispatch(dtype, wide, [&](auto zero, auto width) {
     using T = decltype(zero);
     const CrossEntropy<T> a{as<T>(logits), targets, rows, columns, stride, offset, ignored};
-    for_rows(lanes, rows, [&](const auto& l, int64_t row) {
-      cross_entropy_stats_row<width>(l, a, stats, row);
-    });
+    for_rows(lanes, rows,
+             [&](const auto& l, int64_t row) { cross_entropy_stats_row<width>(l, a, stats, row); });
   });
 }
 
@@ -153,8 +153,8 @@ void host_cross_entropy_gradient(int dtype, int wide, int lanes, void* logits, i
   dispatch(dtype, wide, [&](auto zero, auto width) {
     using T = decltype(zero);
     const CrossEntropy<T> a{as<T>(logits), targets, rows, columns, stride, offset, ignored};
-    const CrossEntropyGradient<T> g{a,      lse,       dloss,      as<T>(logits),
-                                    stride, on_target, off_target, z_loss,     base};
+    const CrossEntropyGradient<T> g{a,         lse,        dloss,  as<T>(logits), stride,
+                                    on_target, off_target, z_loss, base};
     for_rows(lanes, rows,
              [&](const auto& l, int64_t row) { cross_entropy_gradient_row<width>(l, g, row); });
   });
@@ -164,8 +164,8 @@ void host_rank_sum(int dtype, int wide, void* parts, void* bias, void* residual,
                    int ranks, int64_t rank_stride, int64_t rows, int64_t columns) {
   dispatch(dtype, wide, [&](auto zero, auto width) {
     using T = decltype(zero);
-    const RankSum<T> a{as<T>(parts), as<T>(bias), as<T>(residual), as<T>(out),
-                       ranks,        rank_stride, rows,            columns};
+    const RankSum<T> a{as<T>(parts), as<T>(bias), as<T>(residual), as<T>(out), ranks,
+                       rank_stride,  rows,        columns};
     for (int64_t at = 0; at < rows * columns / width; ++at) rank_sum_vec<width>(a, at);
   });
 }

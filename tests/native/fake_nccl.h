@@ -178,7 +178,8 @@ ncclResult_t ncclAllReduce(const void*, void*, size_t, ncclDataType_t, ncclRedOp
                            cudaStream_t) {
   return fake::answer("all_reduce");
 }
-ncclResult_t ncclBroadcast(const void*, void*, size_t, ncclDataType_t, int, ncclComm_t, cudaStream_t) {
+ncclResult_t ncclBroadcast(const void*, void*, size_t, ncclDataType_t, int, ncclComm_t,
+                           cudaStream_t) {
   return fake::answer("broadcast");
 }
 ncclResult_t ncclGroupStart() { return fake::note("group_start"), ncclSuccess; }
@@ -202,7 +203,8 @@ ncclResult_t ncclCommRegister(const ncclComm_t, void* memory, size_t, void** han
   return fake::answer("register");
 }
 ncclResult_t ncclCommDeregister(const ncclComm_t, void*) { return fake::answer("deregister"); }
-ncclResult_t ncclCommWindowRegister(ncclComm_t, void* memory, size_t, ncclWindow_t* window, int flags) {
+ncclResult_t ncclCommWindowRegister(ncclComm_t, void* memory, size_t, ncclWindow_t* window,
+                                    int flags) {
   *window = fake::script().window_is_null ? nullptr : reinterpret_cast<ncclWindow_t>(memory);
   return fake::answer(flags == NCCL_WIN_COLL_SYMMETRIC ? "window_register" : "other_window");
 }

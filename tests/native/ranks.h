@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/world/shared_memory.h"
 #include "cpu/world/group.h"
+#include "cpu/world/shared_memory.h"
 
 namespace pyparallel::test {
 

@@ -41,7 +41,9 @@ std::vector<float> decode(int threads) {
     held.push_back(values(random, n));
     return held.back().data();
   };
-  const auto weight = [&](int64_t rows, int64_t columns) { return Weight{hold(rows * columns), nullptr, nullptr, Precision::f32}; };
+  const auto weight = [&](int64_t rows, int64_t columns) {
+    return Weight{hold(rows * columns), nullptr, nullptr, Precision::f32};
+  };
   DecoderWeights weights;
   weights.embedding.data = hold(V * H);
   weights.final_norm = {hold(H), nullptr};
@@ -66,7 +68,9 @@ std::vector<float> decode(int threads) {
   Decoder decoder(shape, weights, nullptr, std::make_shared<Team>(threads));
   decoder.use_cache(cache);
   std::vector<float> all;
-  const auto keep = [&] { all.insert(all.end(), decoder.logits(), decoder.logits() + decoder.logit_rows() * V); };
+  const auto keep = [&] {
+    all.insert(all.end(), decoder.logits(), decoder.logits() + decoder.logit_rows() * V);
+  };
   std::vector<int64_t> tokens(290);
   for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = int64_t(i * 7) % V;
   for (int64_t sequence = 0; sequence < B; ++sequence) {
@@ -129,8 +133,8 @@ int main() {
     check_conversions(k, random, Precision::f16);
     for (int i = 0; i < 50; ++i) check_argmax(k, random);
     for (int i = 0; i < 12; ++i) {
-      for (const Precision p : {Precision::f32, Precision::bf16, Precision::f16, Precision::i8, Precision::q4_0,
-                                Precision::q4_1, Precision::q8_0}) {
+      for (const Precision p : {Precision::f32, Precision::bf16, Precision::f16, Precision::i8,
+                                Precision::q4_0, Precision::q4_1, Precision::q8_0}) {
         check_linear(k, random, p, i % 2 == 1);
         if (p >= Precision::i8) continue;
         check_attention(k, random, p);

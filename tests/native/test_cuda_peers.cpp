@@ -51,7 +51,8 @@ struct HostPeers {
     world.size = ranks;
     world.slot_bytes = kSlot;
     for (int r = 0; r < ranks; ++r) {
-      auto* base = static_cast<unsigned char*>(std::aligned_alloc(kLine, size_t(round_up(int64_t(bytes), kLine))));
+      auto* base = static_cast<unsigned char*>(
+          std::aligned_alloc(kLine, size_t(round_up(int64_t(bytes), kLine))));
       std::memset(base, 0, bytes);
       world.base[r] = base;
     }
@@ -126,19 +127,22 @@ void test_all_reduce_norm(HostPeers& peers, int lanes, Random& random, int64_t r
   const auto summed = folded(x);
   std::vector<T> want_h(size_t(n), T{}), want_y(size_t(n), T{});
   std::vector<float> rstd(size_t(rows) + 1);
-  const RmsNorm<T> plain{summed.data(), residual.data(), weight.data(), want_y.data(), want_h.data(),
-                         rstd.data(),   rows,            hidden,        1e-5f};
+  const RmsNorm<T> plain{summed.data(), residual.data(), weight.data(),
+                         want_y.data(), want_h.data(),   rstd.data(),
+                         rows,          hidden,          1e-5f};
   test::run_lanes(lanes, [&](const ThreadRowLanes& mine) {
     for (int64_t row = 0; row < rows; ++row) rms_norm_row<W>(mine, plain, row);
   });
   for (const bool one_shot : {true, false}) {
-    if (!one_shot && kSlot / (peers.size + 2) / kLine * kLine < hidden * int64_t(sizeof(T))) continue;
+    if (!one_shot && kSlot / (peers.size + 2) / kLine * kLine < hidden * int64_t(sizeof(T)))
+      continue;
     std::vector<std::vector<T>> h(size_t(peers.size), std::vector<T>(size_t(n), T{}));
     std::vector<std::vector<T>> y = h;
     peers.launch(lanes, 7, [&](HostMember& m, int rank, int block) {
       const size_t r = size_t(rank);
-      const AllReduceNorm<T> a{x[r].data(), residual.data(), weight.data(), h[r].data(),
-                               y[r].data(), rows,            hidden,        1e-5f};
+      const AllReduceNorm<T> a{
+          x[r].data(), residual.data(), weight.data(), h[r].data(), y[r].data(),
+          rows,        hidden,          1e-5f};
       const Part mine = part_of(rows, peers.blocks, block);
       expect(one_shot ? one_shot_all_reduce_norm<W>(m, a, mine)
                       : two_shot_all_reduce_norm<W>(m, a, mine),
@@ -175,7 +179,8 @@ void test_cuts(HostPeers& peers, int lanes, Random& random) {
     all_gather(m, gathered[size_t(rank)].data(),
                static_cast<const BFloat16*>(scattered[size_t(rank)].data()), cut);
   });
-  for (int r = 0; r < size; ++r) expect_same(gathered[size_t(r)], total, "reduce_scatter + all_gather");
+  for (int r = 0; r < size; ++r)
+    expect_same(gathered[size_t(r)], total, "reduce_scatter + all_gather");
 
   // Rank a sends (a + 2 b) % 5 * 37 elements to rank b.
   const auto count = [](int a, int b) { return int64_t((a + 2 * b) % 5) * 37; };

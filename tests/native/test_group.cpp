@@ -156,12 +156,11 @@ int main() {
   using pyparallel::test::random_calls;
   using pyparallel::test::run_ranks;
   for (int size = 1; size <= 5; ++size) {
-    run_ranks(size, "group of " + std::to_string(size),
-              [](pyparallel::cpu::Group& group) {
-                random_calls(group, 30);
-                if (group.size() > 1) check_turns(group);
-                group.flush();
-              });
+    run_ranks(size, "group of " + std::to_string(size), [](pyparallel::cpu::Group& group) {
+      random_calls(group, 30);
+      if (group.size() > 1) check_turns(group);
+      group.flush();
+    });
   }
   // Two groups of the same four ranks, and two halves: each rank goes through three groups in turn.
   using pyparallel::cpu::Group;

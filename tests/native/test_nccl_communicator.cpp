@@ -51,8 +51,8 @@ void creation_is_bounded() {
   fake::reset();
   fake::script().polls_in_progress = 1 << 30;
   const auto started = std::chrono::steady_clock::now();
-  const PeerError error = error_of(
-      [] { NcclCommunicator c("g", NcclCommunicator::unique_id(), 0, 2, 0.2); });
+  const PeerError error =
+      error_of([] { NcclCommunicator c("g", NcclCommunicator::unique_id(), 0, 2, 0.2); });
   expect(has(error.what(), "init #0 of group 'g' (rank 0 of 2): not all ranks came"), error.what());
   expect(fake::count("abort") == 1, "aborted");
   expect(std::chrono::steady_clock::now() - started < std::chrono::seconds(3), "in time");
@@ -146,10 +146,12 @@ void windows() {
   expect(fake::count("window_register") == 2 && fake::count("register") == 2, "both registered");
   c->free_window(first);
   c->free_window(first);
-  expect(fake::count("window_deregister") == 1 && fake::count("deregister") == 1, "given back once");
+  expect(fake::count("window_deregister") == 1 && fake::count("deregister") == 1,
+         "given back once");
   expect(fake::count("mem_free") == 1, "and freed");
   c->close();
-  expect(fake::count("window_deregister") == 2 && fake::count("mem_free") == 2, "the rest at the end");
+  expect(fake::count("window_deregister") == 2 && fake::count("mem_free") == 2,
+         "the rest at the end");
   expect(fake::position("finalize") > fake::position("mem_free"), "before the communicator ends");
 }
 
@@ -159,14 +161,16 @@ void windows_that_are_refused() {
     fake::script().window_is_null = null;
     if (!null) fake::script().refusals["window_register"] = ncclInvalidUsage;
     expect(c->allocate_window(4096).first == 0, "no window");
-    expect(fake::count("mem_free") == 1 && fake::count("abort") == 0, "no memory kept, no harm done");
+    expect(fake::count("mem_free") == 1 && fake::count("abort") == 0,
+           "no memory kept, no harm done");
     all_reduce(*c);
   }
   auto c = made();
   fake::script().refusals["register"] = ncclInvalidUsage;
   expect(c->allocate_window(4096).first != 0, "a window without a user buffer");
   c->close();
-  expect(fake::count("deregister") == 0 && fake::count("window_deregister") == 1, "only the window");
+  expect(fake::count("deregister") == 0 && fake::count("window_deregister") == 1,
+         "only the window");
 }
 
 void windows_of_an_aborted_communicator() {

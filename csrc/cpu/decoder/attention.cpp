@@ -92,7 +92,9 @@ void Decoder::attend_each(const Rows& rows, size_t l, int thread) {
   const auto first_key = [&](int64_t m) {
     return layer.window > 0 ? max_of(0, rows.positions[m] + 1 - layer.window) : 0;
   };
-  const auto splits = [&](int64_t m) { return ceil_div(rows.positions[m] + 1 - first_key(m), kSplitKeys); };
+  const auto splits = [&](int64_t m) {
+    return ceil_div(rows.positions[m] + 1 - first_key(m), kSplitKeys);
+  };
   int64_t tasks = 0;
   for (int64_t m = 0; m < rows.M; ++m) tasks += splits(m) * s.kv_heads;
   const bool whole = tasks == rows.M * s.kv_heads;
@@ -145,7 +147,8 @@ void Decoder::attend_together(const Rows& rows, size_t l, int thread) {
   constexpr int64_t kBlock = 96;
   const int64_t heads = s.heads + 2 * s.kv_heads;
   const Part turned = share(rows.M * heads, team_->size(), thread, 1);
-  for (int64_t i = turned.begin; i < turned.end; ++i) rotate_and_store(rows, l, i / heads, i % heads);
+  for (int64_t i = turned.begin; i < turned.end; ++i)
+    rotate_and_store(rows, l, i / heads, i % heads);
   team_->barrier(thread);
   const int64_t blocks = ceil_div(rows.M, kBlock);
   const int64_t tasks = blocks * s.kv_heads;
@@ -154,7 +157,8 @@ void Decoder::attend_together(const Rows& rows, size_t l, int thread) {
     const int64_t row = block * kBlock;
     AttentionCall call = attention_call(l, row, rows.sequences[0], kv);
     call.workspace = scratch_[size_t(thread)].get();
-    kernels_->prefill_attention(call, min_of(kBlock, rows.M - row), rows.positions[0] + row, layer.window);
+    kernels_->prefill_attention(call, min_of(kBlock, rows.M - row), rows.positions[0] + row,
+                                layer.window);
   }
 }
 

@@ -20,7 +20,10 @@ void expect(bool ok, const char* name, const std::string& text) {
 
 Decoder::Decoder(const DecoderShape& shape, DecoderWeights weights, std::shared_ptr<Peers> peers,
                  std::shared_ptr<Team> team)
-    : shape_(shape), weights_(std::move(weights)), peers_(std::move(peers)), team_(std::move(team)) {
+    : shape_(shape),
+      weights_(std::move(weights)),
+      peers_(std::move(peers)),
+      team_(std::move(team)) {
   const auto positive = [](int64_t value, const char* name) {
     expect(value > 0, name, "expected at least 1, got " + std::to_string(value));
   };
@@ -32,7 +35,8 @@ Decoder::Decoder(const DecoderShape& shape, DecoderWeights weights, std::shared_
   expect(shape.heads % shape.kv_heads == 0, "kv_heads",
          "expected a divisor of heads=" + std::to_string(shape.heads) + ", got " +
              std::to_string(shape.kv_heads));
-  expect(shape.rotary_dim % 2 == 0 && shape.rotary_dim >= 0 && shape.rotary_dim <= shape.head_dim, "rotary_dim",
+  expect(shape.rotary_dim % 2 == 0 && shape.rotary_dim >= 0 && shape.rotary_dim <= shape.head_dim,
+         "rotary_dim",
          "expected an even number up to head_dim=" + std::to_string(shape.head_dim) + ", got " +
              std::to_string(shape.rotary_dim));
   expect(ranks() <= kMaxRanks, "ranks",
@@ -72,13 +76,14 @@ void Decoder::reserve(int64_t M) {
   inner_ = allocate<float>(M * s.intermediate);
   if (ranks() == 1) local_partial_ = allocate<float>(M * s.hidden);
   logits_ = allocate<float>(cache_.batch * s.vocab_rows);
-  const int64_t splits = min_of(M, cache_.batch) * s.kv_heads * ceil_div(cache_.slots, kSplitKeys) * group();
+  const int64_t splits =
+      min_of(M, cache_.batch) * s.kv_heads * ceil_div(cache_.slots, kSplitKeys) * group();
   split_out_ = allocate<float>(splits * s.head_dim);
   split_maximum_ = allocate<float>(splits);
   split_total_ = allocate<float>(splits);
   const int64_t widest = max_of(max_of(s.hidden, s.intermediate), s.heads * s.head_dim);
-  const int64_t bytes =
-      max_of(kernels_->block_linear_bytes(M, widest), kernels_->prefill_attention_bytes(group(), s.head_dim));
+  const int64_t bytes = max_of(kernels_->block_linear_bytes(M, widest),
+                               kernels_->prefill_attention_bytes(group(), s.head_dim));
   for (auto& scratch : scratch_) scratch = allocate<unsigned char>(bytes);
   reserved_rows_ = M;
 }
@@ -112,9 +117,11 @@ void Decoder::prefill(const int64_t* tokens, int64_t M, int64_t sequence, int64_
   }
 }
 
-void Decoder::decode(const int64_t* tokens, const int64_t* sequences, const int64_t* positions, int64_t M) {
+void Decoder::decode(const int64_t* tokens, const int64_t* sequences, const int64_t* positions,
+                     int64_t M) {
   expect(M > 0 && M <= min_of(cache_.batch, kExchangeRows), "tokens",
-         "expected 1 to " + std::to_string(min_of(cache_.batch, kExchangeRows)) + ", got " + std::to_string(M));
+         "expected 1 to " + std::to_string(min_of(cache_.batch, kExchangeRows)) + ", got " +
+             std::to_string(M));
   const Rows rows{tokens, sequences, positions, M, false};
   check(rows);
   forward(rows, true);
@@ -196,8 +203,8 @@ void Decoder::linear(const LinearCall& call) const {
 }
 
 // x += sum_r parts_r + biases; normed = norm(x), one pass over each row.
-void Decoder::add_sum(const Rows& rows, const float* bias, const float* other_bias, const Norm* norm,
-                      int thread) {
+void Decoder::add_sum(const Rows& rows, const float* bias, const float* other_bias,
+                      const Norm* norm, int thread) {
   const int64_t H = shape_.hidden;
   const Part part = rows_of(rows, thread);
   for (int64_t m = part.begin; m < part.end; ++m) {

@@ -17,8 +17,8 @@
 #include <vector>
 
 #include "core/part.h"
-#include "cpu/kernels/kernels.h"
 #include "cpu/decoder/peers.h"
+#include "cpu/kernels/kernels.h"
 #include "cpu/ops/team.h"
 
 namespace pyparallel::cpu {
@@ -31,13 +31,13 @@ struct Norm {
 
 struct DecoderLayer {
   Norm attention_norm;
-  Weight qkv;  // [(Nq + 2 Nk) D, H]: queries, keys, values
+  Weight qkv;                     // [(Nq + 2 Nk) D, H]: queries, keys, values
   const float* q_norm = nullptr;  // [D], applied to each head before the rotation
   const float* k_norm = nullptr;
   Weight out;  // [H, Nq D]; its bias is added once, after the sum
   Norm mlp_norm;
-  Weight up;  // [F, H], or [2 F, H] = gate, up
-  Weight down;  // [H, F]
+  Weight up;           // [F, H], or [2 F, H] = gate, up
+  Weight down;         // [H, F]
   int64_t window = 0;  // how many positions, itself included, a position sees; 0: all before it
 };
 
@@ -61,7 +61,7 @@ struct DecoderShape {
 };
 
 struct DecoderWeights {
-  Weight embedding;  // [V, H]
+  Weight embedding;                  // [V, H]
   const float* positions = nullptr;  // [T at least, H], learned positions; or none
   Norm final_norm;
   Weight head;  // [V, H]
@@ -89,7 +89,9 @@ class Decoder {
           std::shared_ptr<Team> team);
 
   // The bytes an exchange of peers must be able to hold.
-  static int64_t exchange_bytes(const DecoderShape& shape) { return kExchangeRows * shape.hidden * 4; }
+  static int64_t exchange_bytes(const DecoderShape& shape) {
+    return kExchangeRows * shape.hidden * 4;
+  }
 
   // Where keys and values are kept from now on; belongs to the caller.
   void use_cache(DecoderCache cache);
@@ -132,8 +134,12 @@ class Decoder {
   void check(const Rows& rows) const;
   void forward(const Rows& rows, bool want_logits);
   void pass(const Rows& rows, bool want_logits, int thread);
-  int64_t steps_of(size_t layers) const { return 1 + int64_t(layers) * (shape_.parallel_residual ? 1 : 2); }
-  size_t layer_of(int64_t step) const { return size_t(step - 1) / (shape_.parallel_residual ? 1 : 2); }
+  int64_t steps_of(size_t layers) const {
+    return 1 + int64_t(layers) * (shape_.parallel_residual ? 1 : 2);
+  }
+  size_t layer_of(int64_t step) const {
+    return size_t(step - 1) / (shape_.parallel_residual ? 1 : 2);
+  }
   void run(const Rows& rows, int64_t from, int64_t to, int thread);
   void take_turns(const Rows& rows, int64_t steps, int thread);
   void compute(const Rows& rows, int64_t step, int thread);
@@ -147,10 +153,12 @@ class Decoder {
   LinearCall head_call(const Rows& rows, int thread) const;
   LinearCall part_of(LinearCall call, int64_t N, int thread, int64_t first = 0) const;
   void linear(const LinearCall& call) const;
-  LinearCall call_of(const Weight& weight, const float* x, int64_t M, int64_t K, float* y, int64_t N) const;
+  LinearCall call_of(const Weight& weight, const float* x, int64_t M, int64_t K, float* y,
+                     int64_t N) const;
   void show_partial(int64_t M, int thread);
   void offer_partial(int64_t M, bool offered_before, int thread);
-  void add_sum(const Rows& rows, const float* bias, const float* other_bias, const Norm* norm, int thread);
+  void add_sum(const Rows& rows, const float* bias, const float* other_bias, const Norm* norm,
+               int thread);
   void normalise(const Norm& norm, const float* x, float* y) const;
   void normalise_rows(const Rows& rows, const Norm& norm, int thread);
   // The rows whose sums and norms this thread does, and where it finds them.

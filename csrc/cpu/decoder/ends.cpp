@@ -34,7 +34,8 @@ void Decoder::embed(const Rows& rows, int thread) {
 void Decoder::head(const Rows& rows, int thread) {
   const int64_t H = shape_.hidden;
   const int64_t first = rows.M - logit_rows_;
-  const Part part = rows.few() ? Part{0, logit_rows_} : share(logit_rows_, team_->size(), thread, 1);
+  const Part part =
+      rows.few() ? Part{0, logit_rows_} : share(logit_rows_, team_->size(), thread, 1);
   float* normed = normed_of(rows, thread);
   for (int64_t m = part.begin; m < part.end; ++m) {
     normalise(weights_.final_norm, x_of(rows, thread) + (first + m) * H, normed + m * H);
@@ -45,7 +46,8 @@ void Decoder::head(const Rows& rows, int thread) {
 
 LinearCall Decoder::head_call(const Rows& rows, int thread) const {
   const int64_t H = shape_.hidden, V = shape_.vocab_rows;
-  LinearCall call = call_of(weights_.head, normed_of(rows, thread), logit_rows_, H, logits_.get(), V);
+  LinearCall call =
+      call_of(weights_.head, normed_of(rows, thread), logit_rows_, H, logits_.get(), V);
   call.weight.bias = weights_.head.bias;
   return part_of(call, V, thread);
 }

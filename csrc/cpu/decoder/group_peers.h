@@ -18,7 +18,9 @@ class GroupPeers : public Peers {
  public:
   // A call of all ranks, with the same `bytes`: the most an exchange can carry.
   GroupPeers(Group& group, int64_t bytes)
-      : group_(group), slot_bytes_(round_up(bytes, 4096)), window_(group.window(kSlots * round_up(bytes, 4096))) {}
+      : group_(group),
+        slot_bytes_(round_up(bytes, 4096)),
+        window_(group.window(kSlots * round_up(bytes, 4096))) {}
 
   int rank() const override { return group_.rank(); }
   int size() const override { return group_.size(); }
@@ -42,11 +44,13 @@ class GroupPeers : public Peers {
  private:
   static constexpr int64_t kSlots = 4;
 
-  unsigned char* slot(int rank, int64_t turn) const { return window_->of(rank) + turn % kSlots * slot_bytes_; }
+  unsigned char* slot(int rank, int64_t turn) const {
+    return window_->of(rank) + turn % kSlots * slot_bytes_;
+  }
   void check(int64_t bytes) const {
     if (bytes > slot_bytes_) {
-      throw std::invalid_argument("exchange: expected at most " + std::to_string(slot_bytes_) + " bytes, got " +
-                                  std::to_string(bytes));
+      throw std::invalid_argument("exchange: expected at most " + std::to_string(slot_bytes_) +
+                                  " bytes, got " + std::to_string(bytes));
     }
   }
 

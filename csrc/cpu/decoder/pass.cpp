@@ -9,7 +9,8 @@ namespace pyparallel::cpu {
 void Decoder::pass(const Rows& rows, bool want_logits, int thread) {
   const size_t layers = weights_.layers.size();
   // Of a chunk only the last row is read after the last layer, and only if logits are wanted.
-  const bool chunk = layers > 0 && rows.one_sequence && rows.M > max_of(kMaxThinRows, team_->size());
+  const bool chunk =
+      layers > 0 && rows.one_sequence && rows.M > max_of(kMaxThinRows, team_->size());
   if (!chunk) {
     run(rows, 0, steps_of(layers), thread);
     if (want_logits) head(rows, thread);
@@ -43,7 +44,11 @@ void Decoder::take_turns(const Rows& rows, int64_t steps, int thread) {
   const int64_t middle = rows.M / 2;
   Rows halves[2] = {rows, rows};
   halves[0].M = middle;
-  halves[1] = {rows.tokens + middle, rows.sequences + middle, rows.positions + middle, rows.M - middle, true,
+  halves[1] = {rows.tokens + middle,
+               rows.sequences + middle,
+               rows.positions + middle,
+               rows.M - middle,
+               true,
                middle};
   for (int64_t step = 0; step < steps; ++step) {
     for (int half = 0; half < 2; ++half) {
@@ -78,14 +83,17 @@ void Decoder::compute(const Rows& rows, int64_t step, int thread) {
 // Adds what all ranks have shown of a step to x, and norms it for the next.
 void Decoder::add_step(const Rows& rows, int64_t step, int thread) {
   const std::vector<DecoderLayer>& layers = weights_.layers;
-  const auto norm_of = [&](size_t l) { return l < layers.size() ? &layers[l].attention_norm : nullptr; };
+  const auto norm_of = [&](size_t l) {
+    return l < layers.size() ? &layers[l].attention_norm : nullptr;
+  };
   if (step == 0) return add_sum(rows, nullptr, nullptr, norm_of(0), thread);
   const size_t l = layer_of(step);
   const DecoderLayer& layer = layers[l];
   if (!shape_.parallel_residual && step % 2 == 1) {
     return add_sum(rows, layer.out.bias, nullptr, &layer.mlp_norm, thread);
   }
-  add_sum(rows, layer.down.bias, shape_.parallel_residual ? layer.out.bias : nullptr, norm_of(l + 1), thread);
+  add_sum(rows, layer.down.bias, shape_.parallel_residual ? layer.out.bias : nullptr,
+          norm_of(l + 1), thread);
 }
 
 // The last row alone, of which every thread now has its own x and normed. No other row is read again.

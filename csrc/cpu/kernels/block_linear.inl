@@ -9,7 +9,8 @@ int64_t block_linear_bytes(int64_t M, int64_t K) {
 }
 
 template <class Dot>
-inline void pack_weight(const Weight& weight, int64_t n, int64_t rows, int64_t K, float* opened, float* to) {
+inline void pack_weight(const Weight& weight, int64_t n, int64_t rows, int64_t K, float* opened,
+                        float* to) {
   const int64_t at = n * K;
   switch (weight.precision) {
     case Precision::f32:
@@ -56,7 +57,8 @@ inline void block_linear_with(const LinearCall& call) {
       if (gated) {
         pack_weight<Dot>(call.up, n, min_of(W, left), call.K, opened, to + W);
       } else {
-        pack_weight<Dot>(call.weight, n + W, max_of(0, min_of(W, left - W)), call.K, opened, to + W);
+        pack_weight<Dot>(call.weight, n + W, max_of(0, min_of(W, left - W)), call.K, opened,
+                         to + W);
       }
     }
     for (int64_t m = 0; m < call.M; m += kTileRows) {
@@ -64,11 +66,13 @@ inline void block_linear_with(const LinearCall& call) {
       for (int64_t n = block; n < block_end; n += width) {
         Vec acc[kTileRows][2];
         for (auto& row : acc) row[0] = row[1] = zero();
-        register_tile<Dot>(tile, rows + m * units, weights + (n - block) / width * panel, 2 * W, units, acc);
+        register_tile<Dot>(tile, rows + m * units, weights + (n - block) / width * panel, 2 * W,
+                           units, acc);
         const int64_t left = block_end - n;
         for (int64_t i = 0; i < tile; ++i) {
           finish(call, acc[i][0], acc[i][1], m + i, n, min_of(W, left));
-          if (!gated && left > W) finish(call, acc[i][1], zero(), m + i, n + W, min_of(W, left - W));
+          if (!gated && left > W)
+            finish(call, acc[i][1], zero(), m + i, n + W, min_of(W, left - W));
         }
       }
     }
@@ -78,9 +82,8 @@ inline void block_linear_with(const LinearCall& call) {
 void block_linear(const LinearCall& call) {
 #if defined(PYPARALLEL_BYTE_DOT)
   if (fits_fixed_point(call)) {
-    return with_block(call.weight.precision, [&]<class Block>(const Block*) {
-      fixed_linear<Block>(call);
-    });
+    return with_block(call.weight.precision,
+                      [&]<class Block>(const Block*) { fixed_linear<Block>(call); });
   }
 #endif
 #if defined(PYPARALLEL_BF16_DOT)

@@ -49,15 +49,16 @@ template <class T>
 inline void fetch_rows(const T* rows, int64_t stride, int64_t count, int64_t D) {
   for (int64_t t = 0; t < count; ++t) {
     const char* row = reinterpret_cast<const char*>(rows + t * stride);
-    for (int64_t byte = 0; byte < D * int64_t(sizeof(T)); byte += 64) __builtin_prefetch(row + byte, 0, 2);
+    for (int64_t byte = 0; byte < D * int64_t(sizeof(T)); byte += 64)
+      __builtin_prefetch(row + byte, 0, 2);
   }
 }
 
 // scores[h, t] = q[h] . keys[t]; past count, up to a multiple of kDecodeRows, the last key's again. Fetches
 // as many rows at `next`.
 template <class T, int kHeads>
-inline void score_keys(const float* q, int64_t q_stride, const T* keys, const T* next, int64_t key_stride,
-                       int64_t count, int64_t D, float* scores) {
+inline void score_keys(const float* q, int64_t q_stride, const T* keys, const T* next,
+                       int64_t key_stride, int64_t count, int64_t D, float* scores) {
   for (int64_t t = 0; t < count; t += kDecodeRows) {
     fetch_rows(next + t * key_stride, key_stride, min_of(kDecodeRows, count - t), D);
     const T* key[kDecodeRows];
@@ -73,7 +74,8 @@ inline void score_keys(const float* q, int64_t q_stride, const T* keys, const T*
       const int64_t part = min_of(W, D - d);
       Vec k[kDecodeRows];
 #pragma GCC unroll 4
-      for (int r = 0; r < kDecodeRows; ++r) k[r] = part == W ? load(key[r] + d) : load_part(key[r] + d, part);
+      for (int r = 0; r < kDecodeRows; ++r)
+        k[r] = part == W ? load(key[r] + d) : load_part(key[r] + d, part);
 #pragma GCC unroll 4
       for (int h = 0; h < kHeads; ++h) {
         const Vec x = load_up_to(q + h * q_stride + d, part);
@@ -91,17 +93,21 @@ inline void score_keys(const float* q, int64_t q_stride, const T* keys, const T*
 // out[h] = out[h] * factor[h] + sum_t p[h, t] values[t], kColumns Vecs wide; the last may be a part.
 template <class T, int kHeads, int kColumns>
 inline void add_columns(const float* p, const float* factor, const T* values, const T* next,
-                        int64_t key_stride, int64_t count, int64_t D, float* out, int64_t out_stride) {
+                        int64_t key_stride, int64_t count, int64_t D, float* out,
+                        int64_t out_stride) {
   const int64_t last = (kColumns - 1) * W, part = D - last;
   Vec acc[kHeads][kColumns];
   const auto each = [&](auto body) {
 #pragma GCC unroll 4
     for (int h = 0; h < kHeads; ++h) {
 #pragma GCC unroll 4
-      for (int c = 0; c < kColumns; ++c) body(h, c, out + h * out_stride + c * W, c + 1 < kColumns ? W : part);
+      for (int c = 0; c < kColumns; ++c)
+        body(h, c, out + h * out_stride + c * W, c + 1 < kColumns ? W : part);
     }
   };
-  each([&](int h, int c, const float* at, int64_t n) { acc[h][c] = mul(load_up_to(at, n), set1(factor[h])); });
+  each([&](int h, int c, const float* at, int64_t n) {
+    acc[h][c] = mul(load_up_to(at, n), set1(factor[h]));
+  });
   for (int64_t t = 0; t < count; ++t) {
     const T* value = values + t * key_stride;
     fetch_rows(next + t * key_stride, 0, 1, D);
@@ -122,12 +128,13 @@ inline void add_columns(const float* p, const float* factor, const T* values, co
 // The same for all of D, which fetches as many rows at `next`.
 template <class T, int kHeads>
 inline void add_values(const float* p, const float* factor, const T* values, const T* next,
-                       int64_t key_stride, int64_t count, int64_t D, float* out, int64_t out_stride) {
+                       int64_t key_stride, int64_t count, int64_t D, float* out,
+                       int64_t out_stride) {
   for (int64_t d = 0; d < D; d += kDecodeColumns * W) {
     const int64_t left = min_of(kDecodeColumns * W, D - d);
     const auto add = [&](auto columns) {
-      add_columns<T, kHeads, columns.value>(p, factor, values + d, next + d, key_stride, count, left, out + d,
-                                            out_stride);
+      add_columns<T, kHeads, columns.value>(p, factor, values + d, next + d, key_stride, count,
+                                            left, out + d, out_stride);
     };
     switch (ceil_div(left, W)) {
       case 1: add(std::integral_constant<int, 1>()); break;
@@ -139,7 +146,8 @@ inline void add_values(const float* p, const float* factor, const T* values, con
 }
 
 template <class T, int kHeads>
-inline void attend(const AttentionCall& call, int64_t head, int64_t begin, int64_t end, SoftmaxState state) {
+inline void attend(const AttentionCall& call, int64_t head, int64_t begin, int64_t end,
+                   SoftmaxState state) {
   const float* q = call.q + head * call.q_head_stride;
   float* out = call.out + head * call.out_head_stride;
   float* maximum = state.maximum + head;
@@ -157,7 +165,8 @@ inline void attend(const AttentionCall& call, int64_t head, int64_t begin, int64
     const T* values = static_cast<const T*>(call.values) + t * call.key_stride;
     // A row that is there, where there is no next one.
     const T* next = end - t >= 2 * kDecodeKeys ? keys + kDecodeKeys * call.key_stride : keys;
-    score_keys<T, kHeads>(q, call.q_head_stride, keys, values, call.key_stride, count, call.D, scores);
+    score_keys<T, kHeads>(q, call.q_head_stride, keys, values, call.key_stride, count, call.D,
+                          scores);
     for (int h = 0; h < kHeads; ++h) {
       factor[h] = soften(scores + h * kDecodeKeys, count, maximum + h, total + h);
     }
@@ -167,7 +176,8 @@ inline void attend(const AttentionCall& call, int64_t head, int64_t begin, int64
 }
 
 template <class T>
-inline void decode_attention_of(const AttentionCall& call, int64_t begin, int64_t end, SoftmaxState state) {
+inline void decode_attention_of(const AttentionCall& call, int64_t begin, int64_t end,
+                                SoftmaxState state) {
   for (int64_t head = 0; head < call.G; head += kDecodeHeads) {
     switch (min_of(kDecodeHeads, call.G - head)) {
       case 1: attend<T, 1>(call, head, begin, end, state); break;
@@ -188,8 +198,8 @@ void decode_attention(const AttentionCall& call, int64_t begin, int64_t end, Sof
 }
 
 // With m = max_s m_s: out = sum_s exp(m_s - m) partial_s / sum_s exp(m_s - m) total_s
-void merge_attention(const float* partial, int64_t split_stride, SoftmaxState states, int64_t splits,
-                     int64_t G, int64_t D, float* out, int64_t out_head_stride) {
+void merge_attention(const float* partial, int64_t split_stride, SoftmaxState states,
+                     int64_t splits, int64_t G, int64_t D, float* out, int64_t out_head_stride) {
   for (int64_t g = 0; g < G; ++g) {
     float largest = states.maximum[g];
     for (int64_t s = 1; s < splits; ++s) {

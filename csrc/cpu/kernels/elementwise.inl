@@ -129,7 +129,8 @@ void weight_row(const Weight& weight, int64_t n, int64_t K, float* to) {
       open_row<Block>(weight, weight.first + n, K, to);
     });
   }
-  const auto* row = static_cast<const unsigned char*>(weight.data) + n * bytes_of(weight.precision, K);
+  const auto* row =
+      static_cast<const unsigned char*>(weight.data) + n * bytes_of(weight.precision, K);
   to_float(row, weight.precision, K, to);
   if (weight.scale != nullptr) scale(to, weight.scale[n], K);
 }

@@ -31,13 +31,17 @@ struct Group {
         rows(max_of(0, min_of(kGroupRows, weight.rows - row))) {}
 
   const uint8_t* block(int64_t b) const { return data + b * rows * kRowBytes; }
-  const Half* scales(int64_t b, int i) const { return reinterpret_cast<const Half*>(block(b)) + i * rows; }
+  const Half* scales(int64_t b, int i) const {
+    return reinterpret_cast<const Half*>(block(b)) + i * rows;
+  }
   // Of up to n rows from `lane` on; 0 past the last.
   Vec scale(int64_t b, int i, int64_t lane, int64_t n) const {
     const Half* at = scales(b, i) + lane;
     return lane + n <= rows && n == W ? load(at) : load_part(at, min_of(n, rows - lane));
   }
-  const uint8_t* words(int64_t b, int i) const { return block(b) + rows * (2 * Block::kScales + 4 * i); }
+  const uint8_t* words(int64_t b, int i) const {
+    return block(b) + rows * (2 * Block::kScales + 4 * i);
+  }
 
   const uint8_t* data;
   int64_t rows;
@@ -69,14 +73,16 @@ inline void open_row(const Weight& weight, int64_t row, int64_t K, float* to) {
       }
     }
     const Vec d = set1(widen(group.scales(b, 0)[lane]));
-    const Vec m = Block::kScales == 2 ? set1(widen(group.scales(b, Block::kScales - 1)[lane])) : zero();
+    const Vec m =
+        Block::kScales == 2 ? set1(widen(group.scales(b, Block::kScales - 1)[lane])) : zero();
     for (int i = 0; i < kBlockWeights; i += W) store(to + i, fma(load(q + i), d, m));
   }
 }
 
 // W rows from `row` on, all of one group, as pack_rows has them: into to[unit * to_stride + lane].
 template <class Dot, class Block>
-inline void pack_group(const Weight& weight, int64_t row, int64_t n, int64_t K, float* to, int64_t to_stride) {
+inline void pack_group(const Weight& weight, int64_t row, int64_t n, int64_t K, float* to,
+                       int64_t to_stride) {
   const int64_t lane = row % kGroupRows;
   const Group<Block> group(weight, row - lane, K);
   for (int64_t b = 0; b < K / kBlockWeights; ++b) {
@@ -89,11 +95,12 @@ inline void pack_group(const Weight& weight, int64_t row, int64_t n, int64_t K, 
         if (Block::kBits == 4 && Block::kBias == 0) q = add(q, set1(8));
         return fma(q, d, m);
       };
-      Dot::store_units(to + (b * kBlockWeights + k) / Dot::kPerUnit * to_stride, to_stride, weight_at(low),
-                       weight_at(high));
+      Dot::store_units(to + (b * kBlockWeights + k) / Dot::kPerUnit * to_stride, to_stride,
+                       weight_at(low), weight_at(high));
     };
     for (int j = 0; j < Block::kWords; ++j) {
-      const Words words = load_words(group.words(b, j) + 4 * lane, n, Block::kBits == 4 ? 0x88888888u : 0u);
+      const Words words =
+          load_words(group.words(b, j) + 4 * lane, n, Block::kBits == 4 ? 0x88888888u : 0u);
       if (Block::kBits == 8) {
         pair(words, 0, 1, 4 * j);
         pair(words, 2, 3, 4 * j + 2);

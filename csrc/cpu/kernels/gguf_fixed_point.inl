@@ -15,7 +15,7 @@
 struct FixedBlock {
   int8_t bytes[3][kBlockWeights];
   float scale;
-  float sum;  // of x; where the blocks have a minimum
+  float sum;          // of x; where the blocks have a minimum
   int32_t high, low;  // where the sums start of x0 256 + x1, and of x2
   // The j-th four of x0, x1 or x2, in every lane.
   __m512i four(int piece, int j) const {
@@ -32,8 +32,12 @@ struct FixedPoint {
   static constexpr bool kMinimum = Block::kScales == 2;
   static constexpr bool kSplit = Block::kBits == 8;
 
-  static inline int32_t total(__m512i a, __m512i b) { return _mm512_reduce_add_epi32(_mm512_add_epi32(a, b)); }
-  static inline __m512 power(int32_t biased) { return _mm512_castsi512_ps(_mm512_set1_epi32(biased << 23)); }
+  static inline int32_t total(__m512i a, __m512i b) {
+    return _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+  }
+  static inline __m512 power(int32_t biased) {
+    return _mm512_castsi512_ps(_mm512_set1_epi32(biased << 23));
+  }
 
   // X is cut into bytes at once: 128 more in each make it unsigned, and flip its sign bit after all.
   static inline __m512i cut(__m512i a) {
@@ -47,7 +51,8 @@ struct FixedPoint {
   static inline void fix(const float* x, FixedBlock& to) {
     const __m512 a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(x + 16);
     // Magnitudes are ordered as their bits are.
-    const __m512i a_bits = _mm512_castps_si512(_mm512_abs_ps(a)), b_bits = _mm512_castps_si512(_mm512_abs_ps(b));
+    const __m512i a_bits = _mm512_castps_si512(_mm512_abs_ps(a)),
+                  b_bits = _mm512_castps_si512(_mm512_abs_ps(b));
     int32_t exponent = _mm512_reduce_max_epi32(_mm512_max_epi32(a_bits, b_bits)) >> 23;
     if (exponent == 255) {
       // An infinity or a NaN: the sums become NaN.
@@ -58,11 +63,13 @@ struct FixedPoint {
     // The scale and its reciprocal stay normal numbers; what is smaller becomes 0.
     exponent = exponent < 32 ? 32 : exponent;
     const __m512 up = power(kBits + 253 - exponent);
-    const __m512i A = _mm512_cvtps_epi32(_mm512_mul_ps(a, up)), B = _mm512_cvtps_epi32(_mm512_mul_ps(b, up));
+    const __m512i A = _mm512_cvtps_epi32(_mm512_mul_ps(a, up)),
+                  B = _mm512_cvtps_epi32(_mm512_mul_ps(b, up));
     to.scale = _mm512_cvtss_f32(power(exponent + 1 - kBits));
     to.sum = kMinimum ? float(total(A, B)) * to.scale : 0;
     const __m512i a_fours = cut(A), b_fours = cut(B);
-    const __m512i high_two = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
+    const __m512i high_two =
+        _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
     const __m512i last = _mm512_add_epi32(high_two, _mm512_set1_epi32(2));
     const __m256i low = _mm512_castsi512_si256(_mm512_permutex2var_epi32(a_fours, last, b_fours));
     _mm512_storeu_si512(to.bytes[0], _mm512_permutex2var_epi32(a_fours, high_two, b_fours));
@@ -100,7 +107,8 @@ struct FixedRows {
     const int64_t blocks = call.K / kBlockWeights;
     FixedBlock* to = static_cast<FixedBlock*>(call.workspace);
     for (int64_t i = 0; i < call.M * blocks; ++i) {
-      FixedPoint<Block>::fix(call.x + i / blocks * call.x_stride + i % blocks * kBlockWeights, to[i]);
+      FixedPoint<Block>::fix(call.x + i / blocks * call.x_stride + i % blocks * kBlockWeights,
+                             to[i]);
     }
     return {to};
   }
@@ -109,7 +117,8 @@ struct FixedRows {
 
 // to[m * kGroupRows + lane] = x[m] . the group's row `lane`
 template <class Block>
-inline void dot_group(const Group<Block>& group, const LinearCall& call, const FixedRows& rows, float* to) {
+inline void dot_group(const Group<Block>& group, const LinearCall& call, const FixedRows& rows,
+                      float* to) {
   using Fixed = FixedPoint<Block>;
   const int64_t blocks = call.K / kBlockWeights;
   __m512 acc[kMaxThinRows];
@@ -121,7 +130,8 @@ inline void dot_group(const Group<Block>& group, const LinearCall& call, const F
     }
     __m512i q[kBlockWeights / 4];
     Fixed::open(group, b, q);
-    const __m512 d = group.scale(b, 0, 0, W).v, minimum = group.scale(b, Block::kScales - 1, 0, W).v;
+    const __m512 d = group.scale(b, 0, 0, W).v,
+                 minimum = group.scale(b, Block::kScales - 1, 0, W).v;
     for (int64_t m = 0; m < call.M; ++m) {
       const FixedBlock& x = rows.blocks[m * blocks + b];
       // Two chains a byte: six hide the latency of the dot product.
@@ -133,14 +143,16 @@ inline void dot_group(const Group<Block>& group, const LinearCall& call, const F
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j) {
 #pragma GCC unroll 4
-        for (int p = 0; p < 3; ++p) sums[p][j % 2] = _mm512_dpbusd_epi32(sums[p][j % 2], q[j], x.four(p, j));
+        for (int p = 0; p < 3; ++p)
+          sums[p][j % 2] = _mm512_dpbusd_epi32(sums[p][j % 2], q[j], x.four(p, j));
       }
       const auto sum = [&](int p) { return _mm512_add_epi32(sums[p][0], sums[p][1]); };
       const __m512i high = _mm512_add_epi32(_mm512_slli_epi32(sum(0), 8), sum(1));
       __m512 scale = _mm512_mul_ps(d, _mm512_set1_ps(x.scale));
       __m512i last = sum(2);
       if (Fixed::kSplit) {
-        acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_mul_ps(scale, _mm512_set1_ps(256)), acc[m]);
+        acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high),
+                                 _mm512_mul_ps(scale, _mm512_set1_ps(256)), acc[m]);
       } else {
         last = _mm512_add_epi32(_mm512_slli_epi32(high, 8), last);
       }

@@ -26,8 +26,8 @@ struct PlainRows {
 
 // to[m * kGroupRows + lane], lanes [lane, lane + n) of rows [m, m + kRows) of x.
 template <int kRows, class Block>
-inline void dot_lanes(const Group<Block>& group, const LinearCall& call, const float* sums, int64_t lane,
-                      int64_t n, float* to) {
+inline void dot_lanes(const Group<Block>& group, const LinearCall& call, const float* sums,
+                      int64_t lane, int64_t n, float* to) {
   const int64_t blocks = call.K / kBlockWeights;
   Vec acc[kRows];
   for (int r = 0; r < kRows; ++r) acc[r] = zero();
@@ -60,7 +60,8 @@ inline void dot_lanes(const Group<Block>& group, const LinearCall& call, const f
 
 // to[m * kGroupRows + lane] = x[m] . the group's row `lane`
 template <class Block>
-inline void dot_group(const Group<Block>& group, const LinearCall& call, const PlainRows& rows, float* to) {
+inline void dot_group(const Group<Block>& group, const LinearCall& call, const PlainRows& rows,
+                      float* to) {
   for (int64_t lane = 0; lane < group.rows; lane += W) {
     const int64_t n = min_of(W, group.rows - lane);
     LinearCall part = call;

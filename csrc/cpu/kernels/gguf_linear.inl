@@ -22,7 +22,8 @@ inline void open_panel(const Group<Block> (&groups)[2], int64_t blocks, PanelBlo
       if (groups[g].rows > 0) FixedPoint<Block>::open(groups[g], b, q);
       for (int j = 0; j < 8; ++j) to[b].q[j][g] = q[j];
       for (int i = 0; i < Block::kScales; ++i) {
-        to[b].scale[i][g] = groups[g].rows > 0 ? groups[g].scale(b, i, 0, W).v : _mm512_setzero_ps();
+        to[b].scale[i][g] =
+            groups[g].rows > 0 ? groups[g].scale(b, i, 0, W).v : _mm512_setzero_ps();
       }
     }
   }
@@ -53,10 +54,11 @@ inline void fixed_tile(const FixedBlock* x, const PanelBlock<Block>* panel, int6
       }
     };
     // c = c 256, or nothing, + where the next sum starts.
-    const auto go_on = [&](bool keep, int32_t FixedBlock::*start) {
+    const auto go_on = [&](bool keep, int32_t FixedBlock::* start) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const __m512i from = Fixed::kTooMuch != 0 ? _mm512_set1_epi32(x[r].*start) : _mm512_setzero_si512();
+        const __m512i from =
+            Fixed::kTooMuch != 0 ? _mm512_set1_epi32(x[r].*start) : _mm512_setzero_si512();
 #pragma GCC unroll 2
         for (int g = 0; g < 2; ++g) {
           c[r][g] = keep ? _mm512_slli_epi32(c[r][g], 8) : _mm512_setzero_si512();
@@ -82,7 +84,8 @@ inline void fixed_tile(const FixedBlock* x, const PanelBlock<Block>* panel, int6
     multiply(2);
     add(1);
     if (Fixed::kMinimum) {
-      const __m512 m0 = panel->scale[Block::kScales - 1][0], m1 = panel->scale[Block::kScales - 1][1];
+      const __m512 m0 = panel->scale[Block::kScales - 1][0],
+                   m1 = panel->scale[Block::kScales - 1][1];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const __m512 sum = _mm512_set1_ps(x[r].sum);
@@ -119,7 +122,8 @@ inline void fixed_linear(const LinearCall& call) {
   const bool gated = call.up.data != nullptr;
   const int64_t width = gated ? kGroupRows : 2 * kGroupRows;
   const int64_t blocks = call.K / kBlockWeights;
-  const int64_t panels = max_of(1, kPackedWeightBytes / max_of(1, blocks * int64_t(sizeof(PanelBlock<Block>))));
+  const int64_t panels =
+      max_of(1, kPackedWeightBytes / max_of(1, blocks * int64_t(sizeof(PanelBlock<Block>))));
   FixedBlock* rows = static_cast<FixedBlock*>(call.workspace);
   auto* opened = reinterpret_cast<PanelBlock<Block>*>(static_cast<unsigned char*>(call.workspace) +
                                                       packed_rows_bytes(call.M, call.K));
@@ -141,7 +145,8 @@ inline void fixed_linear(const LinearCall& call) {
         const int64_t left = to - n;
         for (int64_t i = 0; i < tile; ++i) {
           finish(call, acc[i][0], acc[i][1], m + i, n, min_of(W, left));
-          if (!gated && left > W) finish(call, acc[i][1], zero(), m + i, n + W, min_of(W, left - W));
+          if (!gated && left > W)
+            finish(call, acc[i][1], zero(), m + i, n + W, min_of(W, left - W));
         }
       }
     }
@@ -153,5 +158,6 @@ inline bool fits_fixed_point(const LinearCall& call) {
   const auto whole = [&](const Weight& w) {
     return w.data == nullptr || (w.first + call.begin) % kGroupRows == 0;
   };
-  return in_blocks(call.weight.precision) && !call.bf16_compute && whole(call.weight) && whole(call.up);
+  return in_blocks(call.weight.precision) && !call.bf16_compute && whole(call.weight) &&
+         whole(call.up);
 }

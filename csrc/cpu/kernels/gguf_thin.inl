@@ -2,8 +2,8 @@
 
 // to[m * kGroupRows + i] = x[m] . W[row + i], as far as W has rows; any row.
 template <class Block, class Rows>
-inline void dot_rows_from(const Weight& weight, int64_t row, const LinearCall& call, const Rows& rows,
-                          float* to) {
+inline void dot_rows_from(const Weight& weight, int64_t row, const LinearCall& call,
+                          const Rows& rows, float* to) {
   const int64_t lane = row % kGroupRows, next = row - lane + kGroupRows;
   dot_group(Group<Block>(weight, row - lane, call.K), call, rows, to);
   if (lane == 0) return;

@@ -23,8 +23,20 @@
 // clang-format on
 
 inline Kernels kernel_table() {
-  return {thin_linear,     block_linear,      block_linear_bytes,      decode_attention,
-          merge_attention, prefill_attention, prefill_attention_bytes, rope,
-          rms_norm,        layer_norm,        add_parts,               argmax,
-          scale,           weight_row,        to_float,                from_float};
+  return {thin_linear,
+          block_linear,
+          block_linear_bytes,
+          decode_attention,
+          merge_attention,
+          prefill_attention,
+          prefill_attention_bytes,
+          rope,
+          rms_norm,
+          layer_norm,
+          add_parts,
+          argmax,
+          scale,
+          weight_row,
+          to_float,
+          from_float};
 }

@@ -98,7 +98,7 @@ struct AttentionCall {
   const float* q;        // [M, G, D], already scaled by 1/sqrt(D)
   int64_t q_row_stride;  // between positions
   int64_t q_head_stride;
-  const void* keys;      // [length, D]
+  const void* keys;  // [length, D]
   const void* values;
   int64_t key_stride;
   Precision precision;
@@ -129,8 +129,9 @@ struct Kernels {
   // One position: q [G, D] against keys [begin, end); leaves the unnormalised sum and its state.
   void (*decode_attention)(const AttentionCall&, int64_t begin, int64_t end, SoftmaxState);
   // out[g] = sum over the splits, normalised; split s lies at partial + s * split_stride.
-  void (*merge_attention)(const float* partial, int64_t split_stride, SoftmaxState states, int64_t splits,
-                          int64_t G, int64_t D, float* out, int64_t out_head_stride);
+  void (*merge_attention)(const float* partial, int64_t split_stride, SoftmaxState states,
+                          int64_t splits, int64_t G, int64_t D, float* out,
+                          int64_t out_head_stride);
   // M positions, row m at absolute position start + m, sees keys (start + m - window, start + m].
   void (*prefill_attention)(const AttentionCall&, int64_t M, int64_t start, int64_t window);
   int64_t (*prefill_attention_bytes)(int64_t G, int64_t D);
@@ -139,9 +140,11 @@ struct Kernels {
   // y = x / sqrt(mean(x^2) + eps) * weight
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* y);
   // y = (x - mean) / sqrt(var + eps) * weight + bias
-  void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t n, float* y);
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t n,
+                     float* y);
   // x[i] += parts[0][i] + parts[1][i] + ..., the sum over ranks in rank order first (+ bias[i] last).
-  void (*add_parts)(float* x, const float* const* parts, int64_t count, const float* bias, int64_t n);
+  void (*add_parts)(float* x, const float* const* parts, int64_t count, const float* bias,
+                    int64_t n);
   // The first index of the largest value.
   int64_t (*argmax)(const float* x, int64_t n);
   void (*scale)(float* x, float factor, int64_t n);

@@ -7,7 +7,8 @@ inline Vec with_bias(const Weight& weight, Vec sums, int64_t n, int64_t count) {
 }
 
 // Stores y[m, n .. n + count), count <= W. `gated` are the sums of call.up, where there is one.
-inline void finish(const LinearCall& call, Vec sums, Vec gated, int64_t m, int64_t n, int64_t count) {
+inline void finish(const LinearCall& call, Vec sums, Vec gated, int64_t m, int64_t n,
+                   int64_t count) {
   Vec a = with_bias(call.weight, sums, n, count);
   if (call.act != Activation::none) a = activate(call.act, a);
   if (call.up.data != nullptr) a = mul(a, with_bias(call.up, gated, n, count));

@@ -45,7 +45,8 @@ struct PrefillSpace {
 int64_t prefill_attention_bytes(int64_t G, int64_t D) { return PrefillSpace(nullptr, G, D).bytes; }
 
 // scores = Q K^T of one tile; keys past `count` give zeros.
-inline void score_tile(const PrefillSpace& s, const float* q, int64_t rows, int64_t count, int64_t D) {
+inline void score_tile(const PrefillSpace& s, const float* q, int64_t rows, int64_t count,
+                       int64_t D) {
   for (int64_t n = 0; n < count; n += 2 * W) {
     Vec acc[kTileRows][2];
     for (auto& row : acc) row[0] = row[1] = zero();
@@ -59,8 +60,8 @@ inline void score_tile(const PrefillSpace& s, const float* q, int64_t rows, int6
 
 // Rows of scores [0, count) to weights, those outside [low + i, high + i) of row i to zero; the factors for O
 // and l. As soften, with the rows side by side, so that none waits for another's.
-inline void soften_tile(float* scores, int64_t rows, int64_t count, int64_t low, int64_t high, float* maximum,
-                        float* total, float* factor) {
+inline void soften_tile(float* scores, int64_t rows, int64_t count, int64_t low, int64_t high,
+                        float* maximum, float* total, float* factor) {
   constexpr float kNever = -std::numeric_limits<float>::infinity();
   static_assert(kTileRows <= W, "a number of each row fits a Vec");
   float next[W] = {};
@@ -88,7 +89,8 @@ inline void soften_tile(float* scores, int64_t rows, int64_t count, int64_t low,
 }
 
 // O = factor O + P V of one tile.
-inline void add_tile(const PrefillSpace& s, float* out, int64_t rows, const float* factor, int64_t count) {
+inline void add_tile(const PrefillSpace& s, float* out, int64_t rows, const float* factor,
+                     int64_t count) {
   for (int64_t d = 0; d < s.padded; d += 2 * W) {
     Vec acc[kTileRows][2];
     for (int64_t i = 0; i < rows; ++i) {
@@ -105,13 +107,14 @@ inline void add_tile(const PrefillSpace& s, float* out, int64_t rows, const floa
 }
 
 template <class T>
-inline void pack_keys(const AttentionCall& call, const PrefillSpace& s, int64_t begin, int64_t count) {
+inline void pack_keys(const AttentionCall& call, const PrefillSpace& s, int64_t begin,
+                      int64_t count) {
   const T* keys = static_cast<const T*>(call.keys) + begin * call.key_stride;
   const T* values = static_cast<const T*>(call.values) + begin * call.key_stride;
   for (int64_t n = 0; n < count; n += W) {
     float* panel = s.keys + n / (2 * W) * (2 * W) * call.D + n % (2 * W);
-    pack_rows<FloatDot>(keys + n * call.key_stride, call.key_stride, min_of(W, count - n), call.D, panel,
-                        2 * W);
+    pack_rows<FloatDot>(keys + n * call.key_stride, call.key_stride, min_of(W, count - n), call.D,
+                        panel, 2 * W);
   }
   for (int64_t t = 0; t < count; ++t) {
     widen_all(values + t * call.key_stride, call.D, s.values + t * s.padded);
@@ -120,13 +123,15 @@ inline void pack_keys(const AttentionCall& call, const PrefillSpace& s, int64_t 
 }
 
 template <class T>
-inline void attend_block(const AttentionCall& call, int64_t row, int64_t M, int64_t start, int64_t window) {
+inline void attend_block(const AttentionCall& call, int64_t row, int64_t M, int64_t start,
+                         int64_t window) {
   const PrefillSpace s(call.workspace, call.G, call.D);
   const int64_t tiles = ceil_div(M, kTileRows);
   const auto rows_of = [&](int64_t tile) { return min_of(kTileRows, M - tile * kTileRows); };
   for (int64_t g = 0; g < call.G; ++g) {
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      const float* q = call.q + (row + tile * kTileRows) * call.q_row_stride + g * call.q_head_stride;
+      const float* q =
+          call.q + (row + tile * kTileRows) * call.q_row_stride + g * call.q_head_stride;
       pack_rows<FloatDot>(q, call.q_row_stride, rows_of(tile), call.D,
                           s.q + (g * tiles + tile) * call.D * kTileRows, kTileRows);
     }
@@ -153,8 +158,8 @@ inline void attend_block(const AttentionCall& call, int64_t row, int64_t M, int6
         float factor[kTileRows];
         score_tile(s, s.q + at * call.D, rows, seen, call.D);
         const int64_t high = position + 1 - begin;
-        soften_tile(s.scores, rows, seen, window > 0 ? high - window : -rows, high, s.maximum + at, s.total + at,
-                    factor);
+        soften_tile(s.scores, rows, seen, window > 0 ? high - window : -rows, high, s.maximum + at,
+                    s.total + at, factor);
         add_tile(s, s.out + at * s.padded, rows, factor, seen);
       }
     }

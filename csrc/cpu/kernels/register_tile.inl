@@ -74,8 +74,8 @@ inline void register_tile(const float* a, const float* b, int64_t b_stride, int6
 
 // The smallest of three tile heights that holds `rows`, so that a short last tile wastes little.
 template <class Dot, int kUnitStep = kTileRows, int kRowStep = 1>
-inline void register_tile(int64_t rows, const float* a, const float* b, int64_t b_stride, int64_t units,
-                          Vec (&acc)[kTileRows][2]) {
+inline void register_tile(int64_t rows, const float* a, const float* b, int64_t b_stride,
+                          int64_t units, Vec (&acc)[kTileRows][2]) {
   constexpr int kThird = kTileRows / 3;
   const auto with = [&]<int kRows>(std::integral_constant<int, kRows>) {
     register_tile<Dot, kRows, kUnitStep, kRowStep>(a, b, b_stride, units, acc);
@@ -101,13 +101,14 @@ inline void pack_rows(const T* from, int64_t from_stride, int64_t rows, int64_t 
     } else if (rows == kTileRows && left >= W * Dot::kPerUnit) {
 #pragma GCC unroll 16
       for (int r = 0; r < W; ++r) {
-        block[r] = r < kTileRows
-                       ? Dot::load_units(from + r * from_stride + u * Dot::kPerUnit, W * Dot::kPerUnit)
-                       : zero();
+        block[r] = r < kTileRows ? Dot::load_units(from + r * from_stride + u * Dot::kPerUnit,
+                                                   W * Dot::kPerUnit)
+                                 : zero();
       }
     } else {
       for (int r = 0; r < W; ++r) {
-        block[r] = r < rows ? Dot::load_units(from + r * from_stride + u * Dot::kPerUnit, left) : zero();
+        block[r] =
+            r < rows ? Dot::load_units(from + r * from_stride + u * Dot::kPerUnit, left) : zero();
       }
     }
     transpose(block);

@@ -64,7 +64,8 @@ inline void dot_streams(const LinearCall& call, const T* const* w, float* sums) 
     }
   }
   for (; m < call.M; ++m) {
-    dot_rows<1, kStreams>(call.x + m * call.x_stride, call.x_stride, w, call.K, sums + m * kStreams * W);
+    dot_rows<1, kStreams>(call.x + m * call.x_stride, call.x_stride, w, call.K,
+                          sums + m * kStreams * W);
   }
 }
 
@@ -92,7 +93,8 @@ inline void thin_linear_of(const LinearCall& call) {
       if (count <= 0) break;
       for (int64_t m = 0; m < call.M; ++m) {
         const float* from = sums + (m * kStreams + s) * W;
-        finish(call, load_up_to(from, count), gated ? load_up_to(from + W, count) : zero(), m, n, count);
+        finish(call, load_up_to(from, count), gated ? load_up_to(from + W, count) : zero(), m, n,
+               count);
       }
     }
   }
@@ -105,6 +107,7 @@ void thin_linear(const LinearCall& call) {
     case Precision::f16: return thin_linear_of<Half>(call);
     case Precision::i8: return thin_linear_of<int8_t>(call);
     default:
-      with_block(call.weight.precision, [&]<class Block>(const Block*) { thin_linear_of_blocks<Block>(call); });
+      with_block(call.weight.precision,
+                 [&]<class Block>(const Block*) { thin_linear_of_blocks<Block>(call); });
   }
 }

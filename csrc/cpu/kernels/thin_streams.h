@@ -23,7 +23,9 @@ struct ThinStreams {
         begin(call.begin),
         end(call.end) {}
   // The output that is the i-th of a stream's run.
-  int64_t output(int stream, int64_t i) const { return min_of(begin + stream / per_run * length + i, end - 1); }
+  int64_t output(int stream, int64_t i) const {
+    return min_of(begin + stream / per_run * length + i, end - 1);
+  }
 
   int per_run;
   int64_t length;

@@ -50,8 +50,8 @@ void attend_one(const Attention& a, int threads) {
     }
   });
   for (int64_t head = 0; head < heads; ++head) {
-    k.merge_attention(partial.data() + head * splits * G * D, G * D, states_of(head, 0), splits, G, D,
-                      call_for(a, head / a.Nk, 0, head % a.Nk).out, D);
+    k.merge_attention(partial.data() + head * splits * G * D, G * D, states_of(head, 0), splits, G,
+                      D, call_for(a, head / a.Nk, 0, head % a.Nk).out, D);
   }
 }
 
@@ -65,7 +65,8 @@ void attend_many(const Attention& a, int threads) {
                            const int64_t row = task / (a.B * a.Nk) * kQueryRows;
                            AttentionCall call = call_for(a, task / a.Nk % a.B, row, task % a.Nk);
                            call.workspace = scratch;
-                           k.prefill_attention(call, min_of(kQueryRows, a.S - row), a.start + row, a.window);
+                           k.prefill_attention(call, min_of(kQueryRows, a.S - row), a.start + row,
+                                               a.window);
                          }
                        });
 }

@@ -12,7 +12,8 @@ constexpr int64_t kOutputGrain = 32;
 
 void linear(const LinearCall& call, int64_t N, bool thin, int threads) {
   const Kernels& k = kernels();
-  Pool::instance().run(threads_for(call.M * N * call.K, threads), k.block_linear_bytes(call.M, call.K),
+  Pool::instance().run(threads_for(call.M * N * call.K, threads),
+                       k.block_linear_bytes(call.M, call.K),
                        [&](int thread, int count, void* scratch) {
                          LinearCall mine = call;
                          const Part part = share(N, count, thread, kOutputGrain);

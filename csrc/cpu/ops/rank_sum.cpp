@@ -75,7 +75,8 @@ unsigned char* row_of(const void* rows, const RankSum& sum, int64_t m) {
 
 }  // namespace
 
-RankSum show_rows(Group& group, const void* partial, bool wide, int64_t M, int64_t H, Precision precision) {
+RankSum show_rows(Group& group, const void* partial, bool wide, int64_t M, int64_t H,
+                  Precision precision) {
   RankSum sum{};
   sum.ranks = group.size();
   sum.M = M;
@@ -105,8 +106,8 @@ void rank_sum(const RankSum& sum, const void* bias, void* y) {
   }
 }
 
-void rank_sum_residual_rms_norm(const RankSum& sum, const void* residual, const float* weight, float eps,
-                                void* h, void* y) {
+void rank_sum_residual_rms_norm(const RankSum& sum, const void* residual, const float* weight,
+                                float eps, void* h, void* y) {
   WideRows wide(sum.precision, sum.H);
   for (int64_t m = 0; m < sum.M; ++m) {
     unsigned char* row = row_of(h, sum, m);

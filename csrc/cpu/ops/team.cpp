@@ -11,7 +11,8 @@
 namespace pyparallel::cpu {
 
 Team::Team(int size, std::vector<int> cores) : size_(size) {
-  if (size < 1) throw std::invalid_argument("threads: expected at least 1, got " + std::to_string(size));
+  if (size < 1)
+    throw std::invalid_argument("threads: expected at least 1, got " + std::to_string(size));
   if (!cores.empty() && int(cores.size()) != size) {
     throw std::invalid_argument("cores: expected one for each of the " + std::to_string(size) +
                                 " threads, got " + std::to_string(cores.size()));
@@ -84,7 +85,8 @@ void Team::work(int thread, int core) {
   }
   uint64_t seen = 0;
   const auto called = [&] {
-    return started_.load(std::memory_order_seq_cst) != seen || stopping_.load(std::memory_order_acquire);
+    return started_.load(std::memory_order_seq_cst) != seen ||
+           stopping_.load(std::memory_order_acquire);
   };
   while (true) {
     const auto since = std::chrono::steady_clock::now();
@@ -94,7 +96,8 @@ void Team::work(int thread, int core) {
         continue;
       }
       std::this_thread::yield();
-      if (turn % 64 == 0 && std::chrono::steady_clock::now() - since > std::chrono::milliseconds(2)) {
+      if (turn % 64 == 0 &&
+          std::chrono::steady_clock::now() - since > std::chrono::milliseconds(2)) {
         std::unique_lock<std::mutex> lock(mutex_);
         asleep_.fetch_add(1, std::memory_order_seq_cst);
         wake_.wait(lock, called);

@@ -79,7 +79,8 @@ inline void store(BFloat16* p, Vec a) {
   _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
 }
 inline void store(Half* p, Vec a) {
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm_storeu_si128((__m128i*)p,
+                   _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 template <class T>
 inline void store_part(T* p, Vec a, int64_t n) {
@@ -93,7 +94,8 @@ struct Words {
   __m256i v;
 };
 inline Words load_words(const uint8_t* p, int64_t n, uint32_t flipped) {
-  return {_mm256_xor_si256(_mm256_maskload_epi32((const int*)p, first(n)), _mm256_set1_epi32(int(flipped)))};
+  return {_mm256_xor_si256(_mm256_maskload_epi32((const int*)p, first(n)),
+                           _mm256_set1_epi32(int(flipped)))};
 }
 inline Vec signed_field(Words a, int left, int right) {
   return {_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(a.v, left), right))};

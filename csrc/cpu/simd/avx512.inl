@@ -28,8 +28,10 @@ inline float lane_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 inline void store_sums(float* to, Vec a, Vec b, Vec c, Vec d) {
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
   const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
-  const __m512 low = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
-  const __m512 high = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
+  const __m512 low =
+      _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
+  const __m512 high =
+      _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
   const __m512 quads = _mm512_add_ps(low, high);
   const __m512 pairs = _mm512_add_ps(quads, _mm512_shuffle_f32x4(quads, quads, 0x4e));
   const __m128 one = _mm512_castps512_ps128(pairs), other = _mm512_extractf32x4_ps(pairs, 1);
@@ -45,7 +47,9 @@ inline Vec widen16(__m256i bits) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
 }
 inline Vec load(const BFloat16* p) { return widen16(_mm256_loadu_si256((const __m256i*)p)); }
-inline Vec load_part(const BFloat16* p, int64_t n) { return widen16(_mm256_maskz_loadu_epi16(first(n), p)); }
+inline Vec load_part(const BFloat16* p, int64_t n) {
+  return widen16(_mm256_maskz_loadu_epi16(first(n), p));
+}
 inline Vec load(const Half* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
 inline Vec load_part(const Half* p, int64_t n) {
   return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))};
@@ -67,12 +71,16 @@ inline __m256i narrow16(Vec a) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(up, nan, quiet), 16));
 }
 inline void store(BFloat16* p, Vec a) { _mm256_storeu_si256((__m256i*)p, narrow16(a)); }
-inline void store_part(BFloat16* p, Vec a, int64_t n) { _mm256_mask_storeu_epi16(p, first(n), narrow16(a)); }
+inline void store_part(BFloat16* p, Vec a, int64_t n) {
+  _mm256_mask_storeu_epi16(p, first(n), narrow16(a));
+}
 inline void store(Half* p, Vec a) {
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256((__m256i*)p,
+                      _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 inline void store_part(Half* p, Vec a, int64_t n) {
-  _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_mask_storeu_epi16(p, first(n),
+                           _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
 // W words of 4 bytes, bits flipped; a field of each, signed: what is left between the shifts.
@@ -83,7 +91,8 @@ inline Words load_words(const uint8_t* p, int64_t n, uint32_t flipped) {
   return {_mm512_xor_si512(_mm512_maskz_loadu_epi32(first(n), p), _mm512_set1_epi32(int(flipped)))};
 }
 inline Vec signed_field(Words a, int left, int right) {
-  return {_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(a.v, unsigned(left)), unsigned(right)))};
+  return {_mm512_cvtepi32_ps(
+      _mm512_srai_epi32(_mm512_slli_epi32(a.v, unsigned(left)), unsigned(right)))};
 }
 
 // The nearest integer, as a float.
@@ -106,15 +115,20 @@ inline void transpose(Vec (&a)[W]) {
   for (int i = 0; i < 16; i += 4) {
     for (int j = 0; j < 2; ++j) {
       u[i + 2 * j] = _mm512_unpacklo_pd(_mm512_castps_pd(t[i + j]), _mm512_castps_pd(t[i + 2 + j]));
-      u[i + 2 * j + 1] = _mm512_unpackhi_pd(_mm512_castps_pd(t[i + j]), _mm512_castps_pd(t[i + 2 + j]));
+      u[i + 2 * j + 1] =
+          _mm512_unpackhi_pd(_mm512_castps_pd(t[i + j]), _mm512_castps_pd(t[i + 2 + j]));
     }
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    const __m512 low01 = _mm512_shuffle_f32x4(_mm512_castpd_ps(u[i]), _mm512_castpd_ps(u[4 + i]), 0x44);
-    const __m512 high01 = _mm512_shuffle_f32x4(_mm512_castpd_ps(u[i]), _mm512_castpd_ps(u[4 + i]), 0xee);
-    const __m512 low23 = _mm512_shuffle_f32x4(_mm512_castpd_ps(u[8 + i]), _mm512_castpd_ps(u[12 + i]), 0x44);
-    const __m512 high23 = _mm512_shuffle_f32x4(_mm512_castpd_ps(u[8 + i]), _mm512_castpd_ps(u[12 + i]), 0xee);
+    const __m512 low01 =
+        _mm512_shuffle_f32x4(_mm512_castpd_ps(u[i]), _mm512_castpd_ps(u[4 + i]), 0x44);
+    const __m512 high01 =
+        _mm512_shuffle_f32x4(_mm512_castpd_ps(u[i]), _mm512_castpd_ps(u[4 + i]), 0xee);
+    const __m512 low23 =
+        _mm512_shuffle_f32x4(_mm512_castpd_ps(u[8 + i]), _mm512_castpd_ps(u[12 + i]), 0x44);
+    const __m512 high23 =
+        _mm512_shuffle_f32x4(_mm512_castpd_ps(u[8 + i]), _mm512_castpd_ps(u[12 + i]), 0xee);
     a[i].v = _mm512_shuffle_f32x4(low01, low23, 0x88);
     a[4 + i].v = _mm512_shuffle_f32x4(low01, low23, 0xdd);
     a[8 + i].v = _mm512_shuffle_f32x4(high01, high23, 0x88);

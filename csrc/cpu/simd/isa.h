@@ -29,10 +29,12 @@ inline Isa detected_isa() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-      const bool dots = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+      const bool dots =
+          __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
       return dots ? Isa::avx512_bf16 : Isa::avx512;
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c"))
       return Isa::avx2;
     return Isa::plain;
   }();
@@ -47,12 +49,14 @@ inline Isa isa_from_name(const std::string& name) {
   for (int level = 0; level < kIsaCount; ++level) {
     if (name != isa_name(Isa(level))) continue;
     if (level > int(detected_isa())) {
-      throw std::invalid_argument("isa: expected at most '" + std::string(isa_name(detected_isa())) +
+      throw std::invalid_argument("isa: expected at most '" +
+                                  std::string(isa_name(detected_isa())) +
                                   "', the widest this processor has, got '" + name + "'");
     }
     return Isa(level);
   }
-  throw std::invalid_argument("isa: expected 'plain', 'avx2', 'avx512' or 'avx512_bf16', got '" + name + "'");
+  throw std::invalid_argument("isa: expected 'plain', 'avx2', 'avx512' or 'avx512_bf16', got '" +
+                              name + "'");
 }
 
 // The level in use: what the environment variable PYPARALLEL_ISA names, else the widest there is.

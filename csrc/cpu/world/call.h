@@ -14,7 +14,8 @@ namespace pyparallel::cpu {
 constexpr int64_t kLongBytes = int64_t(256) << 10;
 
 inline Description description(Operation operation, DType dtype, int64_t count,
-                        Reduction reduction = Reduction::none, int root = 0, uint64_t split = 0) {
+                               Reduction reduction = Reduction::none, int root = 0,
+                               uint64_t split = 0) {
   return {uint32_t(operation), uint32_t(dtype), uint32_t(reduction), root, count, split, 0, 0};
 }
 

@@ -1,8 +1,8 @@
 // The collective calls of a group: what they are called, how they run (plan.h), and the
 // bodies of core/collective.h for the type at hand.
 #include "core/collective.h"
-#include "cpu/world/plan.h"
 #include "cpu/world/call.h"
+#include "cpu/world/plan.h"
 
 namespace pyparallel::cpu {
 namespace {
@@ -36,8 +36,10 @@ void Group::all_reduce(void* data, int64_t n, DType dtype, Reduction reduction) 
       using Op = decltype(op);
       call(description(Operation::all_reduce, dtype, n, reduction), plan.slice_bytes,
            bytes > kLongBytes, [&](MemberOf& m) {
-             if (plan.one_shot) one_shot_all_reduce<Op>(m, typed, n);
-             else two_shot_all_reduce<Op>(m, typed, n);
+             if (plan.one_shot)
+               one_shot_all_reduce<Op>(m, typed, n);
+             else
+               two_shot_all_reduce<Op>(m, typed, n);
            });
     };
     switch (reduction) {
@@ -94,10 +96,9 @@ void Group::all_to_all(void* output, const void* input, const Split& output_spli
   call(description(Operation::all_to_all, dtype, 0), plan.slice_bytes, bytes > kLongBytes,
        [&](MemberOf& m) {
          m.store = plan_of(Operation::all_to_all, bytes, size()).store;
-         pyparallel::all_to_all(m, static_cast<unsigned char*>(output),
-                                static_cast<const unsigned char*>(input),
-                                in_bytes(output_split, size(), element),
-                                in_bytes(input_split, size(), element));
+         pyparallel::all_to_all(
+             m, static_cast<unsigned char*>(output), static_cast<const unsigned char*>(input),
+             in_bytes(output_split, size(), element), in_bytes(input_split, size(), element));
        });
 }
 

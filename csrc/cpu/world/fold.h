@@ -34,19 +34,28 @@ struct Folds {
 
   template <class T>
   const FoldsOf<T>& of() const {
-    if constexpr (std::is_same_v<T, float>) return float32;
-    else if constexpr (std::is_same_v<T, Half>) return float16;
-    else if constexpr (std::is_same_v<T, BFloat16>) return bfloat16;
-    else if constexpr (std::is_same_v<T, double>) return float64;
-    else if constexpr (std::is_same_v<T, int32_t>) return int32;
-    else return int64;
+    if constexpr (std::is_same_v<T, float>)
+      return float32;
+    else if constexpr (std::is_same_v<T, Half>)
+      return float16;
+    else if constexpr (std::is_same_v<T, BFloat16>)
+      return bfloat16;
+    else if constexpr (std::is_same_v<T, double>)
+      return float64;
+    else if constexpr (std::is_same_v<T, int32_t>)
+      return int32;
+    else
+      return int64;
   }
 
   template <class Op, class T>
   Fold<T> get() const {
-    if constexpr (std::is_same_v<Op, Sum>) return of<T>().sum;
-    else if constexpr (std::is_same_v<Op, Max>) return of<T>().max;
-    else return of<T>().min;
+    if constexpr (std::is_same_v<Op, Sum>)
+      return of<T>().sum;
+    else if constexpr (std::is_same_v<Op, Max>)
+      return of<T>().max;
+    else
+      return of<T>().min;
   }
 };
 

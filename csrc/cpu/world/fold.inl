@@ -72,5 +72,10 @@ constexpr FoldsOf<T> kVectorSum = {fold_sum<T>, fold_blocks<Max, T>, fold_blocks
 template <class T>
 constexpr FoldsOf<T> kBlockSum = {fold_blocks<Sum, T>, fold_blocks<Max, T>, fold_blocks<Min, T>};
 
-constexpr Folds kFolds = {kVectorSum<float>,  kVectorSum<Half>,   kVectorSum<BFloat16>,
-                          kBlockSum<double>, kBlockSum<int32_t>, kBlockSum<int64_t>, stream};
+constexpr Folds kFolds = {kVectorSum<float>,
+                          kVectorSum<Half>,
+                          kVectorSum<BFloat16>,
+                          kBlockSum<double>,
+                          kBlockSum<int32_t>,
+                          kBlockSum<int64_t>,
+                          stream};

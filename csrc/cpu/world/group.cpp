@@ -6,8 +6,8 @@
 
 #include "core/atomic.h"
 #include "core/collective.h"
-#include "cpu/world/plan.h"
 #include "cpu/world/call.h"
+#include "cpu/world/plan.h"
 
 namespace pyparallel::cpu {
 namespace {
@@ -107,13 +107,15 @@ void Group::announce(int64_t count, DType dtype) {
   announced_ = description(Operation::exchange, dtype, count);
   announced_.sequence = ++sequence_;
   *world_.header(world_.rank) = announced_;
-  MemberOf member{world_, lanes_, waiter_, epoch_, signature_of(announced_), kSlotBytes, Store::cached};
+  MemberOf member{world_,     lanes_,       waiter_, epoch_, signature_of(announced_),
+                  kSlotBytes, Store::cached};
   member.signal(epoch_ + 1);
 }
 
 void Group::await() {
   check_open();
-  MemberOf member{world_, lanes_, waiter_, epoch_, signature_of(announced_), kSlotBytes, Store::cached};
+  MemberOf member{world_,     lanes_,       waiter_, epoch_, signature_of(announced_),
+                  kSlotBytes, Store::cached};
   guard(announced_, false, [&] { member.wait(epoch_ + 1); });
   ++epoch_;
 }

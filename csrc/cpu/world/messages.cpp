@@ -86,9 +86,8 @@ void Group::flush() {
         target = sent_[size_t(peer)] + 1 - kRing;
       }
       MemberOf member{world_, lanes_, waiter_, epoch_, 0, 0, Store::cached};
-      guard(doing, true, [&] {
-        wait_count(member, world_.drained(world_.rank, peer), target, peer);
-      });
+      guard(doing, true,
+            [&] { wait_count(member, world_.drained(world_.rank, peer), target, peer); });
       push_unsent();
     }
   }

@@ -53,7 +53,7 @@ Mapping& Mapping::operator=(Mapping&& other) noexcept {
 }
 
 void grow_shared_memory(int descriptor, int64_t bytes) {
-  struct stat status {};
+  struct stat status{};
   if (fstat(descriptor, &status) != 0) fail("shared memory: fstat");
   // Two ranks that both see the old length truncate to the same new one; a third that is ahead may
   // have grown it further, and then the seal turns the shrinking into an error to be ignored.

@@ -60,9 +60,9 @@ inline const char* name_of(Reduction reduction) {
 
 inline const char* name_of(DType dtype) {
   static constexpr const char* kNames[kDTypeCount] = {
-      "uint8",     "int8",       "bool",          "int16",       "int32",   "int64",
-      "float16",   "bfloat16",   "float32",       "float64",     "complex64",
-      "complex128", "float8_e4m3fn", "float8_e5m2", "uint16",    "uint32",  "uint64"};
+      "uint8",         "int8",        "bool",    "int16",   "int32",     "int64",
+      "float16",       "bfloat16",    "float32", "float64", "complex64", "complex128",
+      "float8_e4m3fn", "float8_e5m2", "uint16",  "uint32",  "uint64"};
   return uint32_t(dtype) < kDTypeCount ? kNames[uint32_t(dtype)] : "?";
 }
 
@@ -84,7 +84,8 @@ void visit_reducible(DType dtype, Visit visit) {
     default:
       throw std::invalid_argument(
           "dtype: expected float32, float16, bfloat16, float64, int32 or int64 for a reduction, "
-          "got " + std::string(name_of(dtype)) + "; convert first, or gather and reduce locally");
+          "got " +
+          std::string(name_of(dtype)) + "; convert first, or gather and reduce locally");
   }
 }
 

@@ -42,8 +42,10 @@ class Waiter {
     start(0, peer, word, target);
   }
   bool again(int) {
-    if (++turns_ > spin_turns_) slow_turn();
-    else pause();
+    if (++turns_ > spin_turns_)
+      slow_turn();
+    else
+      pause();
     return true;
   }
   // For a call that does not wait: gives up if what begin named has not come and never will.

@@ -25,10 +25,10 @@ Tensor bias_activation_op(const Tensor& x, const OptionalTensor& bias, const Ten
   Tensor y = empty_like_rows(x, rows, columns);
   dispatch_floats("x", x, [&](auto zero) {
     using T = decltype(zero);
-    bias_activation<T>({data_of<T>(x), optional_vector<T>("bias", bias, columns, x.scalar_type()),
-                        data_of<T>(y), dy == nullptr ? nullptr : data_of<const T>(*dy), rows,
-                        columns, x.stride(0), kind},
-                       device.stream());
+    bias_activation<T>(
+        {data_of<T>(x), optional_vector<T>("bias", bias, columns, x.scalar_type()), data_of<T>(y),
+         dy == nullptr ? nullptr : data_of<const T>(*dy), rows, columns, x.stride(0), kind},
+        device.stream());
   });
   return y;
 }
@@ -51,8 +51,8 @@ void check_gated(const Tensor& gate, const Tensor& up) {
   }
 }
 
-Tensor op_gated_activation(Tensor gate, Tensor up, OptionalTensor gate_bias,
-                           OptionalTensor up_bias, int64_t activation) {
+Tensor op_gated_activation(Tensor gate, Tensor up, OptionalTensor gate_bias, OptionalTensor up_bias,
+                           int64_t activation) {
   check_gated(gate, up);
   const int64_t rows = gate.size(0), columns = gate.size(1);
   const Activation kind = activation_of(activation);
@@ -62,7 +62,8 @@ Tensor op_gated_activation(Tensor gate, Tensor up, OptionalTensor gate_bias,
   dispatch_floats("gate", gate, [&](auto zero) {
     using T = decltype(zero);
     gated_activation<T>(
-        {data_of<T>(gate), data_of<T>(up), optional_vector<T>("gate_bias", gate_bias, columns, dtype),
+        {data_of<T>(gate), data_of<T>(up),
+         optional_vector<T>("gate_bias", gate_bias, columns, dtype),
          optional_vector<T>("up_bias", up_bias, columns, dtype), nullptr, data_of<T>(y), nullptr,
          nullptr, rows, columns, gate.stride(0), columns, kind},
         device.stream());
@@ -85,7 +86,8 @@ Tensor op_gated_activation_backward(Tensor dy, Tensor gate, Tensor up, OptionalT
     using T = decltype(zero);
     T* out = data_of<T>(both);
     gated_activation<T>(
-        {data_of<T>(gate), data_of<T>(up), optional_vector<T>("gate_bias", gate_bias, columns, dtype),
+        {data_of<T>(gate), data_of<T>(up),
+         optional_vector<T>("gate_bias", gate_bias, columns, dtype),
          optional_vector<T>("up_bias", up_bias, columns, dtype), data_of<T>(dy), nullptr, out,
          out + columns, rows, columns, gate.stride(0), 2 * columns, kind},
         device.stream());
@@ -97,7 +99,8 @@ Tensor op_gated_activation_backward(Tensor dy, Tensor gate, Tensor up, OptionalT
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pyparallel, m) {
   m.def("cuda_bias_activation(Tensor x, Tensor? bias, int activation) -> Tensor");
-  m.def("cuda_bias_activation_backward(Tensor dy, Tensor x, Tensor? bias, int activation) -> Tensor");
+  m.def(
+      "cuda_bias_activation_backward(Tensor dy, Tensor x, Tensor? bias, int activation) -> Tensor");
   m.def(
       "cuda_gated_activation(Tensor gate, Tensor up, Tensor? gate_bias, Tensor? up_bias,"
       " int activation) -> Tensor");

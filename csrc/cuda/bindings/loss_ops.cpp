@@ -8,8 +8,13 @@ namespace {
 template <class T>
 CrossEntropy<T> arguments(const Tensor& logits, const Tensor& targets, int64_t offset,
                           int64_t ignored) {
-  return {data_of<T>(logits), data_of<int64_t>(targets), logits.size(0), logits.size(1),
-          logits.stride(0),   offset,                    ignored};
+  return {data_of<T>(logits),
+          data_of<int64_t>(targets),
+          logits.size(0),
+          logits.size(1),
+          logits.stride(0),
+          offset,
+          ignored};
 }
 
 void check_arguments(const Tensor& logits, const Tensor& targets) {
@@ -41,8 +46,7 @@ void op_cross_entropy_gradient(Tensor logits, Tensor targets, Tensor lse, Tensor
   check_vector("lse", lse, logits.size(0));
   check_dtype("dloss", dloss, ScalarType::Float);
   check_dtype("lse", lse, ScalarType::Float);
-  const float* bases =
-      optional_vector<float>("base", base, logits.size(0), ScalarType::Float);
+  const float* bases = optional_vector<float>("base", base, logits.size(0), ScalarType::Float);
   OnDeviceOf device(logits);
   dispatch_floats("logits", logits, [&](auto zero) {
     using T = decltype(zero);
@@ -56,7 +60,8 @@ void op_cross_entropy_gradient(Tensor logits, Tensor targets, Tensor lse, Tensor
 
 // parts [R, M, N], strides free but for contiguous [M, N] blocks; writes out [M, N].
 void op_rank_sum(Tensor parts, OptionalTensor bias, OptionalTensor residual, Tensor out) {
-  if (!parts.is_cuda() || parts.dim() != 3) fail("parts", "a CUDA tensor [R, M, N]", shape_text(parts));
+  if (!parts.is_cuda() || parts.dim() != 3)
+    fail("parts", "a CUDA tensor [R, M, N]", shape_text(parts));
   const int64_t rows = parts.size(1), columns = parts.size(2);
   if ((columns > 1 && parts.stride(2) != 1) || (rows > 1 && parts.stride(1) != columns)) {
     fail("parts", "a contiguous [M, N] block for each rank", "other strides; call .contiguous()");
@@ -80,7 +85,8 @@ void op_rank_sum(Tensor parts, OptionalTensor bias, OptionalTensor residual, Ten
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pyparallel, m) {
-  m.def("cuda_cross_entropy_stats(Tensor logits, Tensor targets, int offset, int ignored) -> Tensor");
+  m.def(
+      "cuda_cross_entropy_stats(Tensor logits, Tensor targets, int offset, int ignored) -> Tensor");
   m.def(
       "cuda_cross_entropy_gradient_(Tensor(a!) logits, Tensor targets, Tensor lse, Tensor dloss,"
       " int offset, int vocab, int ignored, float smoothing, float z_loss, Tensor? base=None)"

@@ -151,10 +151,8 @@ void bind_peer_group(py::module_& m) {
       .def_property_readonly("rank", &PeerGroup::rank)
       .def_property_readonly("size", &PeerGroup::size)
       .def("check", &PeerGroup::check)
-      .def("copy",
-           [](PeerGroup& g, uintptr_t to, uintptr_t from, int64_t bytes, uintptr_t stream) {
-             g.copy(to, from, bytes, stream_of(stream));
-           })
+      .def("copy", [](PeerGroup& g, uintptr_t to, uintptr_t from, int64_t bytes,
+                      uintptr_t stream) { g.copy(to, from, bytes, stream_of(stream)); })
       .def("fail", &PeerGroup::fail, py::arg("missing"))
       .def("all_reduce",
            [](PeerGroup& g, uintptr_t data, int64_t n, int dtype, Reduction reduction,
@@ -182,8 +180,8 @@ void bind_peer_group(py::module_& m) {
            [](PeerGroup& g, uintptr_t output, uintptr_t input, const std::vector<int64_t>& counts,
               int64_t element, uintptr_t stream) {
              const Split split = split_of(counts, g.size(), element);
-             peer_all_gather(g.begin(PeerOperation::all_gather, uint32_t(element), Reduction::none, 0,
-                                     split.begin[g.size()], hash_of(split, g.size())),
+             peer_all_gather(g.begin(PeerOperation::all_gather, uint32_t(element), Reduction::none,
+                                     0, split.begin[g.size()], hash_of(split, g.size())),
                              at<unsigned char>(output), at<const unsigned char>(input), split,
                              stream_of(stream));
            })
@@ -199,30 +197,32 @@ void bind_peer_group(py::module_& m) {
            })
       .def("broadcast",
            [](PeerGroup& g, uintptr_t data, int64_t bytes, int root, uintptr_t stream) {
-             peer_broadcast(
-                 g.begin(PeerOperation::broadcast, 1, Reduction::none, root, bytes, 0),
-                 at<unsigned char>(data), bytes, root, stream_of(stream));
+             peer_broadcast(g.begin(PeerOperation::broadcast, 1, Reduction::none, root, bytes, 0),
+                            at<unsigned char>(data), bytes, root, stream_of(stream));
            })
       .def("barrier",
            [](PeerGroup& g, uintptr_t stream) {
              peer_barrier(g.begin(PeerOperation::barrier, 0, Reduction::none, 0, 0, 0),
                           stream_of(stream));
            })
-      .def("all_reduce_norm",
-           [](PeerGroup& g, uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t h,
-              uintptr_t y, int64_t rows, int64_t hidden, double eps, int dtype,
-              Algorithm algorithm, uintptr_t stream) {
-             dispatch_floats(dtype, [&](auto zero) {
-               using T = decltype(zero);
-               const AllReduceNorm<T> a{at<const T>(x), at<const T>(residual), at<const T>(weight),
-                                        at<T>(h),       at<T>(y),              rows,
-                                        hidden,         float(eps)};
-               peer_all_reduce_norm<T>(
-                   g.begin(PeerOperation::all_reduce_norm, uint32_t(dtype), Reduction::sum,
-                           int(algorithm), rows, uint64_t(hidden)),
-                   a, algorithm, stream_of(stream));
-             });
-           });
+      .def("all_reduce_norm", [](PeerGroup& g, uintptr_t x, uintptr_t residual, uintptr_t weight,
+                                 uintptr_t h, uintptr_t y, int64_t rows, int64_t hidden, double eps,
+                                 int dtype, Algorithm algorithm, uintptr_t stream) {
+        dispatch_floats(dtype, [&](auto zero) {
+          using T = decltype(zero);
+          const AllReduceNorm<T> a{at<const T>(x),
+                                   at<const T>(residual),
+                                   at<const T>(weight),
+                                   at<T>(h),
+                                   at<T>(y),
+                                   rows,
+                                   hidden,
+                                   float(eps)};
+          peer_all_reduce_norm<T>(g.begin(PeerOperation::all_reduce_norm, uint32_t(dtype),
+                                          Reduction::sum, int(algorithm), rows, uint64_t(hidden)),
+                                  a, algorithm, stream_of(stream));
+        });
+      });
 }
 
 }  // namespace
@@ -244,8 +244,9 @@ PYBIND11_MODULE(_cuda, m) {
     ncclGetVersion(&version);
     return version;
   });
-  m.def("architectures", [] { return std::string(PYPARALLEL_CUDA_ARCHITECTURES); },
-        "The architectures this build holds machine code for.");
+  m.def(
+      "architectures", [] { return std::string(PYPARALLEL_CUDA_ARCHITECTURES); },
+      "The architectures this build holds machine code for.");
   m.def("device_count", [] {
     int count = 0;
     // No driver and no device are an answer, not an error.

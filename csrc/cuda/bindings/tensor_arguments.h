@@ -59,11 +59,13 @@ inline void fail(const char* name, const std::string& expected, const std::strin
 inline void check_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t columns) {
   if (!tensor.is_cuda()) fail(name, "a CUDA tensor", "one on another device; call .cuda()");
   if (tensor.dim() != 2 || tensor.size(0) != rows || tensor.size(1) != columns) {
-    fail(name, "[" + std::to_string(rows) + ", " + std::to_string(columns) + "]", shape_text(tensor));
+    fail(name, "[" + std::to_string(rows) + ", " + std::to_string(columns) + "]",
+         shape_text(tensor));
   }
   if (columns > 1 && tensor.stride(1) != 1) {
-    fail(name, "contiguous rows", "a stride of " + std::to_string(tensor.stride(1)) +
-                                      " between elements; call .contiguous()");
+    fail(name, "contiguous rows",
+         "a stride of " + std::to_string(tensor.stride(1)) +
+             " between elements; call .contiguous()");
   }
 }
 

@@ -37,7 +37,7 @@ struct CrossEntropyGradient {
   const float* dloss;
   T* dlogits;  // rows of `out_stride`; may be the logits themselves
   int64_t out_stride;
-  float on_target;  // 1 - e
+  float on_target;   // 1 - e
   float off_target;  // e / V
   float z_loss;
   const float* base = nullptr;  // M; without it L is the whole log-sum-exp
@@ -51,14 +51,14 @@ PP_HOST_DEVICE void cross_entropy_stats_row(const Lanes& lanes, const CrossEntro
   float largest = -INFINITY, total = 0.0f, plain = 0.0f;
   two_passes<W>(
       lanes, a.columns / W,
-      [&](float(&value)[W], int64_t v, bool count) {
+      [&](float (&value)[W], int64_t v, bool count) {
         load_vec(value, logits + v * W);
         if (!count) return;
 #pragma unroll
         for (int i = 0; i < W; ++i) largest = fmaxf(largest, value[i]);
       },
       [&] { largest = lanes.max(largest); },
-      [&](float(&value)[W], int64_t) {
+      [&](float (&value)[W], int64_t) {
         // A row of -inf alone counts nothing; -inf - -inf would make it NaN.
         const float base = largest == -INFINITY ? 0.0f : largest;
 #pragma unroll

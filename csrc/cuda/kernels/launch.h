@@ -31,9 +31,7 @@ inline int row_threads(int64_t vecs) {
   return int(min_of(kRowThreads, max_of(32, round_up(wanted, 32))));
 }
 
-inline unsigned blocks_of(int64_t items, int threads) {
-  return unsigned(ceil_div(items, threads));
-}
+inline unsigned blocks_of(int64_t items, int threads) { return unsigned(ceil_div(items, threads)); }
 
 // Calls body(std::integral_constant<int, W>) with the 16-byte width if `wide`, else with 1.
 template <class T, class Body>

@@ -46,7 +46,7 @@ PP_HOST_DEVICE void layer_norm_row(const Lanes& lanes, const LayerNorm<T>& a, in
   float total = 0.0f, squares = 0.0f, mean = 0.0f, rstd = 0.0f;
   two_passes<W>(
       lanes, a.hidden / W,
-      [&](float(&value)[W], int64_t v, bool count) {
+      [&](float (&value)[W], int64_t v, bool count) {
         load_vec(value, a.x + start + v * W);
 #pragma unroll
         for (int i = 0; i < W; ++i) value[i] -= origin;
@@ -66,7 +66,7 @@ PP_HOST_DEVICE void layer_norm_row(const Lanes& lanes, const LayerNorm<T>& a, in
           a.rstd[row] = rstd;
         }
       },
-      [&](float(&value)[W], int64_t v) {
+      [&](float (&value)[W], int64_t v) {
         float weight[W], bias[W] = {};
         load_vec(weight, a.weight + v * W);
         if (a.bias != nullptr) load_vec(bias, a.bias + v * W);
@@ -83,14 +83,14 @@ PP_HOST_DEVICE void layer_norm_backward_row(const Lanes& lanes, const LayerNormB
   const float mean = a.mean[row];
   const float rstd = a.rstd[row];
   float total = 0.0f, product = 0.0f;
-  const auto load_xhat = [&](float(&xhat)[W], int64_t v) {
+  const auto load_xhat = [&](float (&xhat)[W], int64_t v) {
     load_vec(xhat, a.x + start + v * W);
 #pragma unroll
     for (int i = 0; i < W; ++i) xhat[i] = (xhat[i] - mean) * rstd;
   };
   two_passes<W>(
       lanes, a.hidden / W,
-      [&](float(&g)[W], int64_t v, bool count) {
+      [&](float (&g)[W], int64_t v, bool count) {
         float weight[W], xhat[W];
         load_vec(g, a.dy + start + v * W);
         load_vec(weight, a.weight + v * W);
@@ -108,7 +108,7 @@ PP_HOST_DEVICE void layer_norm_backward_row(const Lanes& lanes, const LayerNormB
         total = lanes.sum(total) / float(a.hidden);
         product = lanes.sum(product) / float(a.hidden);
       },
-      [&](float(&g)[W], int64_t v) {
+      [&](float (&g)[W], int64_t v) {
         float xhat[W];
         load_xhat(xhat, v);
 #pragma unroll

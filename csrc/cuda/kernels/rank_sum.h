@@ -7,8 +7,8 @@
 // neither bias nor residual, the bits of core/reduce.h.
 #pragma once
 
-#include "cuda/kernels/bias_activation.h"
 #include "core/reduce.h"
+#include "cuda/kernels/bias_activation.h"
 #include "cuda/kernels/vec.h"
 
 namespace pyparallel::cuda {

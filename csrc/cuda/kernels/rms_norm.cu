@@ -45,7 +45,7 @@ void rms_norm_backward(const RmsNormBackward<T>& a, cudaStream_t stream) {
   check_launch("rms_norm_backward");
 }
 
-#define INSTANTIATE(T)                                    \
+#define INSTANTIATE(T)                                        \
   template void rms_norm<T>(const RmsNorm<T>&, cudaStream_t); \
   template void rms_norm_backward<T>(const RmsNormBackward<T>&, cudaStream_t);
 PP_INSTANTIATE_FLOATS(INSTANTIATE)

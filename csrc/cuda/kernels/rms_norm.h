@@ -44,7 +44,7 @@ PP_HOST_DEVICE void rms_norm_row(const Lanes& lanes, const RmsNorm<T>& a, int64_
   float rstd = 0.0f;
   two_passes<W>(
       lanes, a.hidden / W,
-      [&](float(&value)[W], int64_t v, bool count) {
+      [&](float (&value)[W], int64_t v, bool count) {
         const int64_t at = start + v * W;
         if (a.residual != nullptr && count) {
           float other[W];
@@ -64,7 +64,7 @@ PP_HOST_DEVICE void rms_norm_row(const Lanes& lanes, const RmsNorm<T>& a, int64_
         rstd = 1.0f / sqrtf(lanes.sum(squares) / float(a.hidden) + a.eps);
         if (lanes.index() == 0) a.rstd[row] = rstd;
       },
-      [&](float(&value)[W], int64_t v) {
+      [&](float (&value)[W], int64_t v) {
         float weight[W];
         load_vec(weight, a.weight + v * W);
 #pragma unroll
@@ -80,14 +80,14 @@ PP_HOST_DEVICE void rms_norm_backward_row(const Lanes& lanes, const RmsNormBackw
   const float rstd = a.rstd[row];
   float product = 0.0f;
   float mean = 0.0f;
-  const auto load_xhat = [&](float(&xhat)[W], int64_t v) {
+  const auto load_xhat = [&](float (&xhat)[W], int64_t v) {
     load_vec(xhat, a.h + start + v * W);
 #pragma unroll
     for (int i = 0; i < W; ++i) xhat[i] *= rstd;
   };
   two_passes<W>(
       lanes, a.hidden / W,
-      [&](float(&g)[W], int64_t v, bool count) {
+      [&](float (&g)[W], int64_t v, bool count) {
         float weight[W], xhat[W];
         load_vec(g, a.dy + start + v * W);
         load_vec(weight, a.weight + v * W);
@@ -99,7 +99,7 @@ PP_HOST_DEVICE void rms_norm_backward_row(const Lanes& lanes, const RmsNormBackw
         for (int i = 0; i < W; ++i) product += g[i] * xhat[i];
       },
       [&] { mean = lanes.sum(product) / float(a.hidden); },
-      [&](float(&g)[W], int64_t v) {
+      [&](float (&g)[W], int64_t v) {
         float xhat[W];
         load_xhat(xhat, v);
 #pragma unroll

@@ -42,8 +42,8 @@ void NcclCommunicator::broadcast(uintptr_t data, int64_t count, int dtype, int r
                                  cudaStream_t stream) {
   Lock lock(mutex_);
   begin("broadcast");
-  finish(ncclBroadcast(as<const void*>(data), as<void*>(data), size_t(count),
-                       ncclDataType_t(dtype), root, communicator_, stream),
+  finish(ncclBroadcast(as<const void*>(data), as<void*>(data), size_t(count), ncclDataType_t(dtype),
+                       root, communicator_, stream),
          stream, lock);
 }
 
@@ -59,7 +59,8 @@ void NcclCommunicator::exchange(const std::vector<Message>& sends,
   };
   for (const Message& m : sends) {
     if (m.count > 0) {
-      note(ncclSend(as<const void*>(m.address), size_t(m.count), type, m.peer, communicator_, stream));
+      note(ncclSend(as<const void*>(m.address), size_t(m.count), type, m.peer, communicator_,
+                    stream));
     }
   }
   for (const Message& m : receives) {

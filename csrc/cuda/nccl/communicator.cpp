@@ -66,7 +66,8 @@ NcclCommunicator::NcclCommunicator(std::string name, const std::string& id, int 
     : NcclCommunicator(std::move(name), timeout_seconds) {
   ncclUniqueId unique;
   if (id.size() != sizeof unique.internal) {
-    const std::string bytes = std::to_string(sizeof unique.internal), got = std::to_string(id.size());
+    const std::string bytes = std::to_string(sizeof unique.internal),
+                      got = std::to_string(id.size());
     throw std::invalid_argument("id: expected the " + bytes + " bytes of unique_id(), got " + got);
   }
   if (size < 1 || rank < 0 || rank >= size) {
@@ -127,7 +128,8 @@ NcclCommunicator::~NcclCommunicator() {
 
 void NcclCommunicator::open_stream() {
   int least = 0, greatest = 0;
-  check_cuda(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
+  check_cuda(cudaDeviceGetStreamPriorityRange(&least, &greatest),
+             "cudaDeviceGetStreamPriorityRange");
   check_cuda(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, greatest),
              "cudaStreamCreateWithPriority");
 }
@@ -232,9 +234,9 @@ void NcclCommunicator::look(Lock&) {
   ncclResult_t state = ncclSuccess;
   if (ncclCommGetAsyncError(communicator_, &state) != ncclSuccess) state = ncclInternalError;
   if (state != ncclSuccess && state != ncclInProgress) {
-    abort_with(std::string("NCCL: ") + ncclGetErrorString(state) + ": " +
-                   ncclGetLastError(communicator_),
-               {}, operation_, sequence_);
+    abort_with(
+        std::string("NCCL: ") + ncclGetErrorString(state) + ": " + ncclGetLastError(communicator_),
+        {}, operation_, sequence_);
   }
   while (!pending_.empty() && cudaEventQuery(pending_.front().event) == cudaSuccess) {
     free_events_.push_back(pending_.front().event);
@@ -242,8 +244,9 @@ void NcclCommunicator::look(Lock&) {
   }
   if (!pending_.empty() && Clock::now() > pending_.front().deadline) {
     const Pending stuck = pending_.front();
-    abort_with("not done within " + std::to_string(timeout_.count()) + " s; a peer is stuck or gone",
-               {}, stuck.operation, stuck.sequence);
+    abort_with(
+        "not done within " + std::to_string(timeout_.count()) + " s; a peer is stuck or gone", {},
+        stuck.operation, stuck.sequence);
   }
 }
 

@@ -32,10 +32,9 @@ void peer_all_reduce_norm(const PeerCall& call, const AllReduceNorm<T>& a, Algor
   const int64_t row_bytes = a.hidden * int64_t(sizeof(T));
   const int64_t slot_rows = call.peers.slot_bytes / max_of(row_bytes, 1);
   if (slot_rows < 1) {
-    throw std::invalid_argument("hidden: a row of " + std::to_string(row_bytes) +
-                                " bytes does not fit into a slot of " +
-                                std::to_string(call.peers.slot_bytes) +
-                                " bytes; create the group with larger slots");
+    throw std::invalid_argument(
+        "hidden: a row of " + std::to_string(row_bytes) + " bytes does not fit into a slot of " +
+        std::to_string(call.peers.slot_bytes) + " bytes; create the group with larger slots");
   }
   bool one_shot = algorithm == Algorithm::one_shot;
   // Two-shot shows R + 2 regions of at least a row, each rounded down to whole lines.
@@ -55,7 +54,7 @@ void peer_all_reduce_norm(const PeerCall& call, const AllReduceNorm<T>& a, Algor
   check_launch("all_reduce_norm");
 }
 
-#define INSTANTIATE(T)                                                                 \
+#define INSTANTIATE(T)                                                                       \
   template void peer_all_reduce_norm<T>(const PeerCall&, const AllReduceNorm<T>&, Algorithm, \
                                         cudaStream_t);
 PP_INSTANTIATE_FLOATS(INSTANTIATE)

@@ -35,7 +35,7 @@ PP_HOST_DEVICE void sum_norm_row(const Lanes& lanes, const AllReduceNorm<T>& a, 
   float squares = 0.0f, rstd = 0.0f;
   two_passes<W>(
       lanes, a.hidden / W,
-      [&](float(&value)[W], int64_t v, bool count) {
+      [&](float (&value)[W], int64_t v, bool count) {
         const int64_t at = start + v * W;
         if (!count) {
           load_vec(value, a.h + at);
@@ -58,7 +58,7 @@ PP_HOST_DEVICE void sum_norm_row(const Lanes& lanes, const AllReduceNorm<T>& a, 
         store_vec(a.h + at, value);
       },
       [&] { rstd = 1.0f / sqrtf(lanes.sum(squares) / float(a.hidden) + a.eps); },
-      [&](float(&value)[W], int64_t v) {
+      [&](float (&value)[W], int64_t v) {
         float weight[W];
         load_vec(weight, a.weight + v * W);
 #pragma unroll
@@ -83,9 +83,9 @@ PP_HOST_DEVICE bool one_shot_all_reduce_norm(M& m, const AllReduceNorm<T>& a, Pa
         const Part rows = slice_of(mine, size, s);
         for (int64_t row = rows.begin; row < rows.end; ++row) {
           const auto source = [&](int r) -> const T* {
-            return r == w.rank ? a.x + row * a.hidden
-                               : reinterpret_cast<const T*>(w.slot(r, e)) +
-                                     (row - rows.begin) * a.hidden;
+            return r == w.rank
+                       ? a.x + row * a.hidden
+                       : reinterpret_cast<const T*>(w.slot(r, e)) + (row - rows.begin) * a.hidden;
           };
           sum_norm_row<W>(m.lanes, a, w.size, source, row);
         }
@@ -97,8 +97,7 @@ PP_HOST_DEVICE bool one_shot_all_reduce_norm(M& m, const AllReduceNorm<T>& a, Pa
 template <int W, class T, class M>
 PP_HOST_DEVICE bool two_shot_all_reduce_norm(M& m, const AllReduceNorm<T>& a, Part mine) {
   const World& w = m.world;
-  const int64_t part_rows =
-      max_of(1, line_elements<T>(m.slice_bytes / (w.size + 2)) / a.hidden);
+  const int64_t part_rows = max_of(1, line_elements<T>(m.slice_bytes / (w.size + 2)) / a.hidden);
   const int64_t size = part_rows * w.size;
   const int64_t slices = max_of(1, ceil_div(mine.size(), size));
   const auto region = [&](int owner, int index, uint32_t e) {
@@ -119,9 +118,8 @@ PP_HOST_DEVICE bool two_shot_all_reduce_norm(M& m, const AllReduceNorm<T>& a, Pa
           const Part own = piece(s - 1, w.rank);
           for (int64_t row = own.begin; row < own.end; ++row) {
             const auto source = [&](int r) -> const T* {
-              return r == w.rank
-                         ? a.x + row * a.hidden
-                         : region(r, w.rank, e - 1) + (row - own.begin) * a.hidden;
+              return r == w.rank ? a.x + row * a.hidden
+                                 : region(r, w.rank, e - 1) + (row - own.begin) * a.hidden;
             };
             sum_norm_row<W>(m.lanes, a, w.size, source, row);
           }

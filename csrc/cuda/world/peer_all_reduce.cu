@@ -49,8 +49,9 @@ void peer_all_reduce(const PeerCall& call, T* data, int64_t n, Reduction reducti
   }
 }
 
-#define INSTANTIATE(T) \
-  template void peer_all_reduce<T>(const PeerCall&, T*, int64_t, Reduction, Algorithm, cudaStream_t);
+#define INSTANTIATE(T)                                                                 \
+  template void peer_all_reduce<T>(const PeerCall&, T*, int64_t, Reduction, Algorithm, \
+                                   cudaStream_t);
 PP_INSTANTIATE_FLOATS(INSTANTIATE)
 
 }  // namespace pyparallel::cuda

@@ -33,9 +33,9 @@ std::string text_of(const std::vector<int>& ranks) {
 }  // namespace
 
 const char* name_of(PeerOperation operation) {
-  static constexpr const char* kNames[] = {
-      "nothing",   "all_reduce", "reduce_scatter", "all_gather",         "all_to_all",
-      "broadcast", "barrier",    "all_reduce_norm"};
+  static constexpr const char* kNames[] = {"nothing",    "all_reduce",     "reduce_scatter",
+                                           "all_gather", "all_to_all",     "broadcast",
+                                           "barrier",    "all_reduce_norm"};
   return uint32_t(operation) < sizeof kNames / sizeof *kNames ? kNames[uint32_t(operation)]
                                                               : "an unknown call";
 }
@@ -115,7 +115,8 @@ PeerGroup::PeerGroup(std::string name, int rank, int64_t slot_bytes, double time
   peers_.size = size;
   peers_.slot_bytes = slot_bytes;
   peers_.timeout_ns = uint64_t(timeout_seconds * 1e9);
-  for (int r = 0; r < size; ++r) peers_.base[r] = reinterpret_cast<unsigned char*>(bases[size_t(r)]);
+  for (int r = 0; r < size; ++r)
+    peers_.base[r] = reinterpret_cast<unsigned char*>(bases[size_t(r)]);
   void* fault = nullptr;
   check_status(cudaHostAlloc(&fault, sizeof(PeerFault), cudaHostAllocMapped), "cudaHostAlloc");
   peers_.fault = static_cast<PeerFault*>(std::memset(fault, 0, sizeof(PeerFault)));
@@ -169,7 +170,8 @@ void PeerGroup::check() {
   std::string text = operation + " #" + std::to_string(sequence) + " of group '" + name_ +
                      "' (rank " + std::to_string(rank()) + " of " + std::to_string(size()) + "): ";
   if (!differing.empty()) {
-    text += text_of(differing) + " made another call; check that all ranks pass the same shapes, "
+    text += text_of(differing) +
+            " made another call; check that all ranks pass the same shapes, "
             "dtypes and operations in the same order";
   } else {
     text += text_of(missing) + " died, or did not come within " +

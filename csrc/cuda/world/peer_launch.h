@@ -2,8 +2,8 @@
 #pragma once
 
 #include "core/collective.h"
-#include "cuda/world/device_waiter.h"
 #include "cuda/kernels/launch.h"
+#include "cuda/world/device_waiter.h"
 #include "cuda/world/peer_kernels.h"
 
 namespace pyparallel::cuda {

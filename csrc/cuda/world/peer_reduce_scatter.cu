@@ -34,7 +34,7 @@ void peer_reduce_scatter(const PeerCall& call, T* output, const T* input, const 
   check_launch("peer_reduce_scatter");
 }
 
-#define INSTANTIATE(T)                                                                           \
+#define INSTANTIATE(T)                                                                         \
   template void peer_reduce_scatter<T>(const PeerCall&, T*, const T*, const Split&, Reduction, \
                                        cudaStream_t);
 PP_INSTANTIATE_FLOATS(INSTANTIATE)

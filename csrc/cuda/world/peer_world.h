@@ -46,7 +46,8 @@ struct PeerWorld {
 // Block `block`'s World; written by the lanes of that block into memory they share. There is no
 // channel area: point-to-point messages between GPUs are NCCL's.
 template <class Lanes>
-PP_HOST_DEVICE void make_world(const Lanes& lanes, const PeerWorld& peers, int block, World& world) {
+PP_HOST_DEVICE void make_world(const Lanes& lanes, const PeerWorld& peers, int block,
+                               World& world) {
   const int64_t offset = block * PeerWorld::block_bytes(peers.size, peers.slot_bytes);
   const int64_t control = round_up(World::control_bytes(peers.size), kLine);
   if (lanes.index() == 0) {
