@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 export MAX_JOBS ?= 2
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 CSRC := $(shell find csrc/core csrc/cpu csrc/bindings -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+# What clang-format keeps in shape.
+FORMATTED = $(shell find csrc tests/native -path '*/build' -prune -o \
+  \( -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' \) -print)
 
 .PHONY: demo install model test test-kernels test-slow test-gpu test-processors tsan asan mutants mutants-kernels \
   mutants-numerics lint format clean
@@ -98,10 +101,12 @@ train-demo: install $(MODEL)
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(FORMATTED)
 
 include cuda.mk
 
