@@ -138,9 +138,12 @@ inline void transpose(Vec (&a)[W]) {
 
 // Whole lines of 64 bytes to where a line begins, past the caches.
 inline void stream_lines(char* to, const char* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 32) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i),
-                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
+  for (int64_t i = 0; i < bytes; i += 64) {
+#pragma GCC unroll 2
+    for (int64_t k = i; k < i + 64; k += 32) {
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + k),
+                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + k)));
+    }
   }
   // Streaming stores are not ordered by a release; the fence makes them so.
   _mm_sfence();
