@@ -20,7 +20,7 @@ class Takes:
     """What an engine takes; None: everything.
 
     Attributes:
-        device: the type of device that its tensors are on.
+        device: the type of device that its tensors are on, "cpu" or "cuda".
         moved: the types that it carries.
         reduced: the types that it reduces.
     """
@@ -61,7 +61,9 @@ def check_reduced(operation: str, name: str, tensor: Tensor, takes: Takes) -> No
 def check_input(operation: str, input: Tensor, output: Tensor, takes: Takes) -> None:
     """That ``input`` is of the kind of ``output``, which has been checked."""
     _check_place(operation, "input", input, takes)
-    if input.dtype != output.dtype or input.device != output.device:
+    # Where the engine's device is checked anyway, asking for both again would cost more than all else.
+    apart = takes.device is None and input.device != output.device
+    if apart or input.dtype != output.dtype:
         raise ValueError(
             f"{operation}: input: expected output's {output.dtype} on {output.device}, got "
             f"{input.dtype} on {input.device}; convert one with .to()"
@@ -143,7 +145,9 @@ def _checked_counts(
 
 
 def _check_place(operation: str, name: str, tensor: Tensor, takes: Takes) -> None:
-    if takes.device is not None and tensor.device.type != takes.device:
+    if takes.device is not None and not (
+        tensor.is_cpu if takes.device == "cpu" else tensor.is_cuda
+    ):
         raise ValueError(
             f"{operation}: {name}: expected a tensor on {takes.device}, got one on {tensor.device}; "
             f"pass {name}.to({takes.device!r})"

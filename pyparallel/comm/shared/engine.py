@@ -116,20 +116,20 @@ class SharedMemoryCommunicator(Communicator):
         self.engine.all_reduce(tensor.data_ptr(), tensor.numel(), code, REDUCTION_CODES[op])
 
     def _all_gather(self, output: Tensor, input: Tensor, counts: list[int]) -> None:
-        places = output.data_ptr(), input.data_ptr()
-        self.engine.all_gather(*places, output.numel(), counts, CODES[output.dtype])
+        out, code = output.data_ptr(), CODES[output.dtype]
+        self.engine.all_gather(out, input.data_ptr(), output.numel(), counts, code)
 
     def _reduce_scatter(self, output: Tensor, input: Tensor, counts: list[int], op: str) -> None:
-        places = output.data_ptr(), input.data_ptr()
-        codes = CODES[output.dtype], REDUCTION_CODES[op]
-        self.engine.reduce_scatter(*places, input.numel(), counts, *codes)
+        out, code, reduction = output.data_ptr(), CODES[output.dtype], REDUCTION_CODES[op]
+        self.engine.reduce_scatter(out, input.data_ptr(), input.numel(), counts, code, reduction)
 
     def _all_to_all(
         self, output: Tensor, input: Tensor, received: list[int], sent: list[int]
     ) -> None:
-        places = output.data_ptr(), input.data_ptr()
-        lengths = output.numel(), input.numel()
-        self.engine.all_to_all(*places, *lengths, received, sent, CODES[output.dtype])
+        out, code = output.data_ptr(), CODES[output.dtype]
+        self.engine.all_to_all(
+            out, input.data_ptr(), output.numel(), input.numel(), received, sent, code
+        )
 
     def _broadcast(self, tensor: Tensor, src: int) -> None:
         self.engine.broadcast(tensor.data_ptr(), tensor.numel(), CODES[tensor.dtype], src)
