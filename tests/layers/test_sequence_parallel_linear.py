@@ -1,4 +1,4 @@
-"""Column and row layers, embedding and head with the sequence cut over the ranks, against dense ones.
+"""Column and row layers and QKV with the sequence cut over the ranks, against dense ones.
 
 Inputs are small integers, so every comparison is exact.
 """
@@ -13,16 +13,15 @@ from torch import nn
 
 from pyparallel.comm.collectives import count_collectives
 from pyparallel.comm.group import Group
-from pyparallel.comm.sequence import gather_sequence, sequence_sizes, split_sequence
-from pyparallel.cut.shard import part_sizes
+from pyparallel.comm.sequence import sequence_sizes, split_sequence
 from pyparallel.layers import (
     ColumnParallelLinear,
-    ParallelLMHead,
     QKVParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
 )
 from pyparallel.testing import assert_equal, integers, own, run_ranks
+from tests.layers.counts import counted, expected_counts
 
 RANKS = [1, 2, 3, 4]
 DTYPES = (torch.float32, torch.bfloat16)
@@ -45,20 +44,6 @@ def dense_linear(k: int, m: int, bias: bool, dtype: torch.dtype) -> nn.Linear:
         if bias:
             linear.bias.copy_(integers(m, seed=2, dtype=dtype))
     return linear
-
-
-def counted(counter) -> dict:
-    return {name: value for name, value in counter.items() if value}
-
-
-def expected_counts(group: Group, **calls: tuple[int, int]) -> dict:
-    """``name=(calls, bytes)``; nothing at all on one rank."""
-    expected = {}
-    if group.size > 1:
-        for name, (number, num_bytes) in calls.items():
-            expected[name] = number
-            expected[name, "bytes"] = num_bytes
-    return {name: value for name, value in expected.items() if value}
 
 
 def column(group: Group, shapes) -> None:
@@ -217,70 +202,6 @@ def qkv(group: Group) -> None:
 @pytest.mark.parametrize("ranks", RANKS)
 def test_qkv(ranks):
     run_ranks(qkv, ranks)
-
-
-def vocabulary(group: Group) -> None:
-    """Embedding and head, tied; ids on every edge of the shards."""
-    for vocab, s in ((13, 6), (3, 5), (8, 4)):
-        table = integers(vocab, 5, seed=1)
-        edges = [e for size in (part_sizes(vocab, group.size),) for e in _edges(size)]
-        ids = torch.tensor([[edges[(i + j) % len(edges)] for j in range(s)] for i in range(2)])
-        dense = table.clone().requires_grad_()
-        x = nn.functional.embedding(ids, dense)
-        y = nn.functional.linear(x, dense)
-        dy = integers(2, s, vocab, seed=2)
-        (truth,) = torch.autograd.grad(y, dense, dy)
-
-        embedding = VocabParallelEmbedding(vocab, 5, group=group, sequence_parallel=True)
-        embedding.load_dense({"weight": table})
-        head = ParallelLMHead(
-            5, vocab, False, group=group, gather_output=False, sequence_parallel=True
-        )
-        head.weight = embedding.weight
-        with count_collectives() as counter:
-            x_shard = embedding(ids)
-        size = x.numel() * x.itemsize
-        assert counted(counter) == expected_counts(group, reduce_scatter=(1, size))
-        sizes = sequence_sizes(s, group)
-        assert_equal(x_shard, x.split(sizes, -2)[group.rank], "embedding")
-        logits = head(x_shard, length=s)
-        cut = head.shardings["weight"].along(-1)
-        assert_equal(logits, cut.split(y, group.rank), "logits")
-        (grad,) = torch.autograd.grad(logits, embedding.weight, cut.split(dy, group.rank))
-        assert_equal(grad, own(embedding, "weight", truth, group), "dtable")
-
-
-def _edges(sizes: list[int]) -> list[int]:
-    edges, start = [], 0
-    for size in sizes:
-        edges += [start, start + size - 1] if size else []
-        start += size
-    return edges
-
-
-@pytest.mark.parametrize("ranks", RANKS)
-def test_embedding_and_head(ranks):
-    run_ranks(vocabulary, ranks)
-
-
-def gathers(group: Group) -> None:
-    x = integers(2, 7, 3, seed=1).requires_grad_()
-    dy = integers(2, 7, 3, seed=2)
-    whole = gather_sequence(split_sequence(x, group), group, length=7)
-    assert_equal(whole, x, "gathered")
-    (grad,) = torch.autograd.grad(whole, x, dy)
-    assert_equal(grad, dy, "gradient of a replicated use")
-    part = split_sequence(x, group)
-    whole = gather_sequence(part, group, length=7, grad="reduce_scatter")
-    (grad,) = torch.autograd.grad(whole, part, dy * (group.rank + 1))
-    summed = dy * sum(range(1, group.size + 1))
-    expected = summed.split(sequence_sizes(7, group), -2)[group.rank]
-    assert_equal(grad, expected, "gradient of uses that differ")
-
-
-def test_split_and_gather():
-    for ranks in RANKS:
-        run_ranks(gathers, ranks)
 
 
 def refused(group: Group) -> list[str]:
