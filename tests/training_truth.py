@@ -63,19 +63,24 @@ class Truth:
     The dense model in fp32 errs by e = max |dense - truth| of a tensor, over several legal orders of
     its sums. Every mesh makes the roundings that it makes, with sums in up to R parts:
     ``(1 + sqrt(R)) (e + r |g| + u |g_max|)``, r the worst relative error of a whole gradient; see
-    ``tests/models/test_parallelize.py``.
+    ``tests/models/test_parallelize.py``. The loss is a mean, which errs no more than the worst of the
+    tokens' losses. A norm of all is the norm of the parameters' norms, so what those err by has a norm
+    that it errs by no more than; and its own sums round once more.
 
     Attributes:
+        loss: the mean; loss_error: the e + u |max| of the tokens' losses.
         grads: of all parameters; errors: the e + r |g| + u |g_max| of each.
-        norms: by their order.
+        norms: by their order; norm_errors: the e + u |norm| of each.
         clipped: the norm that the step is clipped to.
         stepped: the parameters after clipping and one AdamW step.
     """
 
     loss: float
+    loss_error: float
     grads: dict[str, Tensor]
     errors: dict[str, float]
     norms: dict[float, float]
+    norm_errors: dict[float, float]
     clipped: float
     stepped: dict[str, Tensor]
 
@@ -84,8 +89,9 @@ def truth_of(model: nn.Module) -> Truth:
     """The truth of ``model`` on :func:`text`."""
     exact = copy.deepcopy(model).double()
     with Exact():
-        loss, grads = _step(exact)
-    _, rounded = farthest(partial(_step, model), (loss, grads))
+        losses, grads, own_norms = _step(exact)
+    seen = farthest(partial(_step, model), (losses, grads, own_norms))
+    losses_seen, rounded, norms_seen = seen
     rough = {name: float((rounded[name] - grad).abs().max()) for name, grad in grads.items()}
     sizes = {name: float(grad.abs().max()) for name, grad in grads.items()}
     top = max(sizes.values())
@@ -99,11 +105,17 @@ def truth_of(model: nn.Module) -> Truth:
         p: float(torch.nn.utils.get_total_norm(list(grads.values()), norm_type=p))
         for p in NORM_TYPES
     }
+    norm_errors = {}
+    for p, exact_norms in own_norms.items():
+        off = torch.linalg.vector_norm(norms_seen[p].double() - exact_norms, p)
+        norm_errors[p] = float(off) + U * norms[p]
+    loss_error = float((losses_seen.double() - losses).abs().max() + U * losses.max())
     clipped = norms[2.0] / 3
     torch.nn.utils.clip_grad_norm_(exact.parameters(), clipped)
     optimizer_of(exact).step()
     stepped = {name: p.detach().clone() for name, p in exact.named_parameters()}
-    return Truth(float(loss), grads, errors, norms, clipped, stepped)
+    loss = float(losses.sum() / (targets() != -100).sum())
+    return Truth(loss, loss_error, grads, errors, norms, norm_errors, clipped, stepped)
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
@@ -111,13 +123,18 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=ADAM_EPS, weight_decay=DECAY)
 
 
-def _step(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and every gradient."""
+def _step(model: nn.Module) -> tuple[Tensor, dict[str, Tensor], dict[float, Tensor]]:
+    """The tokens' losses, every gradient, and the gradients' own norms by their order."""
     model.zero_grad(set_to_none=True)
     logits = model(text(), use_cache=False).logits
-    loss = F.cross_entropy(logits.flatten(0, 1), targets().flatten())
-    loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+    wanted = targets().flatten()
+    losses = F.cross_entropy(logits.flatten(0, 1), wanted, reduction="none")
+    (losses.sum() / (wanted != -100).sum()).backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    norms = {
+        p: torch.stack([torch.linalg.vector_norm(g, p) for g in grads.values()]) for p in NORM_TYPES
+    }
+    return losses.detach(), grads, norms
 
 
 def own_parts(model: nn.Module, values: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
@@ -154,6 +171,20 @@ def whole(tensor: Tensor) -> Tensor:
     """What FSDP has cut, put together."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def check_loss(loss: Tensor, truth: Truth, mesh: Mesh, what: str) -> None:
+    """The loss is the dense one."""
+    grown = 1 + math.sqrt(mesh.world.size)
+    exact = torch.tensor(truth.loss, dtype=torch.float64)
+    assert_within(loss, exact, grown * truth.loss_error, f"{what} loss")
+
+
+def check_norm(norm: Tensor, order: float, truth: Truth, mesh: Mesh, what: str) -> None:
+    """The norm of all gradients is the dense one's."""
+    grown = 1 + math.sqrt(mesh.world.size)
+    exact = torch.tensor(truth.norms[order], dtype=torch.float64)
+    assert_within(norm, exact, grown * truth.norm_errors[order], f"{what} norm {order}")
 
 
 def check_grads(model: nn.Module, truth: Truth, mesh: Mesh, what: str) -> None:

@@ -23,6 +23,8 @@ from tests.training_truth import (
     LENGTH,
     Truth,
     check_grads,
+    check_loss,
+    check_norm,
     check_stepped,
     dense,
     optimizer_of,
@@ -84,14 +86,13 @@ def check_step(
         inner, mesh, engine=engine, bucket_cap_mb=0.01 if engine == "ddp" else None
     )
     loss = loss_of(model)
-    assert abs(float(loss.detach()) - truth.loss) < 1e-5 * truth.loss, what
+    check_loss(loss.detach(), truth, mesh, what)
     loss.backward()
     check_grads(inner, truth, mesh, what)
-    for order, norm in truth.norms.items():
-        found = float(grad_norm(model, mesh, norm_type=order))
-        assert abs(found - norm) < 1e-5 * norm, (what, order)
+    for order in truth.norms:
+        check_norm(grad_norm(model, mesh, norm_type=order), order, truth, mesh, what)
     norm = clip_grad_norm_(model, truth.clipped, mesh)
-    assert abs(float(norm) - truth.norms[2.0]) < 1e-5 * truth.norms[2.0], what
+    check_norm(norm, 2.0, truth, mesh, what)
     optimizer_of(model).step()
     check_stepped(inner, truth, mesh, what)
     # The norm itself is the same bits on all ranks.

@@ -28,6 +28,8 @@ from tests.training_truth import (
     BATCH,
     Truth,
     check_grads,
+    check_loss,
+    check_norm,
     check_stepped,
     optimizer_of,
     targets,
@@ -115,11 +117,11 @@ def check(case: Case, folder: str, truth: Truth) -> None:
     )
     rows = slice(mesh.dp.rank * parts, (mesh.dp.rank + 1) * parts)
     loss = pipeline.step(text()[rows], targets()[rows])
-    assert abs(float(loss) - truth.loss) < 1e-5 * truth.loss, case
+    check_loss(loss, truth, mesh, str(case))
     for stage in stages:
         check_grads(stage, truth, mesh, str(case))
     norm = clip_grad_norm_(wrapped, truth.clipped, mesh)
-    assert abs(float(norm) - truth.norms[2.0]) < 1e-5 * truth.norms[2.0], case
+    check_norm(norm, 2.0, truth, mesh, str(case))
     for stage in stages:
         optimizer_of(stage).step()
         check_stepped(stage, truth, mesh, str(case))
