@@ -2,29 +2,70 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-import pyparallel.ops  # noqa: F401
 from pyparallel import backend
 from pyparallel.testing import normals
 
+ODD = """
+def reason(x):
+    return "x is odd" if x % 2 else None
+
+def run(x):
+    return "triton", x
+"""
+OWN = """
+def run_torch(x):
+    return "torch", x
+
+def run_reference(x):
+    return "reference", x
+"""
+# A file of a root of rows, and what is in it.
+FILES = {
+    "__init__": "",
+    "toy": OWN,
+    "triton/__init__": "def reason(x, asked):\n    return 'x is huge' if x > 1000 else None\n",
+    "triton/toy": ODD,
+    "triton/_shared": "",
+    "cuda/__init__": "def reason(x, asked):\n    return None\n",
+    "cuda/broken": "import no_such_package\n",
+    "cpu/__init__": "def reason(x, asked):\n    return None\n",
+}
+
+
+def write_rows(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = folder / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
 
 @pytest.fixture
-def toy_op(monkeypatch):
-    """An op on three backends; the first refuses odd numbers."""
-    monkeypatch.setattr(backend, "_table", {})
-    refuse_odd = lambda x: "x is odd" if x % 2 else None  # noqa: E731
-    backend.register("toy", "triton", supports=refuse_odd)(lambda x: ("triton", x))
-    backend.register("toy", "torch")(lambda x: ("torch", x))
-    backend.register("toy", "reference")(lambda x: ("reference", x))
+def toy_op(monkeypatch, tmp_path):
+    """An op on three backends, found by its files; the first refuses odd numbers."""
+    write_rows(tmp_path / "toy_rows", FILES)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(backend, "ROOTS", ("toy_rows",))
+    rows = {name: SimpleNamespace() for name in ("automatic", *backend.BACKENDS)}
+    monkeypatch.setattr(backend, "_rows", SimpleNamespace(**rows))
+    backend._row.cache_clear()
     monkeypatch.delenv("PYPARALLEL_BACKEND", raising=False)
+    yield tmp_path / "toy_rows"
+    backend._row.cache_clear()
+    for name in [name for name in sys.modules if name.split(".")[0] == "toy_rows"]:
+        del sys.modules[name]
 
 
 def test_the_first_that_supports_the_call_runs_it(toy_op):
     assert backend.call("toy", 2) == ("triton", 2)
     assert backend.call("toy", 3) == ("torch", 3)
-    assert backend.table() == {"toy": ["triton", "torch", "reference"]}
+    assert backend.table() == {"broken": ["cuda"], "toy": ["triton", "torch", "reference"]}
 
 
 def test_an_explicit_choice_runs_or_raises_with_the_reason(toy_op, monkeypatch):
@@ -50,18 +91,47 @@ def test_the_choice_ends_with_its_block_even_by_an_error(toy_op):
 
 
 def test_the_reference_is_never_fallen_back_to(toy_op):
-    backend._table["toy"].pop("torch")
+    write_rows(toy_op, {"toy": OWN.replace("run_torch", "other")})
     with pytest.raises(backend.UnsupportedError, match=r"triton: x is odd; .*torch: not impl"):
         backend.call("toy", 3)
+
+
+def test_a_folder_refuses_before_a_file_is_read(toy_op):
+    with backend.use("triton"), pytest.raises(backend.UnsupportedError, match="x is huge"):
+        backend.call("toy", 1002)
+    assert "toy_rows.triton.toy" not in sys.modules
+    with backend.use("triton"):
+        backend.call("toy", 2)
+    assert "toy_rows.triton.toy" in sys.modules
+
+
+def test_a_file_that_does_not_import_is_a_reason(toy_op):
+    with pytest.raises(backend.UnsupportedError, match=r"cuda: .*broken can't .*no_such_package"):
+        backend.call("broken", 1)
+    assert backend.offered("broken", 1) is None
+
+
+def test_a_fused_op_is_composed_where_no_row_takes_it(toy_op):
+    parts = lambda x: ("parts", backend.call("toy", x)[0])  # noqa: E731
+    assert backend.compose("toy", parts, 2) == ("triton", 2)
+    assert backend.compose("broken", parts, 3) == ("parts", "torch")
+    with backend.use("triton"):
+        assert backend.compose("broken", parts, 2) == ("parts", "triton")
+        with pytest.raises(
+            backend.UnsupportedError,
+            match=r"broken: not as one \(triton: not impl.*\), nor by its parts: toy: .*x is odd",
+        ):
+            backend.compose("broken", parts, 3)
 
 
 def test_unknown_names_are_errors(toy_op, monkeypatch):
     with pytest.raises(ValueError, match=r"backend: expected one of cuda, .* got 'tpu'"):
         backend.use("tpu").__enter__()
     with pytest.raises(ValueError, match=r"backend: expected .* got 'tpu'"):
-        backend.register("toy", "tpu")
-    with pytest.raises(ValueError, match="op: expected one of toy, got 'tyo'"):
-        backend.call("tyo", 1)
+        backend.row("toy", "tpu")
+    for name in ("tyo", "_shared"):
+        with pytest.raises(ValueError, match=f"op: expected one of broken, toy, got '{name}'"):
+            backend.call(name, 1)
     monkeypatch.setenv("PYPARALLEL_BACKEND", "tpu")
     with pytest.raises(ValueError, match=r"backend: expected .* got 'tpu'"):
         backend.call("toy", 2)
@@ -70,9 +140,15 @@ def test_unknown_names_are_errors(toy_op, monkeypatch):
 # Fused ways of what callers can also do by other ops: asked for by backend.offered.
 OFFERED = {
     "all_gather",
+    "all_gather_linear",
+    "all_gather_linear_backward",
     "all_reduce",
     "all_reduce_residual_rms_norm",
+    "column_parallel_linear_backward",
     "gated_mlp",
+    "linear_all_reduce",
+    "linear_reduce_scatter",
+    "linear_reduce_scatter_backward",
     "reduce_scatter",
 }
 
@@ -82,9 +158,9 @@ def test_every_op_has_a_library_path_and_a_reference():
     assert {"linear", "attention", "rms_norm", "layer_norm", "rope", "activation"} <= table.keys()
     for op, names in table.items():
         if op in OFFERED:
-            continue
-        assert "reference" in names, op
-        assert "torch" in names or "linear_all_reduce" in op, (op, names)
+            assert not {"torch", "reference"} & set(names), op
+        else:
+            assert {"torch", "reference"} <= set(names), (op, names)
 
 
 @pytest.mark.parametrize("op", ["attention", "causal", "window", "mask", "prefix"])

@@ -23,8 +23,8 @@ from pyparallel.comm.collectives import all_reduce_raw
 from pyparallel.comm.group import Group
 from pyparallel.launch import launch
 from pyparallel.mesh import init_mesh
-from pyparallel.ops import row_parallel_linear as row
-from pyparallel.ops import shared_memory_all_reduce as fused
+from pyparallel.ops.cpu import _few_rows, all_reduce_residual_rms_norm, linear_all_reduce
+from pyparallel.ops.row_parallel_linear import linear_then_all_reduce
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 # (K_r, N)
@@ -55,24 +55,24 @@ def add_and_norm(
 @torch.inference_mode()
 def on_ranks(dtype: torch.dtype) -> dict[tuple, dict[str, list[float]]]:
     group = init_mesh(tp=2).tp
-    fused.MOST_ROWS = max(ROWS)
+    _few_rows.MOST_ROWS = max(ROWS)
     found = {}
     for shape, (K, N) in SHAPES.items():
         for M in ROWS:
             x, weight = torch.randn(M, K, dtype=dtype), torch.randn(N, K, dtype=dtype)
             residual, gain = torch.randn(M, N, dtype=dtype), torch.randn(N, dtype=dtype)
-            if fused.linear_reason(x, weight, None, group) is not None:
+            if linear_all_reduce.reason(x, weight, None, group) is not None:
                 continue
-            y = row.linear_all_reduce(x, weight, None, group)
-            assert torch.equal(fused.linear_all_reduce(x, weight, None, group), y)
+            y = linear_then_all_reduce(x, weight, None, group)
+            assert torch.equal(linear_all_reduce.run(x, weight, None, group), y)
             linear = (x, weight, None, group)
             # Zeros, since the plain path sums in place, again and again.
             summed = (torch.zeros(M, N, dtype=dtype), residual, gain, 1e-5, group)
             calls = {
-                "linear": partial(row.linear_all_reduce, *linear),
-                "linear fused": partial(fused.linear_all_reduce, *linear),
+                "linear": partial(linear_then_all_reduce, *linear),
+                "linear fused": partial(linear_all_reduce.run, *linear),
                 "norm": partial(add_and_norm, *summed),
-                "norm fused": partial(fused.all_reduce_residual_rms_norm, *summed),
+                "norm fused": partial(all_reduce_residual_rms_norm.run, *summed),
             }
             found[shape, M] = seconds(calls)
     return found

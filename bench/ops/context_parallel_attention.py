@@ -20,8 +20,8 @@ from pyparallel.comm.context import ContextShards
 from pyparallel.comm.group import Group
 from pyparallel.launch import launch
 from pyparallel.mesh import init_mesh
-from pyparallel.ops.context_parallel_attention import context_parallel_attention
-from pyparallel.ops.context_parallel_choice import choose
+from pyparallel.ops.context.attention import context_parallel_attention
+from pyparallel.ops.context.choice import choose
 
 # (S, N, G, D): few and many KV heads, short and long.
 SHAPES = ((512, 8, 8, 64), (2048, 8, 8, 64), (2048, 8, 2, 64), (4096, 9, 3, 64))

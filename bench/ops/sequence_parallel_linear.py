@@ -23,8 +23,9 @@ from pyparallel.comm.sequence import sequence_sizes
 from pyparallel.launch import launch
 from pyparallel.mesh import init_mesh
 from pyparallel.ops.all_gather_linear import gather_then_linear
+from pyparallel.ops.cpu.all_gather_linear import run as all_gather_linear
+from pyparallel.ops.cpu.linear_reduce_scatter import run as linear_reduce_scatter
 from pyparallel.ops.linear_reduce_scatter import linear_then_reduce_scatter
-from pyparallel.ops.shared_memory_linear import all_gather_linear, linear_reduce_scatter
 
 # (S, H, F): a SmolLM2-135M layer's column and row matmuls, and larger ones; B is 1.
 SHAPES = ((128, 576, 1536), (1024, 576, 1536), (1024, 2048, 2048))

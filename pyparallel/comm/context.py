@@ -51,7 +51,7 @@ class ContextShards:
             for all sequences of the batch, or one each; None: every sequence is one document. A token
             sees tokens of its own document only.
         algorithm: "ring", "ulysses", or "auto": see
-            :func:`pyparallel.ops.context_parallel_choice.choose`.
+            :func:`pyparallel.ops.context.choice.choose`.
     """
 
     group: Group

@@ -13,6 +13,7 @@ from typing import Any
 
 from pyparallel import backend
 from pyparallel.native.cuda import extension as cuda_extension
+from pyparallel.native.triton import missing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,8 +32,6 @@ def run(args: argparse.Namespace) -> int:
 def examine() -> dict[str, Any]:
     """Everything the command prints, as data; ``reason`` is null where a thing can be used."""
     import torch
-
-    import pyparallel.layers  # noqa: F401  (fills the op x backend table)
 
     shm = shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None
     return {
@@ -75,7 +74,7 @@ def _backend_reasons() -> dict[str, str | None]:
 
     gpu = None if torch.cuda.is_available() else "no GPU is visible to torch"
     cuda = "; ".join(cuda_extension.missing()) or None
-    triton = None if _version("triton") else "triton is not installed"
+    triton = missing()
     if triton is None and gpu is not None:
         triton = f"{gpu}; on CPU tensors it runs in the interpreter, with PYPARALLEL_BACKEND=triton"
     reasons = {"cuda": cuda or gpu, "triton": triton, "cpu": _extension_reason()}

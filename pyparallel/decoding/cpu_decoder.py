@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from pyparallel import _C, backend
 from pyparallel.comm.shared.engine import SharedMemoryCommunicator
-from pyparallel.decoding.transcript import Transcript
 from pyparallel.layers.kv_cache import KVCache
 from pyparallel.layers.parallel_mlp import GATED
 from pyparallel.layers.parameters import ShardedModule
@@ -29,7 +28,6 @@ from pyparallel.models.decoder import Decoder
 from pyparallel.models.plain import unlike_plain
 from pyparallel.native.cpu.ops import ACTIVATIONS
 from pyparallel.native.cpu.weights import PRECISIONS, hold, weight_argument, widened
-from pyparallel.ops.next_token import Said, Sampling, sample
 
 
 class CPUDecoder:
@@ -181,39 +179,6 @@ class CPUDecoder:
         }
 
 
-class CPUSession:
-    """What :func:`pyparallel.generate` drives: prompts in, chosen tokens out."""
-
-    def __init__(self, model: Decoder, prompts: Sequence[Sequence[int]], slots: int) -> None:
-        self.decoder = compiled(model)
-        self.decoder.start(len(prompts), slots, prompt=len(prompts[0]))
-        self.prompts = prompts
-        self.said = Transcript(prompts)
-
-    def prefill(self, sampling: Sampling, draws: Tensor) -> list[int]:
-        """The first new token of each prompt."""
-        chosen = []
-        for row, prompt in enumerate(self.prompts):
-            self.decoder.prefill(prompt, row=row)
-            chosen += self._choose(sampling, draws[row : row + 1], self.said.row(row))
-        return chosen
-
-    def step(
-        self, tokens: Sequence[int], starts: Sequence[int], sampling: Sampling, draws: Tensor
-    ) -> list[int]:
-        """The token after each of ``tokens``, which stand at ``starts``."""
-        self.said.add(tokens)
-        self.decoder.decode(tokens, rows=range(len(tokens)), positions=starts)
-        return self._choose(sampling, draws, self.said.said)
-
-    def _choose(self, sampling: Sampling, draws: Tensor, said: Said) -> list[int]:
-        if sampling.is_greedy and sampling.rules is None:
-            return self.decoder.greedy()
-        decoder = self.decoder
-        how = {"start": decoder.head_start, "group": decoder.group, "said": said}
-        return sample(decoder.logits(), sampling, draws, **how).tolist()
-
-
 _compiled: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, CPUDecoder]] = (
     weakref.WeakKeyDictionary()
 )
@@ -264,6 +229,3 @@ def _cores(rank: int, ranks: int, threads: int) -> list[int]:
     if ranks * threads > len(cores):
         return []
     return cores[rank * threads : (rank + 1) * threads]
-
-
-backend.register("decode_session", "cpu", supports=reason_against)(CPUSession)

@@ -13,12 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Registers the sessions of CPU ranks and of pipelines.
 from pyparallel import backend
 from pyparallel.comm.collectives import all_reduce_raw
 from pyparallel.comm.group import Group
-from pyparallel.decoding import cpu_decoder, pipeline_session  # noqa: F401
-from pyparallel.decoding.module_session import CausalLM
+from pyparallel.decoding.decode_session import CausalLM
 from pyparallel.decoding.request import Request, checked, is_stage
 from pyparallel.ops.next_token import Sampling
 from pyparallel.training.batch import join_rows, part_of

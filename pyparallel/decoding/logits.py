@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyparallel.decoding.module_session import CausalLM
+from pyparallel.decoding.decode_session import CausalLM
 from pyparallel.decoding.stage_link import StageLink
 
 

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyparallel import backend
 from pyparallel.cut.shard import part_sizes
 from pyparallel.decoding.stage_link import StageLink
 from pyparallel.models.decoder import Decoder
@@ -156,13 +155,5 @@ class PipelineSession:
                     on_token(part.rows[place], token)
 
 
-def _modules_reason(model: Decoder, *args: Any) -> str | None:
-    if backend.chosen() is None and next(model.parameters()).device.type == "cpu":
-        return "its kernels are for a GPU"
-    return None
-
-
-for _name in ("cuda", "triton"):
-    backend.register("pipeline_session", _name, supports=_modules_reason)(PipelineSession)
-for _name in ("torch", "reference"):
-    backend.register("pipeline_session", _name)(PipelineSession)
+# The stages' ops are asked from the table one by one.
+run_torch = run_reference = PipelineSession

@@ -8,7 +8,7 @@ from typing import Any
 
 from pyparallel.comm.context import check_length
 from pyparallel.comm.group import Group
-from pyparallel.decoding.module_session import CausalLM
+from pyparallel.decoding.decode_session import CausalLM
 from pyparallel.decoding.prompts import listed
 from pyparallel.models.agreement import check_alike
 from pyparallel.models.generation import GenerationDefaults

@@ -1,7 +1,5 @@
 """The parallel modules: parameters and one call each."""
 
-import pyparallel.ops
-import pyparallel.ops.cuda_pipelines  # noqa: F401
 from pyparallel.layers import optimizers  # noqa: F401
 from pyparallel.layers.column_parallel_linear import ColumnParallelLinear
 from pyparallel.layers.norm import LayerNorm, RMSNorm

@@ -12,8 +12,8 @@ from pyparallel.cut.shard import Sharding, features
 from pyparallel.layers.parameters import ShardedModule, init_linear
 from pyparallel.ops.all_gather_linear import all_gather_linear
 from pyparallel.ops.column_parallel_linear import column_parallel_linear
+from pyparallel.ops.gradients.replicated_parameter import sum_over_replicas
 from pyparallel.ops.packed_linear import packed_linear
-from pyparallel.ops.replicated_parameter import sum_over_replicas
 
 
 class ColumnParallelLinear(ShardedModule):

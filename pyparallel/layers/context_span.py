@@ -18,8 +18,8 @@ from pyparallel.comm.context import ContextShards
 from pyparallel.comm.group import Group
 from pyparallel.layers.context_kv_cache import ContextKVCache, ContextSlots
 from pyparallel.layers.span import Span
-from pyparallel.ops.context_parallel_attention import context_parallel_attention
-from pyparallel.ops.context_parallel_decode import context_parallel_decode
+from pyparallel.ops.context.attention import context_parallel_attention
+from pyparallel.ops.context.decode import context_parallel_decode
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pyparallel import backend
 from pyparallel.comm.group import Group
 from pyparallel.layers.norm import LayerNorm
 from pyparallel.layers.owner import check_replaceable
-from pyparallel.ops.shared_parameters import with_summed_gradients
+from pyparallel.ops.gradients.shared_parameters import with_summed_gradients
 
 
 class SequenceParallelLayerNorm(LayerNorm):

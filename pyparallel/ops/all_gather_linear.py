@@ -29,15 +29,14 @@ from pyparallel import backend
 from pyparallel.comm.collectives import all_gather_raw, reduce_scatter_raw
 from pyparallel.comm.group import Group
 from pyparallel.ops.linear import bias_grad, linear_into
-from pyparallel.ops.sequence_ops import call
+from pyparallel.ops.sequence_ops import sequence_operator
 
 
-@backend.register("all_gather_linear", "torch")
-@backend.register("all_gather_linear", "reference")
 def gather_then_linear(
     x_shard_s: Tensor, weight: Tensor, bias: Tensor | None, group: Group, sizes: Sequence[int]
 ) -> Tensor:
-    """The plain path, on whichever backend multiplies: all-gather, then a matmul a chunk. No autograd.
+    """The op by its parts: all-gather, then a matmul a chunk, on whichever backend multiplies. No
+    autograd.
 
     Args:
         x_shard_s: [..., S_r, K]. sizes: every rank's S_r.
@@ -53,9 +52,16 @@ def gather_then_linear(
     return y
 
 
-@backend.register("all_gather_linear_backward", "torch")
-@backend.register("all_gather_linear_backward", "cpu")
-@backend.register("all_gather_linear_backward", "reference")
+def _forward(
+    x_shard_s: Tensor, weight: Tensor, bias: Tensor | None, group: Group, sizes: Sequence[int]
+) -> Tensor:
+    given = x_shard_s, weight, bias, group, sizes
+    return backend.compose("all_gather_linear", gather_then_linear, *given)
+
+
+_call = sequence_operator("all_gather_linear", _forward, tokens=lambda sizes, _: sum(sizes))
+
+
 def plain_backward(
     grad: Tensor,
     x_shard_s: Tensor,
@@ -64,7 +70,7 @@ def plain_backward(
     sizes: Sequence[int],
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx_shard_s and dw_shard_m, each where ``needs`` asks for it."""
+    """dx_shard_s and dw_shard_m by the op's parts, each where ``needs`` asks for it."""
     options = {"dim": -2, "sizes": sizes, "async_op": True}
     gathered = scattered = grad_weight = None
     if needs[1]:
@@ -84,16 +90,16 @@ class _AllGatherLinear(Function):
     ) -> Tensor:
         ctx.save_for_backward(x_shard_s, weight)
         ctx.cut = group, sizes
-        return call("all_gather_linear", x_shard_s, weight, bias, group, sizes)
+        return _call(x_shard_s, weight, bias, group, sizes)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_shard_s, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        needs = need_x, need_weight
+        given = grad, x_shard_s, weight, *ctx.cut, (need_x, need_weight)
         op = "all_gather_linear_backward"
-        grad_x, grad_weight = backend.call(op, grad, x_shard_s, weight, *ctx.cut, needs)
+        grad_x, grad_weight = backend.compose(op, plain_backward, *given)
         grad_bias = bias_grad(grad) if need_bias else None
         return grad_x, grad_weight, grad_bias, None, None
 

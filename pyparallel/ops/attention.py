@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyparallel import backend, reference
+from pyparallel import reference
 
 
-@backend.register("attention", "torch")
-def attention(
+def run_torch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -52,6 +52,6 @@ def attention(
     return o.transpose(1, 2)
 
 
-@backend.register("attention", "reference")
-def _reference_attention(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+def run_reference(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """The same, in fp32."""
     return reference.attention(q, k, v, **options)[0]

@@ -23,14 +23,11 @@ from pyparallel.comm.group import Group
 from pyparallel.ops.linear import bias_grad
 
 
-@backend.register("column_parallel_linear_backward", "torch")
-@backend.register("column_parallel_linear_backward", "cuda")
-@backend.register("column_parallel_linear_backward", "cpu")
-@backend.register("column_parallel_linear_backward", "reference")
 def plain_backward(
     grad: Tensor, x: Tensor, weight: Tensor, group: Group, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx and dw_shard_m, each where ``needs`` asks for it: the all-reduce runs under wgrad."""
+    """dx and dw_shard_m by the op's parts, each where ``needs`` asks for it: the all-reduce runs under
+    wgrad."""
     grad_x = pending = grad_weight = None
     if needs[0]:
         grad_x = backend.call("linear_dgrad", grad, weight)
@@ -39,6 +36,14 @@ def plain_backward(
     if needs[1]:
         grad_weight = backend.call("linear_wgrad", grad, x)
     return grad_x if pending is None else pending.wait(), grad_weight
+
+
+def column_parallel_linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, group: Group, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx, the whole sum, and dw_shard_m, each where ``needs`` asks for it."""
+    op = "column_parallel_linear_backward"
+    return backend.compose(op, plain_backward, grad, x, weight, group, needs)
 
 
 class _ColumnParallelLinear(Function):
@@ -53,8 +58,8 @@ class _ColumnParallelLinear(Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
-        op, needs = "column_parallel_linear_backward", (need_x, need_weight)
-        grad_x, grad_weight = backend.call(op, grad, x, weight, ctx.group, needs)
+        needs = need_x, need_weight
+        grad_x, grad_weight = column_parallel_linear_backward(grad, x, weight, ctx.group, needs)
         return grad_x, grad_weight, bias_grad(grad) if need_bias else None, None
 
 

@@ -13,66 +13,15 @@ Communication: none.
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from pyparallel import _C, backend, reference
-
-# As numbered by DType in csrc/cpu/world/types.h.
-CPU_DTYPES = {torch.float16: 6, torch.bfloat16: 7, torch.float32: 8}
+from pyparallel import backend, reference
 
 
-def _triton_reason(x: Tensor, *_: object) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if x.is_cuda:
-        return None
-    from pyparallel.kernels.launch import INTERPRETING
-
-    asked = INTERPRETING and backend.chosen() == "triton"
-    return None if asked and x.is_cpu else f"the tensor is on {x.device.type}"
-
-
-@backend.register("dropout", "triton", supports=_triton_reason)
-def _triton(x: Tensor, p: float, seed: Tensor, rows: int, row_start: int) -> Tensor:
-    from pyparallel.kernels.elementwise.dropout import Dropout, dropout
-
-    return dropout(x.contiguous(), dropout=Dropout(p, int(seed), x.shape[-2], rows, row_start))
-
-
-def _cpu_reason(x: Tensor, *_: object) -> str | None:
-    if not x.is_cpu:
-        return f"the tensor is on {x.device.type}"
-    return None if x.dtype in CPU_DTYPES else f"the kernel takes no {x.dtype}"
-
-
-@backend.register("dropout", "cpu", supports=_cpu_reason)
-def _cpu(x: Tensor, p: float, seed: Tensor, rows: int, row_start: int) -> Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype)
-    source, key, width = x.contiguous(), int(seed) % (1 << 64), x.shape[-1]
-    held = x.shape[-2] * width
-    for sequence in range(x.numel() // held if held else 0):
-        offset = sequence * held * x.itemsize
-        _C.cpu_dropout(
-            source.data_ptr() + offset,
-            y.data_ptr() + offset,
-            CPU_DTYPES[x.dtype],
-            held,
-            (sequence * rows + row_start) * width,
-            key,
-            round((1.0 - p) * 2.0**32),
-            1.0 / (1.0 - p),
-        )
-    return y
-
-
-@backend.register("dropout", "torch")
-@backend.register("dropout", "reference")
-def masked(x: Tensor, p: float, seed: Tensor, rows: int, row_start: int) -> Tensor:
+def run_torch(x: Tensor, p: float, seed: Tensor, rows: int, row_start: int) -> Tensor:
     """The mask by torch's integer arithmetic, whole sequence by whole sequence. No autograd.
 
     Args:
@@ -91,6 +40,9 @@ def masked(x: Tensor, p: float, seed: Tensor, rows: int, row_start: int) -> Tens
         scaled = flat[sequence].to(wide) * (1.0 / (1.0 - p))
         y[sequence] = torch.where(keep, scaled, 0.0)
     return y.view(x.shape)
+
+
+run_reference = run_torch
 
 
 def _real(x: Tensor, p: float, seed: Tensor, rows: int, row_start: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The dense matmul and its two gradients.
+"""The dense matmul. Its gradients, where nothing is summed over ranks, are ops of their own.
 
 ``y[..., M] = x[..., K] w[M, K]^T + b[M]``;  ``dx = dy w``;  ``dw = dy^T x``;  ``db = sum dy``.
 """
@@ -12,10 +12,12 @@ from torch.nn import functional as F
 from pyparallel import backend, reference
 
 
-@backend.register("linear", "torch")
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def run_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``y = x w^T + b``. Differentiable."""
     return F.linear(x, weight, bias)
+
+
+run_reference = reference.linear
 
 
 def linear_into(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -25,24 +27,12 @@ def linear_into(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> 
         x: [..., K]. out: [..., M], of any strides.
     """
     run = backend.select("linear", x, weight, bias)
-    if run is not linear or not out.is_contiguous() or x.numel() == 0:
+    if run is not run_torch or not out.is_contiguous() or x.numel() == 0:
         out.copy_(run(x, weight, bias))
     elif bias is None:
         torch.mm(rows(x), weight.t(), out=rows(out))
     else:
         torch.addmm(bias, rows(x), weight.t(), out=rows(out))
-
-
-@backend.register("linear_dgrad", "torch")
-def linear_dgrad(grad: Tensor, weight: Tensor) -> Tensor:
-    """``dx[..., K] = dy[..., M] w[M, K]``."""
-    return grad @ weight
-
-
-@backend.register("linear_wgrad", "torch")
-def linear_wgrad(grad: Tensor, x: Tensor) -> Tensor:
-    """``dw[M, K] = dy[..., M]^T x[..., K]``, summed over the leading axes."""
-    return rows(grad).t() @ rows(x)
 
 
 def bias_grad(grad: Tensor) -> Tensor:
@@ -55,12 +45,3 @@ def rows(x: Tensor) -> Tensor:
     """``x[..., K]`` as a matrix; a vector is one row."""
     # Not reshape(-1, K): a shard may have no features, and -1 is then ambiguous.
     return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
-
-
-backend.register("linear", "reference")(reference.linear)
-backend.register("linear_dgrad", "reference")(
-    lambda grad, weight: reference.linear(grad, weight.t())
-)
-backend.register("linear_wgrad", "reference")(
-    lambda grad, x: reference.linear(rows(grad).t(), rows(x).t())
-)

@@ -30,15 +30,13 @@ from pyparallel import backend
 from pyparallel.comm.collectives import all_gather_raw, reduce_scatter_raw
 from pyparallel.comm.group import Group
 from pyparallel.ops.linear import bias_grad, linear_into
-from pyparallel.ops.sequence_ops import call
+from pyparallel.ops.sequence_ops import sequence_operator
 
 
-@backend.register("linear_reduce_scatter", "torch")
-@backend.register("linear_reduce_scatter", "reference")
 def linear_then_reduce_scatter(
     x_shard_k: Tensor, weight: Tensor, bias: Tensor | None, group: Group, sizes: Sequence[int]
 ) -> Tensor:
-    """The plain path, on whichever backend multiplies: a matmul a chunk, then reduce-scatter. No
+    """The op by its parts: a matmul a chunk, on whichever backend multiplies, then reduce-scatter. No
     autograd.
 
     Args:
@@ -57,9 +55,18 @@ def linear_then_reduce_scatter(
     return y if bias is None else y.add_(bias)
 
 
-@backend.register("linear_reduce_scatter_backward", "torch")
-@backend.register("linear_reduce_scatter_backward", "cpu")
-@backend.register("linear_reduce_scatter_backward", "reference")
+def _forward(
+    x_shard_k: Tensor, weight: Tensor, bias: Tensor | None, group: Group, sizes: Sequence[int]
+) -> Tensor:
+    given = x_shard_k, weight, bias, group, sizes
+    return backend.compose("linear_reduce_scatter", linear_then_reduce_scatter, *given)
+
+
+_call = sequence_operator(
+    "linear_reduce_scatter", _forward, tokens=lambda sizes, group: sizes[group.rank]
+)
+
+
 def plain_backward(
     grad: Tensor,
     x_shard_k: Tensor,
@@ -68,7 +75,7 @@ def plain_backward(
     sizes: Sequence[int],
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx_shard_k, dw_shard_k and db, each where ``needs`` asks for it."""
+    """dx_shard_k, dw_shard_k and db by the op's parts, each where ``needs`` asks for it."""
     need_x, need_weight, need_bias = needs
     pending = all_gather_raw(grad, group, dim=-2, sizes=sizes, async_op=True)
     own = backend.call("linear_dgrad", grad, weight) if need_x else None
@@ -91,15 +98,15 @@ class _LinearReduceScatter(Function):
     ) -> Tensor:
         ctx.save_for_backward(x_shard_k, weight)
         ctx.cut = group, sizes
-        return call("linear_reduce_scatter", x_shard_k, weight, bias, group, sizes)
+        return _call(x_shard_k, weight, bias, group, sizes)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_shard_k, weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
+        given = grad, x_shard_k, weight, *ctx.cut, ctx.needs_input_grad[:3]
         op = "linear_reduce_scatter_backward"
-        return (*backend.call(op, grad, x_shard_k, weight, *ctx.cut, needs), None, None)
+        return (*backend.compose(op, plain_backward, *given), None, None)
 
 
 def linear_reduce_scatter(

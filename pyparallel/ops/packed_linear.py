@@ -16,30 +16,20 @@ from pyparallel import backend, reference
 from pyparallel.comm.collectives import all_reduce_raw
 from pyparallel.comm.group import Group
 from pyparallel.cut.quantize import PackedWeight
-from pyparallel.native.cpu import ops as cpu_ops
 
 
-def _cpu_reason(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> str | None:
-    if not weight.data.is_cpu or not weight.data.is_contiguous():
-        return "expected a contiguous weight on the CPU"
-    return cpu_ops.plain_reason(x, weight.scale, bias)
-
-
-backend.register("packed_linear", "cpu", supports=_cpu_reason)(cpu_ops.linear)
-
-
-@backend.register("packed_linear", "torch")
-def _torch(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+def run_torch(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """With the weight unpacked for the length of the call."""
     if weight.scale is None:
         wide = None if bias is None else bias.float()
         return F.linear(x.float(), weight.dequantized(), wide).to(x.dtype)
-    # A matrix in x's dtype, of numbers that it holds exactly, for the length of the call.
+    # A matrix in x's dtype, of numbers that it holds exactly.
     y = F.linear(x, weight.data.to(x.dtype)) * weight.scale
     return (y if bias is None else y + bias).to(x.dtype)
 
 
-@backend.register("packed_linear", "reference")
-def _reference(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+def run_reference(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """With the numbers that the weight stands for, in fp32."""
     return reference.linear(x, weight.dequantized(), bias)
 
 

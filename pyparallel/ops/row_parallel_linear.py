@@ -29,12 +29,16 @@ from pyparallel.comm.group import Group
 from pyparallel.ops.linear import bias_grad
 
 
-@backend.register("linear_all_reduce", "torch")
-@backend.register("linear_all_reduce", "reference")
-def linear_all_reduce(x: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
-    """The unfused path, on whichever backend multiplies: matmul, all-reduce, bias. No autograd."""
+def linear_then_all_reduce(x: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
+    """The op by its parts: matmul, on whichever backend multiplies, all-reduce, bias. No autograd."""
     y = all_reduce_raw(backend.call("linear", x, weight), group)
     return y if bias is None else y.add_(bias)
+
+
+def linear_all_reduce(x: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
+    """``y = all_reduce(x_shard_k w_shard_k^T) + b``, as one where a row of the table does it. No
+    autograd."""
+    return backend.compose("linear_all_reduce", linear_then_all_reduce, x, weight, bias, group)
 
 
 class _RowParallelLinear(Function):
@@ -43,7 +47,7 @@ class _RowParallelLinear(Function):
         ctx.save_for_backward(x, weight)
         if torch.compiler.is_compiling():
             return torch.ops.pyparallel.linear_all_reduce(x, weight, bias, group.handle)
-        return backend.call("linear_all_reduce", x, weight, bias, group)
+        return linear_all_reduce(x, weight, bias, group)
 
     @staticmethod
     @once_differentiable
@@ -72,7 +76,7 @@ def row_parallel_linear(
 
 
 def _real(x: Tensor, weight: Tensor, bias: Tensor | None, group: int) -> Tensor:
-    return backend.call("linear_all_reduce", x, weight, bias, Group.of_handle(group))
+    return linear_all_reduce(x, weight, bias, Group.of_handle(group))
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, group: int) -> Tensor:

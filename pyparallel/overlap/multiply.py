@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
+from pyparallel.native.triton import missing
 from pyparallel.overlap.pipelines import Linear, matmul_plain
 
 # Up to here our kernel has other tiles for few rows, some of which multiply w @ x^T:
@@ -20,7 +19,7 @@ def reason_against_triton(like: Tensor, rows: tuple[int, ...]) -> str | None:
         return f"it is not meant to beat the library in {like.dtype}"
     if min(rows) <= MOST_THIN_ROWS:
         return f"a shard of {min(rows)} rows has the tiles for few rows"
-    return None if find_spec("triton") is not None else "triton is not installed"
+    return missing()
 
 
 def library(bias: Tensor | None = None) -> Linear:

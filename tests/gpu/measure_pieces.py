@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from pyparallel.comm.cuda.engine import NcclCommunicator
 from pyparallel.cut.shard import part_sizes
-from pyparallel.ops.cuda_pipelines import available, reduce_on_gpu
+from pyparallel.native.cuda.ops import reduce_on_gpu
+from pyparallel.ops.cuda._pipeline import available
 from pyparallel.overlap.choice import Choice
 from pyparallel.overlap.cuda_links import link_of, streams_of
 from pyparallel.overlap.multiply import forward_linear

@@ -10,7 +10,8 @@ from pyparallel.comm.cuda.engine import NcclCommunicator
 from pyparallel.comm.group import Group
 from pyparallel.layers.norm import RMSNorm
 from pyparallel.layers.row_parallel_linear import RowParallelLinear
-from pyparallel.ops import cuda_all_reduce
+from pyparallel.ops.cuda import all_reduce_residual_rms_norm
+from pyparallel.ops.row_parallel_linear import linear_then_all_reduce
 from tests.gpu.ranks import run_on_gpus, several, world_sizes
 
 pytestmark = [pytest.mark.gpu, several]
@@ -27,7 +28,7 @@ def fused_layer(c: NcclCommunicator, rows: int, bias: bool) -> None:
     residual = torch.ones(1, rows, width, device="cuda").bfloat16()
     call = (residual, residual, norm.weight, 1e-5, group)
     run = backend.offered("all_reduce_residual_rms_norm", *call)
-    assert run is cuda_all_reduce.all_reduce_residual_rms_norm
+    assert run is all_reduce_residual_rms_norm.run
     leaves = [t.clone().requires_grad_() for t in (x, residual)]
     got = layer.add_and_norm(*leaves, norm)
     grads = torch.autograd.grad(sum(t.float().sum() for t in got), leaves)
@@ -59,7 +60,7 @@ def sum_of_a_matmul(c: NcclCommunicator) -> None:
     with backend.use("cuda"):
         got = backend.call("linear_all_reduce", x, weight, bias, group)
     with backend.use("torch"):
-        want = backend.call("linear_all_reduce", x, weight, bias, group)
+        want = linear_then_all_reduce(x, weight, bias, group)
     assert torch.equal(got, want)
 
 

@@ -8,8 +8,10 @@ import torch
 from pyparallel import backend
 from pyparallel.comm.cuda.engine import NcclCommunicator
 from pyparallel.comm.group import Group
-from pyparallel.ops import cuda_pipelines
-from pyparallel.ops.cuda_pipelines import reduce_on_gpu
+from pyparallel.native.cuda.ops import reduce_on_gpu
+from pyparallel.ops.all_gather_linear import gather_then_linear
+from pyparallel.ops.cuda import _pipeline
+from pyparallel.ops.linear_reduce_scatter import linear_then_reduce_scatter
 from pyparallel.overlap.cuda_links import link_of, streams_of
 from pyparallel.overlap.multiply import forward_linear
 from pyparallel.overlap.pipelines import (
@@ -77,11 +79,14 @@ def layers(c: NcclCommunicator, tokens: int) -> None:
     weight = torch.randn(512, 1024, generator=generator, device="cuda").bfloat16()
     bias = torch.randn(512, generator=generator, device="cuda").bfloat16()
     full = torch.randn(1, tokens, 1024, generator=generator, device="cuda").bfloat16()
-    for op, tensor in (("all_gather_linear", x), ("linear_reduce_scatter", full)):
+    for op, tensor, parts in (
+        ("all_gather_linear", x, gather_then_linear),
+        ("linear_reduce_scatter", full, linear_then_reduce_scatter),
+    ):
         with backend.use("cuda"):
             got = backend.call(op, tensor, weight, bias, group, sizes)
         with backend.use("torch"):
-            want = backend.call(op, tensor, weight, bias, group, sizes)
+            want = parts(tensor, weight, bias, group, sizes)
         assert torch.equal(got, want), op
 
 
@@ -123,7 +128,7 @@ def triton_pieces(c: NcclCommunicator) -> None:
     x = torch.randn(1, 1024, 2048, generator=generator, device="cuda").bfloat16()
     weight = torch.randn(512, 2048, generator=generator, device="cuda").bfloat16()
     with backend.use("triton"):
-        want = backend.call("all_gather_linear", x, weight, None, group, sizes)
+        want = gather_then_linear(x, weight, None, group, sizes)
     for pieces in (1, 2, 8):
         for transport in ("direct", *(["copy"] if c.peers is not None else [])):
             plan = Plan(c.rank, (1024,) * c.size, pieces, transport)
@@ -155,7 +160,7 @@ def test_buffers_are_registered() -> None:
 
 def chosen(c: NcclCommunicator) -> str:
     weight = torch.empty(3584, 8192, dtype=torch.bfloat16, device="cuda")
-    plan, _ = cuda_pipelines._plan("all_gather_linear", weight, Group.over(c), [2048] * c.size)
+    plan, _ = _pipeline.plan_of("all_gather_linear", weight, Group.over(c), [2048] * c.size)
     return plan.transport
 
 

@@ -8,6 +8,7 @@ import torch
 from pyparallel import backend
 from pyparallel.comm.group import Group
 from pyparallel.ops.dropout import dropout
+from pyparallel.ops.triton.attention import reason as reason_against
 from pyparallel.ops.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
 from pyparallel.testing import normals
 
@@ -63,7 +64,6 @@ def test_plain_attention_is_left_to_torch_unless_asked_for(device):
         (q, q, q, {"causal": True, "window": 2}),
         (q, k, k, {"mask": mask}),
     )
-    reason_against = backend._table["attention"]["triton"].supports
     for *tensors, options in plain:
         assert "unless triton is asked for" in reason_against(*tensors, **options)
         with backend.use("triton"):

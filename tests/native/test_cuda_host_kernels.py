@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyparallel import _C, reference
-from pyparallel.ops.cross_entropy_shard import statistics
+from pyparallel.ops.cross_entropy_statistics import run_torch as statistics
 
 NATIVE = Path(__file__).parent
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -202,7 +202,7 @@ def test_gated_activation(library, dtype, columns, wide, kind) -> None:
     ("smoothing", "z_loss", "offset"), [(0.0, 0.0, 0.0), (0.1, 1e-3, 0.0), (0.1, 1e-6, 4096.0)]
 )
 def test_cross_entropy(library, dtype, lanes, ranks, vocab, smoothing, z_loss, offset) -> None:
-    """Statistics as `functional.cross_entropy_shard` defines them; the gradient against autograd."""
+    """Statistics as `ops.cross_entropy_statistics` defines them; the gradient against autograd."""
     (size, wide), rows, ignored = vocab, 6, -100
     logits = randn(rows, size, dtype=dtype) * 4 + offset
     if not smoothing:

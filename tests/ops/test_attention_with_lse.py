@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pyparallel import backend, reference
-from pyparallel.ops.merge_attention import merge_all, merge_attention_
+from pyparallel.ops.context.merge_attention import merge_all, merge_attention_
 from pyparallel.testing import assert_equal, assert_within, normals
 from tests.bounds import attention_bounds
 
@@ -137,8 +137,6 @@ def test_the_triton_kernel_gives_the_same() -> None:
 
 
 def in_interpreter() -> None:
-    import pyparallel.ops  # noqa: F401
-
     compared = 0
     for shape in SHAPES[:2]:
         for options in OPTIONS[:2]:
@@ -153,7 +151,7 @@ def in_interpreter() -> None:
                 torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
                 compared += 1
     mask = torch.ones(1, 1, 1, 1)
-    reasons = backend._table["attention_with_lse"]["triton"].supports
+    reasons = backend.row("attention_with_lse", "triton").reason
     assert reasons(q, k, v) is None and reasons(q, k, v, mask=mask.bool()) is None
     assert "boolean" in reasons(q, k, v, mask=mask)
     assert "fp64" in reasons(q.double(), k, v)
@@ -162,5 +160,5 @@ def in_interpreter() -> None:
 
 def test_triton_is_not_taken_where_nobody_asked() -> None:
     q, k, _, _ = inputs(SHAPES[0])
-    reason = backend._table["attention_with_lse"]["triton"].supports(q, k)
+    reason = backend.row("attention_with_lse", "triton").reason(q, k)
     assert "interpreter" in reason

@@ -13,7 +13,7 @@ from pyparallel.comm.context import ContextShards
 from pyparallel.comm.group import Group
 from pyparallel.comm.torch_engine import TorchCommunicator
 from pyparallel.cut.shard import HeadLayout
-from pyparallel.ops.context_parallel_attention import context_parallel_attention
+from pyparallel.ops.context.attention import context_parallel_attention
 from pyparallel.testing import assert_equal, assert_within, normals, run_ranks
 from tests.bounds import attention_bounds
 

@@ -9,8 +9,8 @@ from pyparallel import reference
 from pyparallel.comm.collectives import count_collectives
 from pyparallel.comm.context import ContextShards
 from pyparallel.comm.group import Group
-from pyparallel.ops.context_parallel_attention import context_parallel_attention
-from pyparallel.ops.context_parallel_choice import SPEEDS, Speed, choose, choose_for, seen_pairs
+from pyparallel.ops.context.attention import context_parallel_attention
+from pyparallel.ops.context.choice import SPEEDS, Speed, choose, choose_for, seen_pairs
 from pyparallel.testing import normals, run_ranks
 
 LONG = {

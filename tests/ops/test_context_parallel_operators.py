@@ -11,7 +11,7 @@ import torch
 from pyparallel.comm.collectives import count_collectives
 from pyparallel.comm.context import ContextShards
 from pyparallel.comm.group import Group
-from pyparallel.ops.context_parallel_attention import context_parallel_attention
+from pyparallel.ops.context.attention import context_parallel_attention
 from pyparallel.testing import assert_equal, normals, run_ranks
 
 ALGORITHMS = ("ring", "ulysses")

@@ -13,7 +13,7 @@ from pyparallel.comm.cuda.peers import SLOT_BYTES, PeerMemory
 from pyparallel.comm.group import Group
 from pyparallel.native.cuda import extension as cuda_extension
 from pyparallel.native.cuda.tuning import DECLARED
-from pyparallel.ops import cuda_all_reduce
+from pyparallel.ops.cuda import _peers
 
 H = 16
 
@@ -41,13 +41,11 @@ def test_only_small_messages_are_taken() -> None:
     x, more = (torch.empty(n, H, device="meta") for n in (rows, rows + 1))
     assert PeerMemory.reason_against_norm(x, x, weight) is None
     assert f"bytes are more than {most}" in PeerMemory.reason_against_norm(more, more, weight)
-    assert "more than" in cuda_all_reduce.norm_reason(more, more, weight, 1e-5, group)
+    assert "more than" in _peers.norm_reason(more, more, weight, 1e-5, group)
     most = DECLARED["peer_all_reduce_bytes"].value
     wide = torch.empty(most // 4, H, device="meta")
     for columns, taken in ((1, True), (2, False)):
-        reason = cuda_all_reduce.linear_reason(
-            wide, torch.empty(columns, H, device="meta"), None, group
-        )
+        reason = _peers.linear_reason(wide, torch.empty(columns, H, device="meta"), None, group)
         assert ("more than" not in reason) == taken
 
 
@@ -62,7 +60,7 @@ def test_only_small_messages_are_taken() -> None:
 )
 def test_what_does_not_fit_is_not_offered(residual, weight, message) -> None:
     x = torch.zeros(2, H)
-    assert message in cuda_all_reduce.norm_reason(x, residual, weight, 1e-5, Group.single())
+    assert message in _peers.norm_reason(x, residual, weight, 1e-5, Group.single())
     row = torch.empty(1, SLOT_BYTES, device="meta")
     assert "does not fit a slot" in PeerMemory.reason_against_norm(row, row, row[0])
 
@@ -81,6 +79,7 @@ class TorchPeers:
 def test_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """dx = dresidual = the norm's gradient and that of h as the next residual; dweight."""
     from pyparallel.native.cuda import ops as cuda_ops
+    from pyparallel.ops.cuda import all_reduce_residual_rms_norm
 
     def norm_backward(dy: Tensor, h: Tensor, weight: Tensor, *, eps: float) -> tuple:
         with torch.enable_grad():
@@ -95,7 +94,7 @@ def test_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     x, residual, dy, dh = (torch.randn(2, 3, H, generator=generator) for _ in range(4))
     weight = torch.randn(H, generator=generator)
     leaves = [t.clone().requires_grad_() for t in (x, residual, weight)]
-    y, h = cuda_all_reduce.all_reduce_residual_rms_norm(*leaves, 1e-5, group)
+    y, h = all_reduce_residual_rms_norm.run(*leaves, 1e-5, group)
     got = torch.autograd.grad((y, h), leaves, (dy, dh))
     truths = [t.clone().requires_grad_() for t in (x, residual, weight)]
     summed = truths[0] + truths[1]

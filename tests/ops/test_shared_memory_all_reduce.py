@@ -17,9 +17,10 @@ from pyparallel.comm.communicator import PeerError
 from pyparallel.comm.group import Group
 from pyparallel.launch import RankError
 from pyparallel.layers import RMSNorm, RowParallelLinear
-from pyparallel.ops import row_parallel_linear as row
-from pyparallel.ops import shared_memory_all_reduce as fused
-from pyparallel.ops.row_parallel_linear import row_parallel_linear
+from pyparallel.ops.cpu import all_reduce_residual_rms_norm, linear_all_reduce
+from pyparallel.ops.cpu._few_rows import MOST_ROWS
+from pyparallel.ops.row_parallel_linear import linear_all_reduce as fused_or_composed
+from pyparallel.ops.row_parallel_linear import linear_then_all_reduce, row_parallel_linear
 from pyparallel.testing import (
     assert_equal,
     integers,
@@ -62,16 +63,16 @@ def one_case(group: Group, lead: tuple, k: int, n: int, dtype: torch.dtype, seed
     bias, residual = normals(n, seed=seed, dtype=dtype), normals(*lead, n, seed=seed, dtype=dtype)
     for given in (bias, None):
         with count_collectives() as expected:
-            y = row.linear_all_reduce(x, weight, given, group)
+            y = linear_then_all_reduce(x, weight, given, group)
         with count_collectives() as counted:
-            actual = fused.linear_all_reduce(x, weight, given, group)
+            actual = linear_all_reduce.run(x, weight, given, group)
         assert_equal(actual, y, f"linear_all_reduce {lead} {k} {n} {dtype}")
         assert counted == expected
     partial = normals(*lead, n, seed=mine, dtype=dtype)
     h = residual + all_reduce_raw(partial.clone(), group)
     plain = backend.call("rms_norm", h, bias, EPS), h
     with count_collectives() as counted:
-        ours = fused.all_reduce_residual_rms_norm(partial, residual, bias, EPS, group)
+        ours = all_reduce_residual_rms_norm.run(partial, residual, bias, EPS, group)
     for name, actual, y in zip("yh", ours, plain, strict=True):
         assert_equal(actual, y, f"all_reduce_residual_rms_norm {name} {lead} {n} {dtype}")
     assert counted == {"all_reduce": 1, ("all_reduce", "bytes"): partial.numel() * dtype.itemsize}
@@ -84,14 +85,14 @@ def test_same_bits(ranks: int) -> None:
 
 def linear_gradients(group: Group) -> None:
     """Few rows take the fused row, many the plain one; integers make both exact."""
-    for rows in (4, fused.MOST_ROWS + 1):
+    for rows in (4, MOST_ROWS + 1):
         xs = [integers(rows, 6 + r, seed=r) for r in range(group.size)]
         weights = [integers(9, 6 + r, seed=20 + r) for r in range(group.size)]
         bias, dy = integers(9, seed=40), integers(rows, 9, seed=41)
         leaves = [t.clone().requires_grad_() for t in (xs[group.rank], weights[group.rank], bias)]
         with torch.no_grad():
-            run = backend.select("linear_all_reduce", *leaves, group)
-        assert (run is fused.linear_all_reduce) == (rows == 4)
+            run = backend.offered("linear_all_reduce", *leaves, group)
+        assert run is (linear_all_reduce.run if rows == 4 else None)
         y = row_parallel_linear(*leaves, group=group)
         grads = torch.autograd.grad(y, leaves, dy)
         total = sum(x @ w.t() for x, w in zip(xs, weights, strict=True)) + bias
@@ -108,15 +109,17 @@ def test_gradients_of_the_linear() -> None:
 def layers(group: Group) -> None:
     """RowParallelLinear with a residual and a norm: fused in inference, the bits of the modules."""
     seen: list[str] = []
-    names = ("linear_all_reduce", "all_reduce_residual_rms_norm")
-    for name in names:
-        row_ = backend._table[name]["cpu"]
+    rows = {
+        "linear_all_reduce": linear_all_reduce,
+        "all_reduce_residual_rms_norm": all_reduce_residual_rms_norm,
+    }
+    for name, row in rows.items():
 
-        def told(*args: object, run=row_.run, name: str = name) -> object:
+        def told(*args: object, run=row.run, name: str = name) -> object:
             seen.append(name)
             return run(*args)
 
-        object.__setattr__(row_, "run", told)
+        row.run = told
     for dtype in DTYPES:
         linear = RowParallelLinear(24, 16, False, dtype=dtype, group=group)
         norm = RMSNorm(16, None, dtype=dtype)
@@ -130,13 +133,16 @@ def layers(group: Group) -> None:
                 seen.clear()
                 y, h = linear.add_and_norm(x, residual, norm)
                 assert seen == ["all_reduce_residual_rms_norm"]
-                taken = {name: backend._table[name].pop("cpu") for name in names}
+                seen.clear()
+                reasons = {row: row.reason for row in rows.values()}
+                for row in reasons:
+                    row.reason = lambda *_: "taken away"
                 expected = residual + linear(x)
                 assert_equal(h, expected, f"h {dtype} {quantized}")
                 assert_equal(y, norm(expected), f"y {dtype} {quantized}")
-                for name, row_ in taken.items():
-                    backend._table[name]["cpu"] = row_
-                seen.clear()
+                assert seen == []
+                for row, reason in reasons.items():
+                    row.reason = reason
                 linear(x)
                 assert seen == ([] if quantized else ["linear_all_reduce"])
                 # LayerNorm is not fused.
@@ -185,14 +191,14 @@ def many_calls(group: Group) -> None:
         m, k, n = 1 + number * 5 % 31, 1 + number % 9, 1 + number * 7 % 60
         x, weight = normals(m, k, seed=group.rank), normals(n, k, seed=number)
         pending = all_reduce_raw(torch.ones(5), group, async_op=True)
-        y = fused.linear_all_reduce(x, weight, None, group)
+        y = linear_all_reduce.run(x, weight, None, group)
         if late.random() < 0.2:
             time.sleep(0.005)
         expected = sum(
             backend.call("linear", normals(m, k, seed=r), weight) for r in range(group.size)
         )
         torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-        h = fused.all_reduce_residual_rms_norm(y, y, torch.ones(n), EPS, group)[1]
+        h = all_reduce_residual_rms_norm.run(y, y, torch.ones(n), EPS, group)[1]
         torch.testing.assert_close(h, (group.size + 1) * expected, rtol=1e-5, atol=1e-5)
         assert_equal(pending.wait(), torch.full((5,), float(group.size)), "all_reduce")
 
@@ -205,7 +211,7 @@ def test_many_calls_with_late_ranks(ranks: int) -> None:
 def reasons(group: Group) -> None:
     x, weight = normals(2, 8, seed=0), normals(4, 8, seed=1)
     with torch.no_grad():
-        assert fused.linear_reason(x, weight, None, group) is None
+        assert linear_all_reduce.reason(x, weight, None, group) is None
         for text, arguments in (
             ("33 rows are more than 32", (normals(33, 8, seed=0), weight, None, group)),
             ("one dtype", (x.bfloat16(), weight, None, group)),
@@ -214,8 +220,10 @@ def reasons(group: Group) -> None:
             ("does not share memory", (x, weight, None, Group.single())),
             ("fp32, bf16 or fp16", (x.double(), weight.double(), None, group)),
         ):
-            assert text in fused.linear_reason(*arguments)
-        assert "residual of x's shape" in fused.norm_reason(x, weight, weight[0], EPS, group)
+            assert text in linear_all_reduce.reason(*arguments)
+        assert "residual of x's shape" in all_reduce_residual_rms_norm.reason(
+            x, weight, weight[0], EPS, group
+        )
 
 
 def test_what_they_do_not_take() -> None:
@@ -232,14 +240,14 @@ def transposed(group: Group) -> list[str | None]:
         weight = stored[part].contiguous().t()
         assert weight.shape == (6, own)
         with torch.inference_mode():
-            told.append(fused.linear_reason(x[:, part], weight, None, group))
-            y = backend.call("linear_all_reduce", x[:, part], weight, None, group)
+            told.append(linear_all_reduce.reason(x[:, part], weight, None, group))
+            y = fused_or_composed(x[:, part], weight, None, group)
         assert_equal(y, x @ stored, f"K={k}")
         # And slices of the columns of a whole matrix, which are views.
         with torch.inference_mode():
             sliced = stored.t().contiguous()[:, part]
-            assert fused.linear_reason(x[:, part], sliced, None, group) is None
-            y = backend.call("linear_all_reduce", x[:, part], sliced, None, group)
+            assert linear_all_reduce.reason(x[:, part], sliced, None, group) is None
+            y = fused_or_composed(x[:, part], sliced, None, group)
         assert_equal(y, x @ stored, f"sliced, K={k}")
     return told
 
@@ -251,12 +259,12 @@ def test_ranks_with_one_column_or_none_choose_as_the_others() -> None:
 
 def dies(group: Group, report: str) -> None:
     x, weight = normals(2, 8, seed=0), normals(4, 8, seed=1)
-    fused.linear_all_reduce(x, weight, None, group)
+    linear_all_reduce.run(x, weight, None, group)
     if group.rank == 1:
         os._exit(3)
     start = time.monotonic()
     try:
-        fused.linear_all_reduce(x, weight, None, group)
+        linear_all_reduce.run(x, weight, None, group)
     except PeerError as error:
         Path(report).write_text(f"{error.missing} {time.monotonic() - start < 5.0}")
 

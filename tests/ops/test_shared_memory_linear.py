@@ -19,8 +19,9 @@ from pyparallel.comm.group import Group
 from pyparallel.comm.sequence import sequence_sizes
 from pyparallel.launch import RankError
 from pyparallel.ops.all_gather_linear import gather_then_linear
+from pyparallel.ops.cpu.all_gather_linear import run as all_gather_linear
+from pyparallel.ops.cpu.linear_reduce_scatter import run as linear_reduce_scatter
 from pyparallel.ops.linear_reduce_scatter import linear_then_reduce_scatter
-from pyparallel.ops.shared_memory_linear import all_gather_linear, linear_reduce_scatter
 from pyparallel.testing import assert_equal, normals, run_ranks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -64,7 +65,7 @@ def same_bits(group: Group, shapes, dtypes=DTYPES) -> None:
                         y = plain(x, weight, given_bias, group, sizes)
                     with count_collectives() as counted:
                         actual = in_place(x, weight, given_bias, group, sizes)
-                    assert_equal(actual, y, f"{in_place.__name__} {what}")
+                    assert_equal(actual, y, f"{in_place.__module__} {what}")
                     assert counted == expected, what
 
 
@@ -121,11 +122,12 @@ def chosen(group: Group) -> str:
     ):
         backend.select("linear_reduce_scatter", x.to(torch.int8), weight, bias, group, sizes)
     with backend.use("torch"):
-        found = backend.select("all_gather_linear", x, weight, bias, group, sizes)
-        assert found is gather_then_linear
+        # The op by its parts is what is left, each on torch.
+        assert backend.offered("all_gather_linear", x, weight, bias, group, sizes) is None
     single = Group.single()
-    found = backend.select("all_gather_linear", x, weight, bias, single, [8])
-    assert found is gather_then_linear
+    assert backend.offered("all_gather_linear", x, weight, bias, single, [8]) is None
+    with pytest.raises(backend.UnsupportedError, match=r"cpu: the group .* does not share memory"):
+        backend.select("all_gather_linear", x, weight, bias, single, [8])
 
 
 def test_chosen_where_ranks_share_memory():

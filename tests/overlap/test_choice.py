@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pyparallel.native.cuda import tuning as cuda_tuning
-from pyparallel.ops import cuda_pipelines
+from pyparallel.ops.cuda import _pipeline
 from pyparallel.overlap.choice import (
     PIECES,
     PLAIN,
@@ -88,14 +88,14 @@ def test_measurements_without_the_plain_path_are_refused() -> None:
 def test_what_a_call_may_choose() -> None:
     weight = torch.empty(3584, 8192, dtype=torch.bfloat16)
     ways = {"addressable": True, "most_bytes": 1 << 30}
-    found = cuda_pipelines.available(weight, [512] * 8, **ways)
+    found = _pipeline.available(weight, [512] * 8, **ways)
     assert {c.transport for c in found} == {"direct", "copy"}
-    far = cuda_pipelines.available(weight, [512] * 8, addressable=False, most_bytes=1 << 30)
-    large = cuda_pipelines.available(weight, [512] * 8, addressable=True, most_bytes=1 << 20)
+    far = _pipeline.available(weight, [512] * 8, addressable=False, most_bytes=1 << 30)
+    large = _pipeline.available(weight, [512] * 8, addressable=True, most_bytes=1 << 20)
     assert far == large and {c.transport for c in far} == {"direct"}
     # Few rows in one shard, or fp32: only the library, so only whole shards.
-    thin = cuda_pipelines.available(weight, [512] * 7 + [64], **ways)
-    wide = cuda_pipelines.available(weight.float(), [512] * 8, **ways)
+    thin = _pipeline.available(weight, [512] * 7 + [64], **ways)
+    wide = _pipeline.available(weight.float(), [512] * 8, **ways)
     for limited in (thin, wide):
         assert {c.pieces for c in limited} == {0, 1}
     assert "64 rows" in reason_against_triton(weight, (512, 64))
@@ -104,10 +104,10 @@ def test_what_a_call_may_choose() -> None:
 @pytest.fixture
 def fresh_tuning():
     cuda_tuning.tuning.cache_clear()
-    cuda_pipelines.table.cache_clear()
+    _pipeline.table.cache_clear()
     yield
     cuda_tuning.tuning.cache_clear()
-    cuda_pipelines.table.cache_clear()
+    _pipeline.table.cache_clear()
 
 
 def test_a_measured_file_is_read_at_run_time(
@@ -123,7 +123,7 @@ def test_a_measured_file_is_read_at_run_time(
     monkeypatch.setenv("PYPARALLEL_TUNING", str(path))
     assert cuda_tuning.tuning()["one_shot_read_bytes"] == 1 << 18
     assert cuda_tuning.tuning()["peer_norm_bytes"] == 4 << 20
-    table = cuda_pipelines.table()
+    table = _pipeline.table()
     assert table.machine.link == 1e9 and table.machine.peak == H100.peak
     assert table.choose("all_gather_linear", **SHAPE, among=EVERY) == PLAIN
 

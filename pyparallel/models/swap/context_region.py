@@ -25,7 +25,7 @@ from pyparallel.comm.context import ContextShards, check_length
 from pyparallel.comm.group import Group
 from pyparallel.models.swap.own_attention import OTHER
 from pyparallel.models.whole_call import WholeCall, see_whole_calls
-from pyparallel.ops.context_parallel_attention import context_parallel_attention
+from pyparallel.ops.context.attention import context_parallel_attention
 
 NAME = "pyparallel_context"
 

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pyparallel import backend
-from pyparallel.native.cpu import ops as cpu_ops  # noqa: F401
-from pyparallel.ops.attention import attention as torch_attention
+from pyparallel.ops.attention import run_torch as torch_attention
 
 NAME = "pyparallel"
 

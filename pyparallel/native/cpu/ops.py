@@ -1,4 +1,4 @@
-"""The CPU kernels as functions on tensors: checks, conversions, and the table's ``cpu`` rows.
+"""The CPU kernels as functions on tensors: checks and conversions.
 
 What runs is in ``csrc/cpu``. Activations are fp32 inside: tensors of half precision are widened on the
 way in and rounded once on the way out; weights and the cache are read in their own dtype. Nothing here
@@ -10,19 +10,17 @@ size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from pyparallel import _C, backend
+from pyparallel import _C
 from pyparallel.cut.quantize import PackedWeight
+from pyparallel.native import FLOATS
 from pyparallel.native.cpu.weights import PRECISIONS, expect, form, weight_argument, widened
 
 # Their numbers, by the names of csrc/core/activation.h; none is None here.
 ACTIVATIONS = {None if name == "none" else name: code for name, code in _C.ACTIVATIONS.items()}
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 # Up to this many rows a matmul reads the weights in place, bound by memory.
@@ -232,34 +230,3 @@ def plain_reason(*tensors: Tensor | None) -> str | None:
         if tensor.dtype not in FLOATS:
             return "expected fp32, bf16 or fp16"
     return None
-
-
-def _linear_reason(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
-    if not weight.is_contiguous():
-        return "expected a contiguous weight"
-    return plain_reason(x, weight, bias)
-
-
-def _attention_reason(q: Tensor, k: Tensor, v: Tensor, **options) -> str | None:
-    return plain_reason(q, k, v) or attention_reason(q, k, v, **options)
-
-
-def _norm_reason(x: Tensor, weight: Tensor | None, *rest: Tensor | float | None) -> str | None:
-    if weight is None:
-        return "expected a weight"
-    return plain_reason(x, weight, *(t for t in rest if isinstance(t, Tensor)))
-
-
-def _rope_reason(x: Tensor, cos: Tensor, sin: Tensor) -> str | None:
-    return plain_reason(x, cos, sin)
-
-
-def _enter(op: str, reason: Callable[..., str | None], run: Callable[..., Tensor]) -> None:
-    backend.register(op, "cpu", supports=reason)(run)
-
-
-_enter("linear", _linear_reason, linear)
-_enter("attention", _attention_reason, attention)
-_enter("rms_norm", _norm_reason, rms_norm)
-_enter("layer_norm", _norm_reason, layer_norm)
-_enter("rope", _rope_reason, rope)

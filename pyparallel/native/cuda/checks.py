@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+from pyparallel.native import FLOATS
 
 
 def check_matrix(

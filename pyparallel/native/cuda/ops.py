@@ -132,6 +132,12 @@ def rank_sum(
     _ops.cuda_rank_sum(parts, bias, residual, out)
 
 
+def reduce_on_gpu(parts: Tensor, out: Tensor) -> None:
+    """parts [R, m, N] summed into out [m, N], where there is anything to sum."""
+    if out.numel() > 0:
+        rank_sum(parts, out)
+
+
 def cross_entropy_statistics(
     logits: Tensor, targets: Tensor, *, start: int, ignored: int
 ) -> Tensor:

@@ -1,0 +1,10 @@
+"""Sessions whose every op runs on the CUDA extension's kernels, where that is asked for by name."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def reason(model: nn.Module, asked: bool) -> str | None:
+    """Why no session of this folder is taken: the modules' ops are chosen one by one otherwise."""
+    return None if asked else "each op of the modules is chosen by itself unless cuda is asked for"
