@@ -1,4 +1,4 @@
-// The compute kernels of one instruction set against sums in double precision, or against one another.
+// The compute kernels of one instruction set against sums in double precision.
 #pragma once
 
 #include <cmath>
@@ -158,18 +158,33 @@ inline void check_attention(const Kernels& k, Random& random, Precision precisio
     k.merge_attention(row.out, G * D, s, 1, G, D, row.out, D);
   }
   for (int64_t i = 0; i < M * G; ++i) {
-    // A weight is off by what its score, a sum of D products, and the largest are; each of the two sums of T
-    // weights and products by T roundings, exp by some more. No value is above 1; and both may be off.
-    double largest = 0;
-    for (int64_t t = first_key(i / G); t <= start + i / G; ++t) {
-      double products = 0;
-      for (int64_t d = 0; d < D; ++d)
-        products += std::fabs(double(q[size_t(i * D + d)]) * keys.wide[size_t(t * D + d)]);
+    const int64_t first = first_key(i / G), end = start + i / G + 1;
+    std::vector<double> weights, truth(static_cast<size_t>(D));
+    double largest = 0, highest = -HUGE_VAL, total = 0;
+    for (int64_t t = first; t < end; ++t) {
+      double score = 0, products = 0;
+      for (int64_t d = 0; d < D; ++d) {
+        const double product = double(q[size_t(i * D + d)]) * keys.wide[size_t(t * D + d)];
+        score += product;
+        products += std::fabs(product);
+      }
+      weights.push_back(score);
       largest = std::fmax(largest, products);
+      highest = std::fmax(highest, score);
     }
-    const double error = 2 * kRound * (2 * double(D + 4) * largest + 2 * double(T) + 16);
-    for (int64_t j = i * D; j < (i + 1) * D; ++j) {
-      expect(std::fabs(one[size_t(j)] - together[size_t(j)]) <= error, "attention is off");
+    for (double& weight : weights) total += weight = std::exp(weight - highest);
+    for (int64_t t = first; t < end; ++t) {
+      for (int64_t d = 0; d < D; ++d)
+        truth[size_t(d)] += weights[size_t(t - first)] / total * vals.wide[size_t(t * D + d)];
+    }
+    // A weight is off by what its score, a sum of D products, and the largest are; each of the two sums of
+    // so many weights and products by as many roundings, exp by some more. No value is above 1.
+    const double error = kRound * (2 * double(D + 4) * largest + 2 * double(end - first) + 16);
+    for (int64_t d = 0; d < D; ++d) {
+      expect(std::fabs(one[size_t(i * D + d)] - truth[size_t(d)]) <= error,
+             "attention of one is off");
+      expect(std::fabs(together[size_t(i * D + d)] - truth[size_t(d)]) <= error,
+             "attention is off");
     }
   }
 }
