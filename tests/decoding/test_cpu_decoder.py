@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from pyparallel import _C, backend
 from pyparallel.comm.group import Group
+from pyparallel.cut.quantize import PackedWeight, quantize_rows
 from pyparallel.decoding.cpu_decoder import CPUDecoder, compiled, reason_against
 from pyparallel.decoding.generate import generate
 from pyparallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -19,8 +21,8 @@ from pyparallel.layers.rotary_embedding import RopeScaling
 from pyparallel.models.config import DecoderConfig
 from pyparallel.models.decoder import Decoder
 from pyparallel.ops.next_token import Sampling
-from pyparallel.testing import SEED, assert_as_dense, poisoned_empty, run_ranks
-from tests.decoder_checks import ISAS, engine_logits, instruction_set, instruction_sets
+from pyparallel.testing import SEED, assert_as_dense, dense_bound, poisoned_empty, run_ranks
+from tests.decoder_checks import ISAS, KeptIn, engine_logits, instruction_set, instruction_sets
 from tests.orders import farthest
 
 LLAMA = DecoderConfig(
@@ -136,32 +138,45 @@ def test_every_instruction_set(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits(dtype: torch.dtype) -> None:
-    """Nearer to the truth in fp64 than the modules' own rounding brings them, or about as near."""
+    """As a model in fp32 that rounds what a cache, and a prefill's matmuls, hold in the dtype."""
     ids = random_ids(60)
     with torch.inference_mode():
         model = build(LLAMA, Group.single(), dtype)
         ours = engine_logits(CPUDecoder(model, threads=1), ids, 40)
         truth = module_logits(deepcopy(model).double(), ids)
-        rounded = farthest(partial(module_logits, model, ids), truth)
-    ours_off = (ours - truth[39:]).abs().max().item()
-    modules_off = (rounded - truth).abs().max().item()
-    assert ours_off <= 1.5 * modules_off
-    assert ours_off < torch.finfo(dtype).eps * 30
+        wide = deepcopy(model).float()
+
+        def rounding() -> Tensor:
+            with KeptIn(dtype):
+                return module_logits(wide, ids)
+
+        rounded = farthest(rounding, truth)
+    assert_as_dense(ours, rounded, truth, 1, str(dtype), part=lambda t: t[39:])
 
 
-def test_int8_is_near() -> None:
+def matrices(model: Decoder) -> Iterator[ColumnParallelLinear | RowParallelLinear]:
+    """The layers' linear modules."""
+    for layer in model.layers:
+        for module in layer.modules():
+            if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+                yield module
+
+
+def test_int8_logits_are_the_rounded_weights() -> None:
     ids = random_ids(50)
     with torch.inference_mode():
-        model = build(LLAMA, Group.single())
-        truth = module_logits(model, ids)[29:]
-        for layer in model.layers:
-            for module in layer.modules():
-                if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
-                    module.quantize_weight()
+        model, dense = build(LLAMA, Group.single()), build(LLAMA, Group.single())
+        unrounded = module_logits(deepcopy(dense).double(), ids)
+        for module, plain in zip(matrices(model), matrices(dense), strict=True):
+            module.quantize_weight()
+            data, scale = quantize_rows(plain.weight)
+            plain.weight.copy_(PackedWeight(data, "int8", torch.float32, scale).dequantized())
+        exact = module_logits(deepcopy(dense).double(), ids)
+        rounded = farthest(partial(module_logits, dense, ids), exact)
         ours = engine_logits(CPUDecoder(model), ids, 30)
-    error = (ours - truth).pow(2).mean().sqrt() / truth.pow(2).mean().sqrt()
-    # A weight is off by up to 1/254 of its row's largest, evenly spread: about 0.3 % of a row's size.
-    assert 1e-4 < error < 0.03
+    assert_as_dense(ours, rounded, exact, 1, "int8", part=lambda t: t[29:])
+    # What the weights themselves lose is far more than that.
+    assert (ours - unrounded[29:]).abs().max() > 100 * dense_bound(rounded, exact, 1, "int8")
 
 
 def bits(group: Group, threads: int) -> Tensor:

@@ -20,7 +20,7 @@ from pyparallel.mesh import init_mesh
 from pyparallel.models.dense import round_to_int8
 from pyparallel.models.load import load
 from pyparallel.testing import assert_as_dense, assert_within, normals, poisoned_empty, run_ranks
-from tests.decoder_checks import ISAS, engine_logits, instruction_set, instruction_sets
+from tests.decoder_checks import ISAS, KeptIn, engine_logits, instruction_set, instruction_sets
 from tests.orders import Exact, farthest
 from tests.transformers_models import build
 
@@ -137,10 +137,15 @@ def test_every_instruction_set(folders: dict[str, str], isa: str, dtype: torch.d
     with instruction_set(isa), torch.inference_mode():
         model = load(folders["llama tied"], init_mesh(tp=1), dtype=dtype, weights="int8")
         ours = engine_logits(CPUDecoder(model, threads=1), IDS, 5)
-        truth = dense(torch.tensor([IDS])).logits[0, 4:]
-    # The cache keeps dtype, and bf16's prefill rounds what it multiplies.
-    unit = 1e-5 if dtype is torch.float32 else torch.finfo(dtype).eps
-    assert (ours - truth).abs().max() < 4 * unit * truth.abs().max()
+        with Exact():
+            exact = deepcopy(dense).double()(torch.tensor([IDS])).logits[0]
+
+        def rounding() -> torch.Tensor:
+            with KeptIn(dtype):
+                return dense(torch.tensor([IDS])).logits[0]
+
+        rounded = farthest(rounding, exact)
+    assert_as_dense(ours, rounded, exact, 1, f"{isa} {dtype}", part=lambda t: t[4:])
 
 
 def test_memory_falls(folders: dict[str, str]) -> None:

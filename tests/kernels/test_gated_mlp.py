@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import DTYPES, integers, normal, strided
+from helpers import DTYPES, UNIT, assert_within, integers, normal, rounding_bound, strided
 
 from pyparallel.kernels.elementwise.gated_activation import gated_activation
 from pyparallel.kernels.matmul import gated_mlp_descriptor
@@ -10,6 +10,7 @@ from pyparallel.kernels.matmul.gated_mlp_descriptor import (
     gated_mlp_on_best_path,
 )
 from pyparallel.kernels.matmul.matmul import matmul
+from tests.bounds import SECOND_ORDER, ULPS
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -64,10 +65,15 @@ def test_best_path(monkeypatch, device):
 
 def test_random_values_are_near_the_truth(device):
     x, w = normal(20, 50, device=device), normal(60, 50, device=device)
-    truth = x.double() @ w.double().T
-    truth = torch.nn.functional.silu(truth[:, :30]) * truth[:, 30:]
-    error = (gated_mlp(x, w, activation="silu").double() - truth).abs().max()
-    assert error <= 1e-5 * truth.abs().max()
+    both, sizes = x.double() @ w.double().T, x.double().abs() @ w.double().abs().T
+    errors = rounding_bound(both, x.dtype, sizes, 50)
+    (gate, up), (of_gate, of_up) = both.split(30, 1), errors.split(30, 1)
+    silu, unit = torch.nn.functional.silu(gate), UNIT[x.dtype]
+    # |silu'| < 1.1. exp(-g) errs by ULPS and by its argument's two roundings, and so does the sigmoid;
+    # a sum, a quotient and a product follow.
+    of_silu = 1.1 * of_gate + silu.abs() * (ULPS + 2 * gate.abs() + 3) * unit
+    bound = of_silu * up.abs() + silu.abs() * of_up + 2 * unit * (silu * up).abs()
+    assert_within(gated_mlp(x, w, activation="silu"), silu * up, SECOND_ORDER * bound)
 
 
 def test_empty_and_bad_input(device):

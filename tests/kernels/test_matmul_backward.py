@@ -1,9 +1,33 @@
+import math
+
 import pytest
 import torch
-from helpers import DTYPES, integers, normal, strided
+from helpers import DTYPES, UNIT, assert_within, integers, normal, rounding_bound, strided
 
 from pyparallel.kernels.matmul.matmul import matmul_out
 from pyparallel.kernels.matmul.matmul_backward import matmul_backward
+from pyparallel.reference import ACTIVATIONS
+from tests.bounds import SECOND_ORDER, ULPS
+
+
+def slope_terms(activation: str, x: torch.Tensor) -> torch.Tensor:
+    """Of an activation's derivative, the sizes of what is summed: each errs by a few units of itself.
+
+    An exponential's argument a errs by a's roundings, so its value errs by |a| times as much.
+    """
+    if activation == "relu":
+        return torch.zeros_like(x)
+    if activation == "silu":
+        s = torch.sigmoid(x)
+        return s * (1 + x.abs() * (1 + s)) * (1 + x.abs())
+    if activation == "gelu":
+        density = torch.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
+        return 1 + x.abs() * density * (1 + x**2 / 2)
+    inner = math.sqrt(2 / math.pi) * (x.abs() + 0.044715 * x.abs() ** 3)
+    slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x**2)
+    t = torch.tanh(inner)
+    # 1 - t^2 is a difference of numbers near one.
+    return 1 + t + x.abs() / 2 * slope * ((1 + t**2) + 2 * inner * (1 - t**2)) + inner * (1 - t**2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -44,17 +68,23 @@ def test_through_the_activation(activation, device):
         activation=activation,
         pre_activation=pre,
     )
+    sizes = x.double().abs() @ w.double().abs().T + bias.double().abs()
+    truth = x.double() @ w.double().T + bias.double()
+    assert_within(pre, truth, rounding_bound(truth, x.dtype, sizes, 20), "pre-activation")
     grads = matmul_backward(dout, x, w, pre_activation=pre, activation=activation, need_dbias=True)
-    leaves = [t.double().requires_grad_() for t in (x, w, bias)]
-    y = leaves[0] @ leaves[1].T + leaves[2]
-    acts = {
-        "relu": torch.relu,
-        "silu": torch.nn.functional.silu,
-        "gelu": torch.nn.functional.gelu,
-        "gelu_tanh": lambda t: torch.nn.functional.gelu(t, approximate="tanh"),
-    }
-    acts[activation](y).backward(dout.double())
-    for got, leaf in zip(grads, leaves, strict=True):
-        torch.testing.assert_close(got.double(), leaf.grad, rtol=1e-5, atol=2e-5)
+    # From here on what counts is the pre-activation that was kept, to its last bit.
+    wide = pre.double().requires_grad_()
+    ACTIVATIONS[activation](wide).sum().backward()
+    terms = slope_terms(activation, pre.double())
+    g = dout.double() * wide.grad
+    of_g = dout.double().abs() * (ULPS + 8) * UNIT[x.dtype] * terms
+    x, w = x.double(), w.double()
+    for name, got, truth, sizes, inherited, count in (
+        ("dx", grads.dx, g @ w, g.abs() @ w.abs(), of_g @ w.abs(), 12),
+        ("dw", grads.dw, g.T @ x, g.abs().T @ x.abs(), of_g.T @ x.abs(), 10),
+        ("dbias", grads.dbias, g.sum(0), g.abs().sum(0), of_g.sum(0), 10),
+    ):
+        bound = rounding_bound(truth, got.dtype, sizes, count) + inherited
+        assert_within(got, truth, SECOND_ORDER * bound, name)
     with pytest.raises(ValueError, match="pre_activation: expected the tensor"):
         matmul_backward(dout, x, w, activation=activation)

@@ -1,6 +1,8 @@
 """A small Llama over two ranks, forward and backward, through the Triton kernels alone."""
 
 from collections import Counter
+from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +19,9 @@ from pyparallel.models.decoder import Decoder
 from pyparallel.models.fill import fill
 from pyparallel.models.load import decoder_config
 from pyparallel.models.weights import sources
-from pyparallel.testing import poisoned_empty
+from pyparallel.testing import assert_as_dense, assert_within, dense_bound, poisoned_empty
+from tests.orders import Exact, farthest
+from tests.pipeline_checks import Truth, family_of, part
 from tests.transformers_models import build
 
 IDS = [5, 9, 2, 40, 33, 7, 18]
@@ -59,7 +63,7 @@ def count_launches() -> Counter:
     return counter
 
 
-def compare(folder: str, sequence_parallel: bool, expected: dict, device: str = "cpu") -> Counter:
+def compare(folder: str, sequence_parallel: bool, expected: Truth, device: str = "cpu") -> Counter:
     group = init_mesh(tp=torch.distributed.get_world_size()).tp
     checkpoint = open_checkpoint(folder)
     launches = count_launches()
@@ -70,35 +74,34 @@ def compare(folder: str, sequence_parallel: bool, expected: dict, device: str = 
         ids = torch.tensor([IDS], device=device)
         logits = model(ids)
         F.cross_entropy(logits[0, :-1], ids[0, 1:]).backward()
-    torch.testing.assert_close(logits.cpu(), expected["logits"], rtol=1e-4, atol=1e-4)
-    for name, wanted in sources(config, group.size).items():
-        parts = []
-        for source in wanted:
-            part = source.sharding.split(expected["gradients"][source.name], group.rank)
-            parts.append(part.t() if source.transposed else part)
-        scale = max(part.abs().max().item() for part in parts) + 1e-3
-        torch.testing.assert_close(
-            model.get_parameter(name).grad.cpu(),
-            torch.cat(parts),
-            rtol=1e-4,
-            atol=1e-4 * scale,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
+    rounded, exact = (expected[str(dtype)] for dtype in (torch.float32, torch.float64))
+    ranks = group.size
+    assert_as_dense(logits.cpu(), rounded["logits"], exact["logits"], ranks, "logits")
+    for name, wanted in sources(config, ranks).items():
+        truth = torch.cat([part(exact, source, group.rank) for source in wanted])
+        pairs = [pair for source in wanted for pair in family_of(source.name, expected)]
+        bound = max(dense_bound(*pair, ranks, name) for pair in pairs)
+        assert_within(model.get_parameter(name).grad.cpu(), truth, bound, name)
     return launches
 
 
-def dense(folder: str, sequence_parallel: bool) -> dict:
-    """Save a model; its logits, and the gradients of a loss."""
-    # A bias stands between the sum and the residual, so a layer without one is fused further.
-    model = build("llama", attention_bias=sequence_parallel)
-    model.save_pretrained(folder)
+def step(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Logits, and the gradients of a loss."""
+    model.zero_grad(set_to_none=True)
     ids = torch.tensor([IDS])
     logits = model(ids).logits
     F.cross_entropy(logits[0, :-1], ids[0, 1:]).backward()
-    return {
-        "logits": logits.detach(),
-        "gradients": {name: p.grad for name, p in model.named_parameters()},
-    }
+    return {"logits": logits.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+def dense(folder: str, sequence_parallel: bool) -> Truth:
+    """Save a model; its step, exact, and in fp32 over several orders of its sums."""
+    # A bias stands between the sum and the residual, so a layer without one is fused further.
+    model = build("llama", attention_bias=sequence_parallel)
+    model.save_pretrained(folder)
+    with Exact():
+        exact = step(deepcopy(model).double())
+    return {str(torch.float64): exact, str(torch.float32): farthest(partial(step, model), exact)}
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

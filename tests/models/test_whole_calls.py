@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyparallel.comm.collectives import all_gather_raw
 from pyparallel.comm.context import ContextShards
+from pyparallel.comm.group import Group
 from pyparallel.launch import launch
+from pyparallel.layers.sequence_parallel_dropout import SequenceParallelDropout
 from pyparallel.mesh import Mesh, init_mesh
 from pyparallel.models.parallelize import parallelize
 from pyparallel.testing import assert_as_dense, poisoned_empty
@@ -93,28 +96,50 @@ def three_calls(name: str, changes: dict, dtype: torch.dtype) -> list[Tensor]:
     return [build(name, **changes).to(dtype)(**call).logits for call in calls]
 
 
-def drops(sizes: dict[str, int], sequence: bool) -> tuple[Tensor, Tensor]:
+def dropping() -> nn.Module:
+    return build("gpt2", embd_pdrop=0.3, resid_pdrop=0.4)
+
+
+def drops(sizes: dict[str, int], sequence: bool) -> list[Tensor]:
     mesh = init_mesh(**sizes)
-    model = build("gpt2", embd_pdrop=0.3, resid_pdrop=0.4)
-    model = parallelize(model, mesh, sequence_parallel=sequence).train()
+    model = parallelize(dropping(), mesh, sequence_parallel=sequence).train()
     torch.manual_seed(5)
     with poisoned_empty():
-        first = whole(model(input_ids=ids()).logits.detach(), mesh)
-        second = whole(model(input_ids=ids()).logits.detach(), mesh)
-    return first, second
+        return [whole(model(input_ids=ids()).logits.detach(), mesh) for _ in range(2)]
 
 
-def test_dropout_does_not_depend_on_the_ranks() -> None:
-    found = [
-        launch(drops, 2, {"cp": 2}, False, threads=1)[0],
-        launch(drops, 3, {"cp": 3}, False, threads=1)[1],
-        launch(drops, 4, {"cp": 2, "tp": 2}, False, threads=1)[3],
-        launch(drops, 4, {"cp": 2, "tp": 2}, True, threads=1)[2],
-    ]
-    for first, second in found:
-        torch.testing.assert_close(first, found[0][0], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(second, found[0][1], rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(found[0][0], found[0][1], rtol=0.1)
+def dense_drops(dtype: torch.dtype) -> list[Tensor]:
+    """Two calls of the dense model, with the masks that a sequence has on any number of ranks."""
+    model = dropping().to(dtype).train()
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Dropout):
+                setattr(
+                    parent, name, SequenceParallelDropout.from_dense(child, group=Group.single())
+                )
+    torch.manual_seed(5)
+    with torch.no_grad():
+        return [model(ids()).logits for _ in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sequence"),
+    [
+        ({"cp": 2}, False),
+        ({"cp": 3}, False),
+        ({"cp": 2, "tp": 2}, False),
+        ({"cp": 2, "tp": 2}, True),
+    ],
+)
+def test_dropout_does_not_depend_on_the_ranks(sizes: dict[str, int], sequence: bool) -> None:
+    with Exact():
+        exact = dense_drops(torch.float64)
+    plain = farthest(partial(dense_drops, torch.float32), exact)
+    ranks = math.prod(sizes.values())
+    for found in launch(drops, ranks, sizes, sequence, threads=1):
+        for ours, rounded, truth in zip(found, plain, exact, strict=True):
+            assert_as_dense(ours, rounded, truth, ranks, f"{sizes} {sequence}")
+    assert not torch.allclose(exact[0], exact[1], rtol=0.1)
 
 
 def refused() -> None:

@@ -27,6 +27,7 @@ from pyparallel.testing import (
     normals,
     run_ranks,
 )
+from tests.engine_checks import reduced
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (leading axes, K_r but for the rank's own number, N): one row and many, odd everything, none at all.
@@ -194,12 +195,12 @@ def many_calls(group: Group) -> None:
         y = linear_all_reduce.run(x, weight, None, group)
         if late.random() < 0.2:
             time.sleep(0.005)
-        expected = sum(
+        partials = [
             backend.call("linear", normals(m, k, seed=r), weight) for r in range(group.size)
-        )
-        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+        ]
+        assert_equal(y, reduced(partials, "sum"), "linear_all_reduce")
         h = all_reduce_residual_rms_norm.run(y, y, torch.ones(n), EPS, group)[1]
-        torch.testing.assert_close(h, (group.size + 1) * expected, rtol=1e-5, atol=1e-5)
+        assert_equal(h, y + reduced([y] * group.size, "sum"), "the sum and its residual")
         assert_equal(pending.wait(), torch.full((5,), float(group.size)), "all_reduce")
 
 
