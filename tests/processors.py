@@ -23,7 +23,7 @@ import torch
 from torch.backends import cpu
 
 from pyparallel import _C
-from tests.decoder_checks import instruction_sets
+from tests.decoding.decoder_checks import instruction_sets
 
 ROOT = Path(__file__).parents[1]
 # What compares computed numbers with a bound: operations, layers, models, training, forward and back.

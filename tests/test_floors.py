@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CODE = ("kernels", "csrc", "pyparallel", "bench", "tests")
 MAX_LINES = 300
+MAX_FILES = 25
 MAX_VARIABLES = 9
 
 # Lowest first. A file imports from lower floors, or from its own without going in circles.
@@ -253,6 +255,12 @@ def test_no_file_is_longer_than_can_be_read():
     }
     assert len(lengths) > 100
     assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
+
+
+def test_no_folder_holds_more_than_can_be_seen():
+    held = Counter(str(path.parent.relative_to(ROOT)) for path in code_files())
+    del held["pyparallel/ops"]  # Until its rows have folders of their own.
+    assert {folder: count for folder, count in held.items() if count > MAX_FILES} == {}
 
 
 def test_few_environment_variables():

@@ -18,7 +18,7 @@ from pyparallel.checkpoint import choice as checkpoint_choice
 from pyparallel.checkpoint.choice import read_generation_config
 from pyparallel.checkpoint.source import CheckpointError, SafetensorsCheckpoint, open_checkpoint
 from pyparallel.cut.shard import REPLICATED
-from tests.somebody_else import as_somebody_else, is_root
+from tests.checkpoint.somebody_else import as_somebody_else, is_root
 from tests.transformers_models import build
 
 NORM = "model.norm.weight"

@@ -16,7 +16,7 @@ import pytest
 from pyparallel.checkpoint.source import CheckpointError, open_checkpoint
 from pyparallel.cut.shard import REPLICATED
 from pyparallel.models.load import decoder_config
-from tests.gguf_files import Model
+from tests.checkpoint.gguf_files import Model
 
 SMALL = Model("Q8_0", hidden=64, heads=2, kv_heads=1, intermediate=96, layers=1)
 EMBEDDING = "model.embed_tokens.weight"

@@ -17,7 +17,7 @@ from pyparallel.cut.shard import REPLICATED, HeadLayout, even_parts, features
 from pyparallel.launch import RankError, launch
 from pyparallel.mesh import init_mesh
 from pyparallel.models.load import load
-from tests.gguf_files import Model
+from tests.checkpoint.gguf_files import Model
 from tests.transformers_models import build
 
 HEADS, HEAD_DIM, HIDDEN = 6, 32, 192

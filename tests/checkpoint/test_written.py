@@ -17,8 +17,8 @@ from pyparallel.mesh import init_mesh
 from pyparallel.models.load import load
 from pyparallel.saving.export import export
 from pyparallel.saving.save import save
+from tests.checkpoint.somebody_else import as_somebody_else, is_root
 from tests.checkpoint.test_place import several, write_folder
-from tests.somebody_else import as_somebody_else, is_root
 from tests.transformers_models import build
 
 

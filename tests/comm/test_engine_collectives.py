@@ -12,7 +12,7 @@ import torch.distributed as dist
 from pyparallel.comm.shared.engine import SharedMemoryCommunicator
 from pyparallel.comm.shared.host_tensors import DTYPES, REDUCIBLE
 from pyparallel.launch import launch
-from tests.engine_checks import check_movement, check_reductions, made, reduced, same_bits
+from tests.comm.engine_checks import check_movement, check_reductions, made, reduced, same_bits
 
 LENGTHS = (0, 1, 7, 63, 1000, 40_001)
 HUGE = 3_000_001

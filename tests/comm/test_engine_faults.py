@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from pyparallel.comm.shared.engine import SharedMemoryCommunicator
 from pyparallel.launch import launch
-from tests.faults import Report, one_call, run_with_faults
+from tests.comm.faults import Report, one_call, run_with_faults
 
 OPERATIONS = (
     "all_reduce",

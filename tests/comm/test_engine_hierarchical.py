@@ -11,7 +11,7 @@ from pyparallel.comm.hierarchical import HierarchicalCommunicator
 from pyparallel.comm.shared.engine import SharedMemoryCommunicator
 from pyparallel.comm.torch_engine import TorchCommunicator
 from pyparallel.launch import launch
-from tests.engine_checks import check_movement, check_reductions
+from tests.comm.engine_checks import check_movement, check_reductions
 
 
 def rounds(machines: str) -> str:

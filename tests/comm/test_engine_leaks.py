@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from pyparallel.comm.shared.engine import SharedMemoryCommunicator
 from pyparallel.launch import launch
-from tests.faults import one_call
+from tests.comm.faults import one_call
 
 
 def descriptors_and_maps() -> tuple[int, int]:

@@ -15,7 +15,7 @@ import pytest
 import tokenizers
 
 from pyparallel.models import dense
-from tests.gguf_files import Model
+from tests.checkpoint.gguf_files import Model
 from tests.transformers_models import build
 
 

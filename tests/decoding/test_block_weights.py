@@ -25,8 +25,13 @@ from pyparallel.models.load import load
 from pyparallel.ops.next_token import Sampling
 from pyparallel.saving.save import save
 from pyparallel.testing import assert_within, dense_bound, poisoned_empty
-from tests.decoder_checks import FIXED_POINT, engine_logits, instruction_set, instruction_sets
-from tests.gguf_files import MODELS
+from tests.checkpoint.gguf_files import MODELS
+from tests.decoding.decoder_checks import (
+    FIXED_POINT,
+    engine_logits,
+    instruction_set,
+    instruction_sets,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IDS = torch.randint(61, (44,), generator=torch.Generator().manual_seed(0)).tolist()

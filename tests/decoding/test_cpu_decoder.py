@@ -22,7 +22,13 @@ from pyparallel.models.config import DecoderConfig
 from pyparallel.models.decoder import Decoder
 from pyparallel.ops.next_token import Sampling
 from pyparallel.testing import SEED, assert_as_dense, dense_bound, poisoned_empty, run_ranks
-from tests.decoder_checks import ISAS, KeptIn, engine_logits, instruction_set, instruction_sets
+from tests.decoding.decoder_checks import (
+    ISAS,
+    KeptIn,
+    engine_logits,
+    instruction_set,
+    instruction_sets,
+)
 from tests.orders import farthest
 
 LLAMA = DecoderConfig(

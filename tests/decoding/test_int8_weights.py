@@ -20,7 +20,13 @@ from pyparallel.mesh import init_mesh
 from pyparallel.models.dense import round_to_int8
 from pyparallel.models.load import load
 from pyparallel.testing import assert_as_dense, assert_within, normals, poisoned_empty, run_ranks
-from tests.decoder_checks import ISAS, KeptIn, engine_logits, instruction_set, instruction_sets
+from tests.decoding.decoder_checks import (
+    ISAS,
+    KeptIn,
+    engine_logits,
+    instruction_set,
+    instruction_sets,
+)
 from tests.orders import Exact, farthest
 from tests.transformers_models import build
 

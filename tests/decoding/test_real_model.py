@@ -14,7 +14,7 @@ from pyparallel.launch import launch
 from pyparallel.mesh import init_mesh
 from pyparallel.models.dense import load_dense, load_tokenizer, round_to_int8
 from pyparallel.models.load import load
-from tests.decoder_checks import FIXED_POINT
+from tests.decoding.decoder_checks import FIXED_POINT
 
 MODEL = Path(__file__).parents[2] / "models/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXTS = (

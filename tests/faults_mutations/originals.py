@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tests.gguf_files import Model
+from tests.checkpoint.gguf_files import Model
 from tests.transformers_models import randomize
 
 IDS = torch.tensor([[3, 7, 11, 2, 9, 5, 8, 8, 1]])

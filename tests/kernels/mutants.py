@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-from tests.mutation import Mutant, run_mutants
+from tests.mutation import ROOT, Mutant, run_mutants
 
 # File, what is replaced (first occurrence), by what, and the tests of tests/kernels that must fail.
 MUTANTS: tuple[tuple[str, str, str, str], ...] = (
@@ -152,9 +152,15 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
 )
 
 
+def file_of(folder: str, name: str) -> str:
+    """The one file of this name in the folder, or in one of its own."""
+    (path,) = (ROOT / folder).rglob(f"{name}.py")
+    return path.relative_to(ROOT).as_posix()
+
+
 if __name__ == "__main__":
     found = (
-        Mutant(f"kernels/{name}.py", old, new, f"tests/kernels/{test}.py")
+        Mutant(file_of("kernels", name), old, new, file_of("tests/kernels", test))
         for name, old, new, test in MUTANTS
     )
     sys.exit(run_mutants(found, sys.argv[1:]) > 0)

@@ -21,7 +21,7 @@ from pyparallel.models.load import decoder_config
 from pyparallel.models.weights import sources
 from pyparallel.testing import assert_as_dense, assert_within, dense_bound, poisoned_empty
 from tests.orders import Exact, farthest
-from tests.pipeline_checks import Truth, family_of, part
+from tests.training.pipeline_checks import Truth, family_of, part
 from tests.transformers_models import build
 
 IDS = [5, 9, 2, 40, 33, 7, 18]

@@ -14,7 +14,7 @@ from pyparallel.layers import ColumnParallelLinear
 from pyparallel.mesh import init_mesh
 from pyparallel.native.cpu import ops as cpu_ops
 from pyparallel.testing import UNIT_ROUNDOFF, assert_equal, assert_within, dense_bound, normals
-from tests.decoder_checks import FIXED_POINT, instruction_set, instruction_sets
+from tests.decoding.decoder_checks import FIXED_POINT, instruction_set, instruction_sets
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

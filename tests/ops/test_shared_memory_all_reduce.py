@@ -27,7 +27,7 @@ from pyparallel.testing import (
     normals,
     run_ranks,
 )
-from tests.engine_checks import reduced
+from tests.comm.engine_checks import reduced
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (leading axes, K_r but for the rank's own number, N): one row and many, odd everything, none at all.

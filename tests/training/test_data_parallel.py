@@ -18,7 +18,7 @@ from pyparallel.testing import assert_equal, poisoned_empty
 from pyparallel.training.data import data_parallel
 from pyparallel.training.grad_norm import clip_grad_norm_, grad_norm
 from pyparallel.training.loss import count_targets, cross_entropy
-from tests.training_truth import (
+from tests.training.training_truth import (
     FAMILIES,
     LENGTH,
     Truth,

@@ -20,8 +20,8 @@ from pyparallel.testing import assert_equal, assert_within, dense_bound, integer
 from pyparallel.training.data import data_parallel
 from pyparallel.training.loss import count_targets, cross_entropy, mean_loss
 from tests.orders import Exact, farthest
-from tests.pipeline_checks import family_of
-from tests.training_truth import own_rows, whole
+from tests.training.pipeline_checks import family_of
+from tests.training.training_truth import own_rows, whole
 
 CONFIG = from_hugging_face(
     {

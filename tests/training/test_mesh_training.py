@@ -24,7 +24,7 @@ from pyparallel.training.data import data_parallel
 from pyparallel.training.grad_norm import clip_grad_norm_
 from pyparallel.training.pipeline import Pipeline
 from pyparallel.training.pipeline_schedules import schedule_of
-from tests.training_truth import (
+from tests.training.training_truth import (
     BATCH,
     Truth,
     check_grads,

@@ -17,7 +17,7 @@ from pyparallel.models.load import load, load_stages
 from pyparallel.testing import poisoned_empty
 from pyparallel.training.data import data_parallel
 from pyparallel.training.pipeline import Pipeline
-from tests.pipeline_checks import batch_of, check_gradients, check_loss, dense_truth, reset
+from tests.training.pipeline_checks import batch_of, check_gradients, check_loss, dense_truth, reset
 
 FAMILIES = ("llama", "llama tied", "gpt2")
 # name: stages a rank, order.

@@ -13,7 +13,7 @@ from pyparallel.mesh import init_mesh
 from pyparallel.models.load import load
 from pyparallel.testing import poisoned_empty
 from pyparallel.training.pipeline import Pipeline
-from tests.pipeline_checks import (
+from tests.training.pipeline_checks import (
     BATCH,
     LAYERS,
     LENGTH,

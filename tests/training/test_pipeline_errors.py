@@ -15,7 +15,7 @@ from pyparallel.launch import RankError, launch, report
 from pyparallel.mesh import init_mesh
 from pyparallel.models.load import load, load_stages
 from pyparallel.training.pipeline import Pipeline
-from tests.pipeline_checks import LAYERS, batch_of
+from tests.training.pipeline_checks import LAYERS, batch_of
 from tests.transformers_models import build
 
 

@@ -11,7 +11,7 @@ from pyparallel.models.parallelize import named_shardings, parallelize
 from pyparallel.models.stage import tied_copies
 from pyparallel.testing import assert_within, dense_bound, poisoned_empty
 from pyparallel.training.pipeline import Pipeline
-from tests.pipeline_checks import LAYERS, Truth, batch_of, check_loss, family_of, truth_of
+from tests.training.pipeline_checks import LAYERS, Truth, batch_of, check_loss, family_of, truth_of
 from tests.transformers_models import build
 
 # Tied, a window, learned positions with dropout modules, a scaled embedding, other layouts of layers.
