@@ -15,7 +15,9 @@ from tests.mutation import Mutant, run_mutants
 ATTENTION = "pyparallel/ops/attention_with_lse.py"
 WITH_LSE = "tests/ops/test_attention_with_lse.py -k forward_and_backward"
 ROW = "pyparallel/ops/row_parallel_linear.py"
-NORM = "pyparallel/ops/norm.py"
+LAYER_NORM = "pyparallel/ops/layer_norm.py"
+RMS_NORM = "pyparallel/ops/rms_norm.py"
+ATTENTION_BACKWARD = "pyparallel/ops/attention_with_lse_backward.py"
 MERGE = "pyparallel/ops/context/merge_attention.py"
 ENGINE = "pyparallel/decoding/cpu_decoder.py"
 DECODER = "pyparallel/models/decoder.py"
@@ -43,13 +45,13 @@ DOUBLED_BIAS = (
 
 MUTANTS = (
     Mutant(
-        ATTENTION,
+        ATTENTION_BACKWARD,
         "ds = p * (wide_do @ wide_v.transpose(-1, -2) - delta)",
         "ds = p * (wide_do @ wide_v.transpose(-1, -2))",
         WITH_LSE,
     ),
     Mutant(
-        ATTENTION,
+        ATTENTION_BACKWARD,
         "delta = (wide_do * wide_o).sum(-1, keepdim=True)",
         "delta = (wide_do * wide_o).sum(-1, keepdim=True).bfloat16().to(wide)",
         WITH_LSE,
@@ -79,25 +81,25 @@ MUTANTS = (
         CONTEXT,
     ),
     Mutant(
-        NORM,
+        LAYER_NORM,
         "return F.layer_norm(x, x.shape[-1:], weight, bias, eps)",
         "return F.layer_norm(x, x.shape[-1:], weight, bias, eps * 2)",
         "tests/layers/test_norm.py tests/layers/test_sequence_parallel_norm.py",
     ),
     Mutant(
-        NORM,
+        LAYER_NORM,
         "return F.layer_norm(x, x.shape[-1:], weight, bias, eps)",
         "return F.layer_norm(x.bfloat16().to(x.dtype), x.shape[-1:], weight, bias, eps)",
         "tests/layers/test_norm.py",
     ),
     Mutant(
-        NORM,
+        RMS_NORM,
         "return F.rms_norm(x, x.shape[-1:], weight, eps)",
         "return F.rms_norm(x, x.shape[-1:], weight, eps).bfloat16().to(x.dtype)",
         "tests/layers/test_norm.py -k heads",
     ),
     Mutant(
-        NORM,
+        RMS_NORM,
         "return F.rms_norm(x, x.shape[-1:], weight, eps)",
         "return F.rms_norm(x, x.shape[-1:], weight, eps).bfloat16().to(x.dtype)",
         "tests/layers/test_sequence_parallel_norm.py -k as_dense",

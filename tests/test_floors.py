@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CODE = ("kernels", "csrc", "pyparallel", "bench", "tests")
 MAX_LINES = 300
-MAX_FILES = 25
+MAX_FILES = 30
 MAX_VARIABLES = 9
 
 # Lowest first. A file imports from lower floors, or from its own without going in circles.

@@ -158,9 +158,13 @@ def file_of(folder: str, name: str) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-if __name__ == "__main__":
-    found = (
+def mutants() -> list[Mutant]:
+    """All of them, with the places of their files."""
+    return [
         Mutant(file_of("kernels", name), old, new, file_of("tests/kernels", test))
         for name, old, new, test in MUTANTS
-    )
-    sys.exit(run_mutants(found, sys.argv[1:]) > 0)
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(run_mutants(mutants(), sys.argv[1:]) > 0)
