@@ -78,7 +78,7 @@ $(CUDA_LIBRARY): $(CUDA_OBJECTS) csrc/cuda/sources.txt
 
 # Every kernel of every architecture must report, and report no spills.
 cuda-report: $(CUDA_OBJECTS)
-	@cat $(CUDA_BUILD)/*.log | awk '/spill stores/ { n++; if ($$5 != 0 || $$9 != 0) bad++ } \
+	@cat $(patsubst %,%.log,$(filter %.cu.o,$(CUDA_OBJECTS))) | awk '/spill stores/ { n++; if ($$5 != 0 || $$9 != 0) bad++ } \
 	  END { printf "%d kernels (all architectures), %d with spills\n", n, bad; exit n == 0 || bad > 0 }'
 
 # The NCCL communicator against a scripted NCCL and CUDA runtime: no GPU, no library, only the headers.
