@@ -35,13 +35,19 @@ from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from torch.compiler import assume_constant_result
-
 ORDER = ("cuda", "triton", "cpu", "torch")
 BACKENDS = (*ORDER, "reference")
 # These have a folder of rows; the others stand in the op's own file.
 FOLDERS = ORDER[:-1]
 ROOTS = ("pyparallel.ops", "pyparallel.decoding")
+
+
+def constant_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What ``torch.compiler.assume_constant_result`` does to a function: that imports the compiler,
+    and Triton with it, for this one mark.
+    """
+    function._dynamo_marked_constant = True
+    return function
 
 
 class UnsupportedError(ValueError):
@@ -200,7 +206,7 @@ def _candidates(op: str, explicit: str | None) -> tuple[Row, ...]:
 
 
 # What these two do is done once, and no part of a graph.
-@assume_constant_result
+@constant_in_graphs
 def _find(op: str, explicit: str | None) -> bool:
     known = getattr(_rows, explicit or "automatic").__dict__
     if op not in known:
@@ -212,7 +218,7 @@ def _find(op: str, explicit: str | None) -> bool:
     return True
 
 
-@assume_constant_result
+@constant_in_graphs
 def _read(op: str, backend: str) -> bool:
     row = _row(op, backend)
     if row.file is None:

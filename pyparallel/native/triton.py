@@ -9,12 +9,13 @@ from functools import lru_cache
 from importlib.util import find_spec
 
 from torch import Tensor
-from torch.compiler import assume_constant_result
+
+from pyparallel.backend import constant_in_graphs
 
 _UNASKED = "the tensor is on cpu, where Triton's interpreter runs kernels only if asked for by name"
 
 
-@assume_constant_result
+@constant_in_graphs
 @lru_cache(maxsize=1)
 def missing() -> str | None:
     """Why no kernel can run here, or None."""
@@ -34,7 +35,7 @@ def reason_against(x: Tensor, asked: bool) -> str | None:
     return _reason_on_cpu() if asked else _UNASKED
 
 
-@assume_constant_result
+@constant_in_graphs
 def _reason_on_cpu() -> str | None:
     if (reason := missing()) is not None:
         return reason

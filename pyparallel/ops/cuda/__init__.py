@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 from torch import Tensor
-from torch.compiler import assume_constant_result
 
+from pyparallel.backend import constant_in_graphs
 from pyparallel.native import FLOATS
 from pyparallel.native.cuda import extension
 
@@ -30,7 +30,7 @@ def flat(x: Tensor) -> Tensor:
     return x.contiguous().view(-1, x.shape[-1])
 
 
-@assume_constant_result
+@constant_in_graphs
 @lru_cache(maxsize=1)
 def _missing() -> str | None:
     missing = extension.missing()
