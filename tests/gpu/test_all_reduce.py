@@ -10,7 +10,6 @@ from pyparallel.comm.cuda.engine import NcclCommunicator
 from pyparallel.comm.group import Group
 from pyparallel.layers.norm import RMSNorm
 from pyparallel.layers.row_parallel_linear import RowParallelLinear
-from pyparallel.ops.cuda import all_reduce_residual_rms_norm
 from pyparallel.ops.row_parallel_linear import linear_then_all_reduce
 from tests.gpu.ranks import run_on_gpus, several, world_sizes
 
@@ -18,6 +17,8 @@ pytestmark = [pytest.mark.gpu, several]
 
 
 def fused_layer(c: NcclCommunicator, rows: int, bias: bool) -> None:
+    from pyparallel.ops.cuda import all_reduce_residual_rms_norm
+
     group, width = Group.over(c), 1024
     torch.manual_seed(0)
     how = {"device": "cuda", "dtype": torch.bfloat16}

@@ -8,7 +8,6 @@ import torch
 from pyparallel import backend
 from pyparallel.comm.cuda.engine import NcclCommunicator
 from pyparallel.comm.group import Group
-from pyparallel.native.cuda.ops import reduce_on_gpu
 from pyparallel.ops.all_gather_linear import gather_then_linear
 from pyparallel.ops.cuda import _pipeline
 from pyparallel.ops.linear_reduce_scatter import linear_then_reduce_scatter
@@ -29,6 +28,8 @@ pytestmark = [pytest.mark.gpu, several]
 
 def pipelines(c: NcclCommunicator, m: int, k: int, n: int, plan: Plan) -> list[Pipeline]:
     """All four on integers so small that every product and sum is exact in any order."""
+    from pyparallel.native.cuda.ops import reduce_on_gpu
+
     generator = torch.Generator(device="cuda").manual_seed(c.rank)
 
     def integers(*shape: int) -> torch.Tensor:

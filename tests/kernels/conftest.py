@@ -19,6 +19,7 @@ HOST_ONLY = (
     "test_parallel_ops",
     "test_hugging_face",
     "test_compile",
+    "test_table",
 )
 
 
