@@ -82,7 +82,7 @@ cuda-report: $(CUDA_OBJECTS)
 	  END { printf "%d kernels (all architectures), %d with spills\n", n, bad; exit n == 0 || bad > 0 }'
 
 # The NCCL communicator against a scripted NCCL and CUDA runtime: no GPU, no library, only the headers.
-CUDA_FAKED := csrc/cuda/nccl/communicator.cpp csrc/cuda/nccl/collectives.cpp csrc/cuda/nccl/window.cpp
+CUDA_FAKED := $(addprefix csrc/cuda/nccl/,communicator.cpp collectives.cpp watch.cpp window.cpp)
 $(CUDA_BUILD)/test_nccl_communicator: tests/native/test_nccl_communicator.cpp \
   tests/native/fake_nccl.h tests/native/check.h $(CUDA_FAKED) $(wildcard csrc/cuda/*/*.h) | $(CUDA_BUILD)/.nccl
 	@$(CXX) -std=c++17 -O1 -g -fsanitize=thread -pthread -Wall -Wextra -Werror -Wno-unused-parameter \
