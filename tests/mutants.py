@@ -32,6 +32,12 @@ DATA = "tests/training/test_data_parallel.py"
 SEQUENCE = "tests/training/test_sequence_parallel.py -k as_dense"
 RESUMED = "tests/saving/test_sharded_checkpoint.py -k training_goes_on"
 CUT = "tests/models/test_parallelize.py -k dense"
+TWO_STEPS = "tests/models/test_parallelize.py -k structure_ties"
+HALF = "tests/decoding/test_cpu_decoder.py -k half_precision"
+ROUNDED = "tests/decoding/test_cpu_decoder.py -k int8_logits"
+STAGES = "tests/training/test_pipeline_hugging_face.py -k three_stages"
+HALVES = "tests/training/test_data_parallel_engines.py -k any_module"
+DROPS = "tests/models/test_whole_calls.py -k does_not_depend"
 
 # A row-parallel product as a bf16 accumulation would leave it, and with its bias on every rank.
 ROUNDED_SUM = (
@@ -176,6 +182,50 @@ MUTANTS = (
         "self.group.communicator.reduce_scatter(output_tensor, input_tensor)",
         "self.group.communicator.reduce_scatter(output_tensor, input_tensor.bfloat16().float())",
         DATA,
+    ),
+    Mutant(
+        "pyparallel/training/data_engines.py",
+        "return sums.start(bucket.buffer())",
+        "return sums.start(bucket.buffer().bfloat16().float())",
+        HALVES,
+    ),
+    # The first of the parameters does not count.
+    Mutant(
+        "pyparallel/training/grad_norm.py",
+        "torch.stack([_power_sum(replicated, norm_type, device), total])",
+        "torch.stack([_power_sum(replicated[1:], norm_type, device), total])",
+        DATA,
+    ),
+    Mutant(
+        "pyparallel/training/tied_gradients.py",
+        "else own + other)",
+        "else own + other.bfloat16().float())",
+        STAGES,
+    ),
+    Mutant(
+        "pyparallel/comm/raw.py",
+        "work = group.communicator.all_reduce(result,",
+        "result = result.bfloat16().to(result.dtype)\n    work = group.communicator.all_reduce(result,",
+        TWO_STEPS,
+    ),
+    # Every part of a sequence but the first begins a token late.
+    Mutant(
+        "pyparallel/models/whole_call.py",
+        "length=shards.length, start=at)",
+        "length=shards.length, start=at + (at > 0))",
+        DROPS,
+    ),
+    Mutant(
+        ENGINE,
+        '"softmax_scale": model.config.head_dim**-0.5',
+        '"softmax_scale": model.config.head_dim**-0.5 * (1 + 2**-4)',
+        HALF,
+    ),
+    Mutant(
+        ENGINE,
+        '"softmax_scale": model.config.head_dim**-0.5',
+        '"softmax_scale": model.config.head_dim**-0.5 * (1 + 2**-13)',
+        ROUNDED,
     ),
 )
 
