@@ -6,25 +6,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pyparallel.checkpoint.schema import shown
+from pyparallel.layers.parallel_mlp import GATED
 from pyparallel.layers.rope_scaling import scaling_of
 from pyparallel.layers.rotary_embedding import RopeScaling, Stretch
 from pyparallel.models.config_keys import complete
 
-GATED = {
-    "silu": "swiglu",
-    "swish": "swiglu",
-    "gelu": "geglu",
-    "gelu_new": "geglu_tanh",
-    "gelu_pytorch_tanh": "geglu_tanh",
-}
-POINTWISE = {
+# What configs call the functions of :class:`pyparallel.layers.ParallelMLP`.
+FUNCTIONS = {
     "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
     "silu": "silu",
+    "swish": "silu",
 }
+# Of a config whose MLP has a gate: the gated unit of the function.
+_UNITS = {function: unit for unit, function in GATED.items()}
+GATES = {name: _UNITS[function] for name, function in FUNCTIONS.items() if function in _UNITS}
 
 
 class UnknownArchitectureError(ValueError):
@@ -125,7 +125,7 @@ def _rate(config: Mapping[str, Any], name: str, default: float) -> float:
 
 def _kind(names: Mapping[str, str], key: str, value: str) -> str:
     if value not in names:
-        raise ValueError(f"{key}: expected one of {', '.join(names)}, got {value!r}")
+        raise ValueError(f"{key}: expected one of {', '.join(names)}, got {shown(value)}")
     return names[value]
 
 
@@ -155,7 +155,7 @@ def _llama(config: Mapping[str, Any]) -> DecoderConfig:
         num_kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=head_dim,
         max_positions=positions,
-        activation=_kind(GATED, "hidden_act", config.get("hidden_act", "silu")),
+        activation=_kind(GATES, "hidden_act", config.get("hidden_act", "silu")),
         norm="rms",
         norm_eps=config.get("rms_norm_eps", 1e-6),
         qkv_bias=bias or model_type == "qwen2",
@@ -206,7 +206,7 @@ def _gpt2(config: Mapping[str, Any]) -> DecoderConfig:
         head_dim=hidden // heads,
         max_positions=config["n_positions"],
         activation=_kind(
-            POINTWISE, "activation_function", config.get("activation_function", "gelu_new")
+            FUNCTIONS, "activation_function", config.get("activation_function", "gelu_new")
         ),
         norm="layer",
         norm_eps=config.get("layer_norm_epsilon", 1e-5),
@@ -252,7 +252,7 @@ def _gpt_neox(config: Mapping[str, Any]) -> DecoderConfig:
         num_kv_heads=heads,
         head_dim=hidden // heads,
         max_positions=positions,
-        activation=_kind(POINTWISE, "hidden_act", config.get("hidden_act", "gelu")),
+        activation=_kind(FUNCTIONS, "hidden_act", config.get("hidden_act", "gelu")),
         norm="layer",
         norm_eps=config.get("layer_norm_eps", 1e-5),
         qkv_bias=bias,

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from pyparallel.models.config import GATED, DecoderConfig
+from pyparallel.layers.parallel_mlp import GATED
+from pyparallel.models.config import DecoderConfig
 
 BALANCES = ("compute", "memory")
 ORDERS = ("loop", "v")
@@ -176,7 +177,7 @@ def stages_of_rank(ranks: int, rank: int, chunks: int, *, order: str = "loop") -
 def _layer_parameters(config: DecoderConfig) -> int:
     """The matrices of one layer."""
     heads = config.num_heads + 2 * config.num_kv_heads + config.num_heads
-    matrices = 3 if config.activation in GATED.values() else 2
+    matrices = 3 if config.activation in GATED else 2
     return config.hidden_size * (heads * config.head_dim + matrices * config.intermediate_size)
 
 
