@@ -1,10 +1,17 @@
-"""Every kernel in every shipped configuration, as compile cases; one function an operation."""
+"""Every kernel in every shipped configuration, as compile cases; one function an operation.
+
+A kernel's file may bring its own: `compile_cases(arch)`, found by its name.
+"""
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Iterator
+from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
+import pyparallel.kernels as package
 from pyparallel.kernels.attention.attention_cases import (
     attention_backward_cases,
     attention_cases,
@@ -216,4 +223,12 @@ FAMILIES = (
 
 def all_cases(arch: str) -> list[Case]:
     """Every case of an architecture, in the order of the report."""
-    return [case for family in FAMILIES for case in family(arch)]
+    own = [m.compile_cases for m in kernel_modules() if hasattr(m, "compile_cases")]
+    return [case for family in (*FAMILIES, *own) for case in family(arch)]
+
+
+@lru_cache(maxsize=1)
+def kernel_modules() -> tuple[Any, ...]:
+    """Every file of the package, in the order of their names."""
+    found = pkgutil.walk_packages(package.__path__, package.__name__ + ".")
+    return tuple(import_module(module.name) for module in found)

@@ -8,7 +8,7 @@ import pytest
 
 from pyparallel.kernels.configurations import ARCHITECTURES
 from pyparallel.kernels.report import report
-from pyparallel.kernels.report.cases import all_cases
+from pyparallel.kernels.report.cases import all_cases, kernel_modules
 from pyparallel.kernels.report.compile_kernel import Case, _width_amd, _width_ptx, target_of
 
 GOOD = {
@@ -27,17 +27,14 @@ def case(**changes):
 
 def test_every_kernel_file_has_cases():
     """A kernel that nobody compiles can't hide: each @triton.jit entry point is in the table."""
-    import importlib
-    import pkgutil
-
-    import pyparallel.kernels as package
-
     found = {c.kernel.__name__ for c in all_cases("sm_90")}
-    for module in pkgutil.iter_modules(package.__path__):
-        loaded = importlib.import_module(f"pyparallel.kernels.{module.name}")
-        for name in vars(loaded):
-            if name.endswith("_kernel") and hasattr(getattr(loaded, name), "arg_names"):
-                assert name in found, f"{module.name}.{name} is in no compile case"
+    seen = set()
+    for module in kernel_modules():
+        for name in vars(module):
+            if name.endswith("_kernel") and hasattr(getattr(module, name), "arg_names"):
+                seen.add(name)
+                assert name in found, f"{module.__name__}.{name} is in no compile case"
+    assert seen == found
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
