@@ -37,6 +37,7 @@ HALF = "tests/decoding/test_cpu_decoder.py -k half_precision"
 ROUNDED = "tests/decoding/test_cpu_decoder.py -k int8_logits"
 STAGES = "tests/training/test_pipeline_hugging_face.py -k three_stages"
 HALVES = "tests/training/test_data_parallel_engines.py -k any_module"
+LATE = "tests/ops/test_shared_memory_all_reduce.py -k late_ranks"
 DROPS = "tests/models/test_whole_calls.py -k does_not_depend"
 
 # A row-parallel product as a bf16 accumulation would leave it, and with its bias on every rank.
@@ -207,6 +208,12 @@ MUTANTS = (
         "work = group.communicator.all_reduce(result,",
         "result = result.bfloat16().to(result.dtype)\n    work = group.communicator.all_reduce(result,",
         TWO_STEPS,
+    ),
+    Mutant(
+        "pyparallel/ops/cpu/linear_all_reduce.py",
+        "wide = x.detach().float().contiguous()",
+        "wide = x.detach().bfloat16().float().contiguous()",
+        LATE,
     ),
     # Every part of a sequence but the first begins a token late.
     Mutant(
