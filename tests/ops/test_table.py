@@ -7,6 +7,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,7 +40,6 @@ DIFFERENTIABLE = {
     "linear",
     "rms_norm",
     "rope",
-    "softcap",
 }
 # What collectives are asked with, and what their rows are given beside that.
 COUNTS = {"all_gather": "counts", "reduce_scatter": "counts"}
@@ -103,13 +104,17 @@ def calls(group: Group) -> dict[str, tuple]:
         "reduce_scatter": (x.flatten(), group, "sum"),
         "rms_norm": (x, ones, 1e-6),
         "rope": (q, cos, cos),
-        **later_calls(x),
     }
 
 
-def later_calls(x: Tensor) -> dict[str, tuple]:
-    """Ops that came after the table."""
-    return {}
+def calls_of_tests() -> dict[str, tuple]:
+    """Of ops whose own test says it: `TABLE_CALL` in tests/ops/test_<op>.py, differentiable ones'."""
+    found = {}
+    for path in Path(__file__).parent.glob("test_*.py"):
+        if "\nTABLE_CALL = " in path.read_text():
+            module = import_module(f"tests.ops.{path.stem}")
+            found[path.stem.removeprefix("test_")] = module.TABLE_CALL
+    return found
 
 
 class Seen:
@@ -211,13 +216,14 @@ def faults_of(op: str, choice: str | None, args: tuple, fused: bool) -> list[str
 
 def every_op(group: Group) -> list[str]:
     table = backend.table()
-    assert table.keys() == calls(group).keys()
+    own = calls_of_tests()
+    assert table.keys() == calls(group).keys() | own.keys()
     faults = []
     for choice in CHOICES:
         with backend.use(choice) if choice else nullcontext():
             for wanted in (False, True):
-                for op, args in calls(group).items():
-                    if wanted and op not in DIFFERENTIABLE:
+                for op, args in (calls(group) | own).items():
+                    if wanted and op not in DIFFERENTIABLE | own.keys():
                         continue
                     if wanted:
                         args = tuple(with_gradient(t) for t in args)
