@@ -18,6 +18,7 @@ from pyparallel.layers.parallel_lm_head import ParallelLMHead
 from pyparallel.layers.span import Span
 from pyparallel.models.generation import GenerationDefaults
 from pyparallel.ops.next_token import Said, Sampling, sample
+from pyparallel.ops.softcap import softcap
 
 # Types whose generate() forgets its cache where the frequencies change.
 RESTARTING = ("phi3", "phi4_multimodal", "phimoe")
@@ -91,7 +92,7 @@ class _Head:
     def _adjusted(self, logits: Tensor) -> Tensor:
         if self._factor != 1.0:
             logits = logits * self._factor
-        return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
+        return logits if self._cap is None else softcap(logits, self._cap)
 
     def sample(
         self, x: Tensor, sampling: Sampling, draws: Tensor, said: Said | None = None
