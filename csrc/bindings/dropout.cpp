@@ -1,4 +1,4 @@
-// Dropout on addresses; tensors are checked by pyparallel/ops/dropout.py.
+// Dropout on addresses; tensors are checked by pyparallel/ops/cpu/dropout.py.
 #include <pybind11/pybind11.h>
 
 #include "bindings/bindings.h"

@@ -1,5 +1,5 @@
 // Sums over ranks fused with what follows them, for a few rows: the partial sums lie in the engine's slots,
-// where the peers read them. Addresses come from pyparallel/ops/shared_memory_all_reduce.py.
+// where the peers read them. Addresses come from pyparallel/ops/cpu/linear_all_reduce.py.
 #include <pybind11/pybind11.h>
 
 #include "bindings/addresses.h"
