@@ -26,7 +26,8 @@ class CallOrder:
     def run(self, async_op: bool, call: Callable[..., None], *arguments: Any) -> Work | None:
         """Make the call here, or on the thread; ``arguments`` live until it is made."""
         if not async_op:
-            self.drain()
+            if not self.idle:
+                self.drain()
             call(*arguments)
             return None
         if self._executor is None:
