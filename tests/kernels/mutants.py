@@ -31,6 +31,19 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
     # The gate's columns twice.
     ("gated_mlp_descriptor", "w_up_desc.load", "w_gate_desc.load", "test_gated_mlp"),
     ("gated_mlp", "up_shift = F.to(tl.int64)", "up_shift = (F - 1).to(tl.int64)", "test_gated_mlp"),
+    (
+        "gated_mlp",
+        "gate = narrow(gate, dtype)",
+        "gate = narrow(gate.to(tl.bfloat16).to(tl.float32), dtype)",
+        "test_gated_mlp",
+    ),
+    # What a rank adds is rounded to bf16, in a whole model of fp32.
+    (
+        "collectives",
+        "total += tl.load(data + offs, mask=offs < stop, other=0.0).to(tl.float32)",
+        "total += tl.load(data + offs, mask=offs < stop, other=0.0).to(tl.bfloat16).to(tl.float32)",
+        "test_whole_model",
+    ),
     ("gated_activation", "dgate *= up", "dgate *= dup", "test_gated_activation"),
     # A query sees one key of the future.
     ("attention_tiles", "seen & (behind >= 0)", "seen & (behind >= -1)", "test_attention"),
