@@ -87,7 +87,7 @@ def test_permission_denied_is_no_missing_file(model_folder: Path, tmp_path: Path
     # To others where root asks as one, to its owner elsewhere.
     closed.chmod(0o700 if is_root() else 0)
     imports = (
-        "import pyparallel.export\n"
+        "import pyparallel.saving.export\n"
         "from pyparallel.checkpoint.source import CheckpointError, open_checkpoint\n"
         "from pyparallel.checkpoint.place import Place"
     )
