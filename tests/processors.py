@@ -65,7 +65,6 @@ NUMERICAL = (
     "models/test_parallelize_sequence.py::test_equals_dense[2]",
     "training/test_pipeline.py::test_every_schedule_gives_the_dense_gradients[1f1b]",
     "training/test_pipeline.py::test_five_layers_over_three_stages",
-    "decoding/test_real_model.py::test_greedy_tokens_are_the_dense_models[2]",
     "training/test_sequence_parallel.py::test_as_dense[2-llama]",
     "saving/test_sharded_checkpoint.py::test_training_goes_on",
     "ops/test_vocab_parallel_cross_entropy.py::test_as_dense[3]",
