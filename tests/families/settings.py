@@ -200,8 +200,8 @@ def built(case: Case, folder: Path) -> nn.Module | None:
             kept = {key: value for key, value in content.items() if key not in case.dropped}
             file.write_text(json.dumps(kept))
         found, report = cls.from_pretrained(folder, output_loading_info=True)
-        # Other defaults are other shapes: then the folder is no model.
-        if report["missing_keys"] or report["mismatched_keys"]:
+        # Other defaults are other shapes, or other tensors: then the folder is no model.
+        if report["missing_keys"] or report["mismatched_keys"] or report["unexpected_keys"]:
             return None
         with torch.no_grad():
             logits = found(torch.tensor([[5, 9, 2]])).logits
