@@ -39,6 +39,7 @@ REFUSALS = (
     "changes its hidden states outside of its layers",
     "mesh: expected pp=1",
     "can't be cut into",
+    "stages: expected 1 to 1, a layer each",
     "scale_attn_weights: expected True",
     "scale_attn_by_inverse_layer_idx: expected False",
     "hidden_act: expected one of",
@@ -126,7 +127,7 @@ def check_refusals(reasons: dict[str, set[str]]) -> None:
     for reason, found in reasons.items():
         assert any(words in reason for words in REFUSALS), (reason, found)
         # Our own decoder lacks these, which parallelize() has.
-        own = "can't be cut into", "scale_attn_", "hidden_act", "activation_function"
+        own = "can't be cut into", "stages:", "scale_attn_", "hidden_act", "activation_function"
         assert not found & set(OWN) or any(words in reason for words in own), (reason, found)
 
 
