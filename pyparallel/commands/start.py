@@ -22,7 +22,9 @@ def is_command() -> bool:
             first == "-m" and second in ("pyparallel", "pyparallel.__main__")
             for first, second in itertools.pairwise(arguments)
         )
-    return bool(sys.argv) and os.path.basename(sys.argv[0]) == "pyparallel"
+    # What multiprocessing spawns for a command has the command's sys.argv, but was not started by it.
+    script = sys.argv[0] if sys.argv else ""
+    return os.path.basename(script) == "pyparallel" and script in arguments
 
 
 def leave_the_current_folder_out() -> None:
@@ -39,6 +41,8 @@ def leave_the_current_folder_out() -> None:
     if here and here == home:
         kept.append(here)
     sys.path[:] = kept
+    # Nor is it on the path of Python's own helpers, which multiprocessing starts with `-c`.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
 
 
 # Before the next import: `signal` imports modules that a file there could stand for.

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -116,6 +117,24 @@ def test_command_compiles_and_caches(tmp_path):
     again = json.loads(command(*arguments, cache=tmp_path).stdout)["kernels"]
     assert [r.pop("cached") for r in again] == [True, True]
     assert again == rows
+
+
+def test_compilers_run_nothing_of_the_current_folder_and_end_quietly(tmp_path, monkeypatch):
+    place = tmp_path / "here"
+    place.mkdir()
+    for name in ("multiprocessing", "signal", "types"):
+        (place / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.chdir(place)
+    script = Path(sys.executable).with_name("pyparallel")
+    done = subprocess.run(
+        [script, "kernels", "--arch", "sm_90", "--kernel", "softcap", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert not (tmp_path / "ran").exists()
 
 
 def test_command_says_what_is_wrong_with_its_arguments(tmp_path):
