@@ -1,6 +1,6 @@
 """What a reader of published measurements yields: predicted and measured, side by side.
 
-A module ``truth_*.py`` of this folder has ``READERS``, which says by a file's name how its rows are read;
+A module ``truth_*.py`` of this folder has ``READERS``: by a file's name, how its rows are read;
 :func:`readers` joins them, so that no list names all files.
 """
 

@@ -8,21 +8,10 @@ from pyparallel.planner.hardware import cluster_of, gpu_of, link_of
 from pyparallel.planner.names import shipped
 from pyparallel.planner.strategy import Inference, Strategy, Training
 
-NEEDED = [
-    "a100",
-    "a100-40gb",
-    "h100",
-    "h200",
-    "b200",
-    "mi300x",
-    "l40s",
-    "a10g",
-    "l4",
-    "a6000",
-    "rtx-3090",
-    "rtx4090",
-    "h100-pcie",
-]
+NEEDED = (
+    *("a100", "a100-40gb", "h100", "h100-pcie", "h200", "b200", "mi300x"),
+    *("l40s", "a10g", "l4", "a6000", "rtx-3090", "rtx4090"),
+)
 TOML = """
 [gpu]
 arch = "mine"
