@@ -7,6 +7,7 @@ behind a reduction on every rank, a tied head that is the embedding where one st
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +18,7 @@ from pyparallel.models.stage import partition, stages_of_rank
 from pyparallel.planner.shape import ModelShape
 from pyparallel.planner.strategy import check_choice
 
-BALANCES = ("compute", "memory", "even")
+BALANCES = ("compute", "memory", "even", "threshold")
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ def stage_layers(shape: ModelShape, stages: int, balance: str = "compute") -> tu
 
     Args:
         balance: "compute" and "memory" as :func:`pyparallel.models.stage.stages_of`; "even": by their
-            number alone, as Megatron.
+            number alone, as Megatron; "threshold": a stage ends with the layer that brings the costs
+            so far above its share of all, as nanotron, and some may be empty.
 
     Raises:
         ValueError: more stages than layers, or another balance.
@@ -139,8 +141,28 @@ def stage_layers(shape: ModelShape, stages: int, balance: str = "compute") -> tu
             found.append(range(start, start + size))
             start += size
         return tuple(found)
+    if balance == "threshold":
+        return _by_threshold(costs, last, stages)
     ends = {"first": first if balance == "memory" else 0.0, "last": last}
     return tuple(partition(costs, stages, **ends))
+
+
+def _by_threshold(costs: Sequence[float], head: float, stages: int) -> tuple[range, ...]:
+    total, before, place = sum(costs) + head, 0.0, 0
+    starts = [0]
+    for layer, cost in enumerate(costs):
+        before += cost
+        if before > total * (place + 1) / stages and place + 1 < stages:
+            place += 1
+            starts.append(layer + 1)
+    starts += [len(costs)] * (stages + 1 - len(starts))
+    return tuple(range(a, b) for a, b in itertools.pairwise(starts))
+
+
+@lru_cache(maxsize=1024)
+def largest_rank(shape: ModelShape, tp: int) -> int:
+    """The tp rank that holds the most of a layer: not always the first where KV heads are replicated."""
+    return max(range(tp), key=lambda rank: layer_shard(shape, tp, rank, shape.experts > 0).total)
 
 
 def stage_shard(
