@@ -1,7 +1,7 @@
 """What a rank holds while it answers: weights, the KV cache, and the activations of a prefill.
 
-KV bytes of a sequence on one rank: 2 L_stage G_r D tokens / cp a. Of the prefill's activations one layer's
-are alive at a time, a token's widest being
+KV bytes of a sequence on one rank: 2 a L_stage G_r D tokens / cp. Of the prefill's activations one
+layer's are alive at a time, a token's widest being
 
     a (2 H + max(D (2 N_r + 2 G_r), F_r matrices))        residual, norm, and attention's or the MLP's
 
