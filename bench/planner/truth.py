@@ -67,12 +67,24 @@ Reader = Callable[[Mapping[str, Any]], Reading]
 
 
 def readers() -> dict[str, Reader]:
-    """The reader of each known file name, of all ``truth_*`` modules beside this one."""
+    """The reader of each known file name, of all ``truth_*`` modules beside this one.
+
+    Where several modules read one file (for its times, for its memory) all their pairs come.
+    """
     found: dict[str, Reader] = {}
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         if module.name.startswith("truth_"):
-            found |= import_module(f"bench.planner.{module.name}").READERS
+            for name, reader in import_module(f"bench.planner.{module.name}").READERS.items():
+                found[name] = _both(found[name], reader) if name in found else reader
     return found
+
+
+def _both(first: Reader, second: Reader) -> Reader:
+    def reader(content: Mapping[str, Any]) -> Reading:
+        one, other = first(content), second(content)
+        return Reading(one.pairs + other.pairs, one.unused + other.unused)
+
+    return reader
 
 
 def read(path: Path, reader: Reader) -> Reading:
