@@ -23,7 +23,8 @@ class Engine:
             as shards; "without pipeline": so where pp is 1.
         logit_bytes: a logit's bytes beside those of its own dtype: fp32 copies, a gradient apart.
         table_gradients: gradients of the embedding and the head, in units of a V H, held at the peak.
-        context_bytes: a process's own: the CUDA context, libraries.
+        workspace_bytes: what libraries have from the framework's allocator.
+        context_bytes: a process's own outside of that allocator: the CUDA context, libraries.
         group_bytes: buffers of the communication of each axis with more than one rank.
         fragmentation: the share of activations that the allocator loses.
         state_slack: the share of weights, gradients and optimizer states that it loses.
@@ -39,6 +40,7 @@ class Engine:
     gathered_kept: str = "never"
     logit_bytes: float = 0.0
     table_gradients: float = 0.0
+    workspace_bytes: float = 0.0
     context_bytes: float = 0.0
     group_bytes: float = 0.0
     fragmentation: float = 0.0

@@ -59,7 +59,7 @@ def training_memory(
         if shard.embedding or shard.vocab:
             rows = -(-shape.vocab // strategy.tp)
             terms["gradients"] += engine.table_gradients * 2 * rows * shape.hidden
-        terms["buffers"] = (
+        terms["buffers"] = engine.workspace_bytes + (
             tokens
             * shape.hidden
             * _itemsize(training.dtype)
