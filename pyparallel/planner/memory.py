@@ -23,7 +23,7 @@ from pyparallel.planner.weights import (
 # (vLLM's log in memory_oom_points.json).
 DRIVER_SHARE = 0.0054
 # Room that an allocator and a context need and no formula counts: of the 1728 runs of
-# train_ultrascale_h100_sweep.json none peaked above 77.9 of 79.2 GiB, contexts not counted.
+# train_ultrascale_h100_sweep.json none peaked above 77.4 of 79.2 GiB, contexts not counted.
 HEADROOM = 0.04
 
 
