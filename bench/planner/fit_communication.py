@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.planner.compact_json import compact_json
 from pyparallel.planner.fits import FOLDER
 
 NCCL = "comm_nccl_nvlink_by_system.json"
@@ -84,16 +85,7 @@ def main(folder: Path) -> None:
         "alpha_beta": alpha_beta,
         "tables": tables,
     }
-    (FOLDER / "communication.json").write_text(_compact(written) + "\n")
-
-
-def _compact(value: Any, indent: str = "") -> str:
-    """JSON with a list of numbers on one line."""
-    if not isinstance(value, dict):
-        return json.dumps(value)
-    inner = indent + " "
-    lines = (f"{inner}{json.dumps(key)}: {_compact(item, inner)}" for key, item in value.items())
-    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+    (FOLDER / "communication.json").write_text(compact_json(written))
 
 
 if __name__ == "__main__":

@@ -82,7 +82,11 @@ def published(content: Mapping[str, Any]) -> Iterator[Pair | str]:
         cluster = cluster_of(gpu, row["gpus"], inter=inter)
         predicted = collective_seconds("all_reduce", row["bytes"], row["gpus"], cluster)
         group = f"{row['set']}, nodes {row['nodes']}"
-        yield _point(group, "all_reduce", row["bytes"], row["gpus"], cluster, row, predicted, False)
+        # The latency of a message between nodes was read off these rows.
+        across = row["nodes"] > 1
+        yield _point(
+            group, "all_reduce", row["bytes"], row["gpus"], cluster, row, predicted, across
+        )
 
 
 def between_nodes(content: Mapping[str, Any]) -> Iterator[Pair | str]:
@@ -110,7 +114,7 @@ def between_nodes(content: Mapping[str, Any]) -> Iterator[Pair | str]:
                 # Two pairs meet on PCIe.
                 cluster = cluster_of(PAIRS_OF_A_MACHINE[system], 4)
         predicted = collective_seconds(op, row["bytes"], ranks, cluster, ranks_per_node=inside)
-        own = op == "send" and inside == 1
+        own = inside < ranks
         place = "between nodes" if inside < ranks else "in a node"
         group = f"{system} {op} {place}"
         yield _point(group, op, row["bytes"], ranks, cluster, row, predicted, own)

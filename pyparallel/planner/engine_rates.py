@@ -1,0 +1,92 @@
+"""What an engine makes of a GPU: five constants, fitted to published measurements of it.
+
+An engine is who serves: its kernels reach a fraction of the memory's and the tensor cores' rates, each
+layer costs launches and the tails of kernels, each step and each sequence of it some of the host's
+time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pyparallel.planner.communication import Kernel
+from pyparallel.planner.fits import read_fits, system_of
+from pyparallel.planner.strategy import check_choice
+
+
+@dataclass(frozen=True)
+class Constants:
+    """The five of one engine on one GPU.
+
+    Attributes:
+        memory_fraction: of the memory's bandwidth, in matmuls that read weights and in reading KV.
+        flops_fraction: of the best matrix product ever seen on the GPU (``Gpu.best_flops``).
+        layer_s: seconds of a layer beside its bytes and its flops.
+        step_s: seconds of a pass of one stage on the host.
+        sequence_s: seconds of each sequence of a decode step: sampling, scheduling, detokenizing.
+    """
+
+    memory_fraction: float
+    flops_fraction: float
+    layer_s: float
+    step_s: float
+    sequence_s: float
+
+
+@dataclass(frozen=True)
+class EngineRates:
+    """How requests are served.
+
+    Attributes:
+        kernel: whose all_reduce a decode step calls.
+        calibrated_on: the file of measurements that the constants are fitted to; "" for a GPU that is
+            not in it, whose constants are those of all GPUs that are, fitted together.
+        reserves: a request is admitted only when the KV cache has room for its whole answer.
+    """
+
+    name: str
+    constants: Constants
+    kernel: Kernel
+    calibrated_on: str
+    reserves: bool
+
+
+# Whose constants a plan uses unless it is told otherwise: the engine most GPUs were measured with.
+DEFAULT_ENGINE = "vllm"
+
+
+def engine_names() -> tuple[str, ...]:
+    """Those that were fitted."""
+    return tuple(read_fits("inference")["engines"])
+
+
+def engine_rates_of(name: str, gpu: str, *, as_unknown: bool = False) -> EngineRates:
+    """An engine on a GPU, by the GPU's own name.
+
+    Args:
+        as_unknown: as if this GPU had not been measured: the constants of all others.
+
+    Raises:
+        ValueError: no engine of that name.
+    """
+    check_choice("engine", name, engine_names())
+    entry = read_fits("inference")["engines"][name]
+    system = system_of(gpu)
+    if system in entry["constants"]:
+        numbers = entry["without" if as_unknown else "constants"][system]
+    else:
+        numbers = entry["others"]
+    known = system in entry["constants"] and not as_unknown
+    return EngineRates(
+        name=name,
+        constants=constants_of(numbers),
+        kernel=entry["kernel"],
+        calibrated_on=entry["calibrated_on"] if known else "",
+        reserves=entry["reserves"],
+    )
+
+
+def constants_of(numbers: list[float]) -> Constants:
+    """Two fractions, and three times in microseconds."""
+    memory, flops, *micro = numbers
+    return Constants(memory, flops, *(each * 1e-6 for each in micro))
