@@ -13,7 +13,7 @@ FORMATTED = $(shell find csrc tests/native -path '*/build' -prune -o \
   mutants-numerics lint format clean
 .PHONY: faults train-demo bench bench-collectives bench-decode bench-prefill bench-context_parallel_attention
 .PHONY: bench-sequence_parallel_linear bench-activation_memory bench-pipeline
-.PHONY: bench-linear_all_reduce bench-hugging_face_generate bench-decode_cost
+.PHONY: bench-linear_all_reduce bench-hugging_face_generate bench-decode_cost bench-planner
 
 install: $(VENV)/.ready
 
@@ -88,6 +88,12 @@ bench-sequence_parallel_linear bench-pipeline bench-linear_all_reduce \
 bench-hugging_face_generate bench-decode_cost: bench-%: install $(MODEL)
 	$(BIN)/pytest -q -s --benchmark-enable --benchmark-autosave --benchmark-columns=min,median,iqr \
 	  bench/*/$*.py
+
+# The planner against published measurements: a table of errors, and plots. DATA=folder: another folder of
+# tables in the same form.
+DATA ?= ../shared/planner
+bench-planner: install
+	$(BIN)/python -m bench.planner.report "$(DATA)" --plots .benchmarks/planner --json .benchmarks/planner/errors.json
 
 bench-activation_memory: install
 	$(BIN)/python bench/training/activation_memory.py

@@ -1,0 +1,62 @@
+"""Whether the fastest of rivals by prediction is it by measurement too, and what it costs if not."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from bench.planner.truth import Pair
+
+# Two that differ by less are as good.
+TIE = 0.03
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Of all groups of rivals of one quantity.
+
+    Attributes:
+        hit: share of groups whose pick is within :data:`TIE` of the best.
+        regret: mean of (time of the pick / best time - 1); of a rate, best rate / rate of the pick - 1.
+    """
+
+    file: str
+    quantity: str
+    groups: int
+    hit: float
+    regret: float
+    worst_regret: float
+    floor_hit: float
+    floor_regret: float
+
+
+def choice_of(file: str, pairs: Sequence[Pair]) -> Choice | None:
+    """None where no group has rivals."""
+    groups: dict[str, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        if pair.group:
+            groups[pair.group].append(pair)
+    rivals = [group for group in groups.values() if len(group) > 1]
+    if not rivals:
+        return None
+    ours = [regret(group, lambda pair: pair.predicted) for group in rivals]
+    floors = [regret(group, lambda pair: pair.floor) for group in rivals]
+    count = len(rivals)
+    return Choice(
+        file,
+        pairs[0].quantity,
+        count,
+        hit=sum(each <= TIE for each in ours) / count,
+        regret=sum(ours) / count,
+        worst_regret=max(ours),
+        floor_hit=sum(each <= TIE for each in floors) / count,
+        floor_regret=sum(floors) / count,
+    )
+
+
+def regret(group: Sequence[Pair], guess: Callable[[Pair], float]) -> float:
+    """What the pick by ``guess`` costs over the best of the group, as a share."""
+    if group[0].unit == "s":
+        return min(group, key=guess).measured / min(pair.measured for pair in group) - 1
+    return max(pair.measured for pair in group) / max(group, key=guess).measured - 1
