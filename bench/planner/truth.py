@@ -93,6 +93,15 @@ def read(path: Path, reader: Reader) -> Reading:
     Raises:
         ValueError: the file can't be read or is no JSON object.
     """
+    return reader(load(path))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The content of a file of measurements.
+
+    Raises:
+        ValueError: the file can't be read or is no JSON object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -101,4 +110,4 @@ def read(path: Path, reader: Reader) -> Reading:
         raise ValueError(f"{path}: expected JSON") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected an object")
-    return reader(content)
+    return content

@@ -31,7 +31,11 @@ from pyparallel.planner.weights import largest_rank, layer_shard
 
 @dataclass(frozen=True)
 class LayerTime:
-    """Of the average layer of a model, which may have layers of experts and dense ones."""
+    """Of the average layer of a model, which may have layers of experts and dense ones.
+
+    Attributes:
+        launch: what the host needs beside what keeps the GPU busy.
+    """
 
     matmuls: float
     attention: float
@@ -39,6 +43,7 @@ class LayerTime:
     recompute: float
     tensor: float
     context: float
+    launch: float
 
 
 def layer_time(
@@ -89,7 +94,11 @@ def layer_time(
         recompute = forward + written
     ring = _ring_seconds(shape, strategy, tokens, cluster, kv)
     context = max(0.0, ring - forward) + max(0.0, 2 * ring - backward)
-    return LayerTime(matmuls, forward + backward, elementwise, recompute, tensor, context)
+    attention = forward + backward
+    busy = matmuls + attention + elementwise + recompute + tensor + context
+    launched = rates.host_s * (3 if strategy.recompute == "layers" else 2)
+    launch = max(0.0, launched - busy)
+    return LayerTime(matmuls, attention, elementwise, recompute, tensor, context, launch)
 
 
 def _attention(

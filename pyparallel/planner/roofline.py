@@ -1,12 +1,12 @@
 """Seconds of one operation on one GPU: what it computes, what it moves, and what each call costs.
 
-    t = max(flops / (e F), bytes / (b W)) + o
+    t = max(flops / (e F), bytes / (b W)) + 3 us
 
 F: the best rate that products of the type were seen to reach (of :class:`Gpu`), W: the memory's
-bandwidth; e, b and o are fits (``data/fits/training.toml``): the share of F that products in a model
-reach, the share of W that elementwise kernels reach, and the seconds of a call that nothing else
-explains (launch, ramp, tail). A product's time is a constant and a line in its FLOPs, so small ones
-reach less of F. Flash attention has an e of its own.
+bandwidth; e and b are fits (``data/fits/training.toml``): the share of F that products in a model reach,
+and of W that elementwise kernels reach. A product's time is a constant and a line in its FLOPs, so small
+ones reach less of F. Flash attention has an e of its own. A layer takes no less than the host needs to
+launch it.
 """
 
 from __future__ import annotations
@@ -26,17 +26,19 @@ class Rates:
         matmul: e of matrix products.
         attention: e of flash attention, forward; backward's is 0.85 of it.
         bandwidth: b.
-        op_seconds: o.
+        host_s: seconds of the host for one layer's forward, and as much for its backward.
         overlap: the share of a communication that could be hidden that is.
     """
 
     matmul: float = 0.85
     attention: float = 0.6
     bandwidth: float = 0.8
-    op_seconds: float = 5e-6
+    host_s: float = 4e-4
     overlap: float = 0.8
 
 
+# A kernel's launch and tail on the GPU: aiconfigurator's per-operation latency (hardware.json).
+OP_SECONDS = 3e-6
 # Backward of flash attention reaches less than its forward: Dao 2023 (FlashAttention-2), figures 4 to 6.
 BACKWARD_ATTENTION = 0.85
 
@@ -57,7 +59,7 @@ def matmul_seconds(m: float, n: float, k: float, gpu: Gpu, rates: Rates, dtype: 
     size = {"fp32": 4.0, "fp8": 1.0, "fp4": 0.5}.get(dtype, 2.0)
     compute = 2 * m * n * k / (rates.matmul * gpu.best_flops(dtype))
     moved = size * (m * k + k * n) + max(2.0, min(size, 4.0)) * m * n
-    return max(compute, moved / (rates.bandwidth * gpu.bandwidth)) + rates.op_seconds
+    return max(compute, moved / (rates.bandwidth * gpu.bandwidth)) + OP_SECONDS
 
 
 def attention_seconds(
@@ -68,7 +70,7 @@ def attention_seconds(
     Causal: context is half of the sequence.
     """
     flops = 4 * tokens * context * heads * head_dim
-    return flops / (rates.attention * gpu.best_flops("bf16")) + rates.op_seconds
+    return flops / (rates.attention * gpu.best_flops("bf16")) + OP_SECONDS
 
 
 def attention_backward_seconds(
@@ -77,9 +79,9 @@ def attention_backward_seconds(
     """Its backward: five products for forward's two."""
     flops = 10 * tokens * context * heads * head_dim
     rate = BACKWARD_ATTENTION * rates.attention * gpu.best_flops("bf16")
-    return flops / rate + rates.op_seconds
+    return flops / rate + OP_SECONDS
 
 
 def moved_seconds(num_bytes: float, gpu: Gpu, rates: Rates, *, calls: int = 1) -> float:
     """Elementwise work: the bytes that are read and written, by so many kernels."""
-    return num_bytes / (rates.bandwidth * gpu.bandwidth) + calls * rates.op_seconds
+    return num_bytes / (rates.bandwidth * gpu.bandwidth) + calls * OP_SECONDS

@@ -35,7 +35,7 @@ class StepTime:
 
     Attributes:
         terms: "matmuls", "attention", "elementwise", "recompute", "tensor parallel", "context parallel",
-            "pipeline messages", "bubble", "data parallel", "optimizer".
+            "launches", "pipeline messages", "bubble", "data parallel", "optimizer".
         mfu: model FLOPs over the peak, as this module's docstring counts them.
     """
 
@@ -117,6 +117,7 @@ def _rank_terms(
         "recompute": count * layer.recompute,
         "tensor parallel": count * layer.tensor,
         "context parallel": count * layer.context,
+        "launches": count * layer.launch,
         "pipeline messages": message,
     }
     if shard.vocab:

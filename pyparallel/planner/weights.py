@@ -117,8 +117,9 @@ def stage_layers(shape: ModelShape, stages: int, balance: str = "compute") -> tu
 
     Args:
         balance: "compute" and "memory" as :func:`pyparallel.models.stage.stages_of`; "even": by their
-            number alone, as Megatron; "threshold": a stage ends with the layer that brings the costs
-            so far above its share of all, as nanotron, and some may be empty.
+            number alone, as Megatron, with the embedding and the head for layers where only that
+            divides; "threshold": a stage ends with the layer that brings the costs so far above its
+            share of all, as nanotron, and some may be empty.
 
     Raises:
         ValueError: more stages than layers, or another balance.
@@ -134,17 +135,22 @@ def stage_layers(shape: ModelShape, stages: int, balance: str = "compute") -> tu
     ]
     first, last = table + shape.learned_positions * shape.hidden, table
     if balance == "even":
-        if not 1 <= stages <= shape.layers:
-            partition(costs, stages)
-        found, start = [], 0
-        for size in part_sizes(shape.layers, stages):
-            found.append(range(start, start + size))
-            start += size
-        return tuple(found)
+        return _by_number(shape.layers, stages)
     if balance == "threshold":
         return _by_threshold(costs, last, stages)
     ends = {"first": first if balance == "memory" else 0.0, "last": last}
     return tuple(partition(costs, stages, **ends))
+
+
+def _by_number(layers: int, stages: int) -> tuple[range, ...]:
+    if layers % stages and (layers + 2) % stages == 0:
+        each = (layers + 2) // stages
+        ends = [min(layers, max(0, place * each - 1)) for place in range(stages + 1)]
+        return tuple(range(a, b) for a, b in itertools.pairwise(ends))
+    if stages > layers:
+        partition([1.0] * layers, stages)
+    ends = list(itertools.accumulate(part_sizes(layers, stages), initial=0))
+    return tuple(range(a, b) for a, b in itertools.pairwise(ends))
 
 
 def _by_threshold(costs: Sequence[float], head: float, stages: int) -> tuple[range, ...]:
