@@ -28,6 +28,7 @@ class Engine:
         group_bytes: buffers of the communication of each axis with more than one rank.
         fragmentation: the share of activations that the allocator loses.
         state_slack: the share of weights, gradients and optimizer states that it loses.
+        tensor_hidden: with sp, tp's messages run under products.
         flash: attention's scores are never written to memory.
         window_cached: layers with a window cache no more than that.
     """
@@ -46,6 +47,7 @@ class Engine:
     group_bytes: float = 0.0
     fragmentation: float = 0.0
     state_slack: float = 0.0
+    tensor_hidden: bool = True
     flash: bool = True
     window_cached: bool = False
 

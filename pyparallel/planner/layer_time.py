@@ -25,7 +25,7 @@ from pyparallel.planner.roofline import (
     moved_seconds,
 )
 from pyparallel.planner.shape import ModelShape
-from pyparallel.planner.strategy import Strategy, Training
+from pyparallel.planner.strategy import BYTES, Strategy, Training
 from pyparallel.planner.weights import largest_rank, layer_shard
 
 
@@ -79,13 +79,13 @@ def layer_time(
     # A norm and a residual add twice: 2 + 3 passes over a t H; rotation of q and k; the activation.
     once = 2.0 * (10 * between * shape.hidden + tokens * (2 * (query + kv) + wide + features))
     if dtype in ("fp8", "fp4"):
-        # Each product's input is read, and written once for forward and once transposed.
-        once += 4.0 * tokens * (2 * shape.hidden + query + features)
+        # Each product's input is written twice, for forward and transposed, by what makes it.
+        once += 2.0 * tokens * (2 * shape.hidden + query + features)
     moved = moved_seconds(once, gpu, rates, calls=8) + written
     # Backward reads both sides of what forward read and wrote.
     elementwise = moved + 2 * moved
-    message = _tensor_message(shape, strategy, tokens, cluster)
-    hidden = rates.overlap if strategy.sp else 0.0
+    message = _tensor_message(shape, strategy, training, tokens, cluster)
+    hidden = rates.overlap if strategy.sp and engine.tensor_hidden else 0.0
     tensor = 4 * message * (1 - hidden)
     recompute = 0.0
     if strategy.recompute == "layers":
@@ -130,15 +130,18 @@ def _attention(
 
 
 def _tensor_message(
-    shape: ModelShape, strategy: Strategy, tokens: float, cluster: Cluster
+    shape: ModelShape, strategy: Strategy, training: Training, tokens: float, cluster: Cluster
 ) -> float:
-    """One reduction of all tokens' hidden states over tp, as all_reduce or its two halves."""
+    """One reduction of all tokens' hidden states over tp, as all_reduce or its two halves.
+
+    What a product of 8 bits takes is gathered as 8 bits.
+    """
     size = 2.0 * tokens * shape.hidden
     if not strategy.sp:
         return collective_seconds("all_reduce", size, strategy.tp, cluster)
-    return collective_seconds("reduce_scatter", size, strategy.tp, cluster) + collective_seconds(
-        "all_gather", size, strategy.tp, cluster
-    )
+    gathered = size * min(1.0, BYTES[training.dtype] / 2)
+    reduced = collective_seconds("reduce_scatter", size, strategy.tp, cluster)
+    return reduced + collective_seconds("all_gather", gathered, strategy.tp, cluster)
 
 
 def _ring_seconds(
