@@ -84,7 +84,7 @@ def layer_time(
     moved = moved_seconds(once, gpu, rates, calls=8) + written
     # Backward reads both sides of what forward read and wrote.
     elementwise = moved + 2 * moved
-    message = _tensor_message(shape, strategy, training, tokens, cluster)
+    message = rates.messages * _tensor_message(shape, strategy, training, tokens, cluster)
     hidden = rates.overlap if strategy.sp and engine.tensor_hidden else 0.0
     tensor = 4 * message * (1 - hidden)
     recompute = 0.0

@@ -20,7 +20,7 @@ from pyparallel.planner.names import shipped
 
 @dataclass(frozen=True)
 class Rates:
-    """The fitted constants of a GPU type; five at most.
+    """Constants of a GPU type, of which five at most are fitted and the others are these defaults.
 
     Attributes:
         matmul: e of matrix products.
@@ -28,6 +28,8 @@ class Rates:
         bandwidth: b.
         host_s: seconds of the host for one layer's forward, and as much for its backward.
         overlap: the share of a communication that could be hidden that is.
+        messages: what a collective takes in a step, of what it takes alone (``collective_seconds``):
+            its ranks arrive at different times, and kernels share the memory with it.
     """
 
     matmul: float = 0.85
@@ -35,6 +37,7 @@ class Rates:
     bandwidth: float = 0.8
     host_s: float = 4e-4
     overlap: float = 0.8
+    messages: float = 1.0
 
 
 # A kernel's launch and tail on the GPU: aiconfigurator's per-operation latency (hardware.json).

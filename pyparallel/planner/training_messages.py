@@ -61,7 +61,8 @@ def data_seconds(
     weights = shard.total * 2.0
 
     def seconds(op: str, size: float) -> float:
-        return collective_seconds(op, size, parts, cluster, ranks_per_node=inside)
+        alone = collective_seconds(op, size, parts, cluster, ranks_per_node=inside)
+        return rates.messages * alone
 
     if strategy.zero == 3:
         each = 2 * seconds("all_gather", weights) + seconds("reduce_scatter", gradients)
