@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pyparallel.launch import launch
 from pyparallel.mesh import init_mesh
@@ -21,6 +20,7 @@ from tests.training.pipeline_checks import (
     batch_of,
     check_gradients,
     check_loss,
+    token_losses,
 )
 from tests.transformers_models import build
 
@@ -38,24 +38,24 @@ def documents() -> Tensor:
 
 
 def alone(folder: Path) -> Truth:
-    """Loss and gradients of the dense model that is shown one document at a time."""
+    """Token losses and gradients of the dense model that is shown one document at a time."""
     found: Truth = {}
     ids, targets = batch_of()
     for dtype in (torch.float32, torch.float64):
         model = build("llama tied", num_hidden_layers=LAYERS).to(dtype)
         if dtype is torch.float32:
             model.save_pretrained(folder)
-        total = torch.zeros((), dtype=dtype)
+        losses = []
         for row, ends in enumerate(ENDS):
             start = 0
             for end in ends:
                 logits = model(ids[row : row + 1, start:end]).logits[0]
-                total = total + F.cross_entropy(logits, targets[row, start:end], reduction="sum")
+                losses.append(token_losses(logits, targets[row, start:end]))
                 start = end
-        loss = total / (targets != -100).sum()
-        loss.backward()
+        every = torch.cat(losses)
+        every.mean().backward()
         found[str(dtype)] = {name: p.grad for name, p in model.named_parameters()}
-        found[str(dtype)]["loss"] = loss.detach()
+        found[str(dtype)]["losses"] = every.detach()
     return found
 
 
