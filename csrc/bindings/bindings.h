@@ -1,29 +1,32 @@
-// The areas of the extension; each is bound in a file of its own name.
+// How a file of this folder adds its functions to the module: it holds a Binding, and no list names it.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 namespace pyparallel {
 
-// What this machine's processor and this build offer.
-void bind_build(pybind11::module_& m);
+// `const Binding binding([](pybind11::module_& m) { m.def(...); });`
+class Binding {
+ public:
+  using Bind = void (*)(pybind11::module_&);
 
-// The collectives engine of CPU ranks.
-void bind_collectives(pybind11::module_& m);
+  explicit Binding(Bind bind) : bind_(bind), next_(first()) { first() = this; }
 
-// The compute kernels of a CPU rank, on addresses.
-void bind_cpu_ops(pybind11::module_& m);
+  static void all(pybind11::module_& m) {
+    for (const Binding* binding = first(); binding != nullptr; binding = binding->next_) {
+      binding->bind_(m);
+    }
+  }
 
-// A whole decoder of a CPU rank.
-void bind_decode(pybind11::module_& m);
+ private:
+  // Made by the first file's Binding, whichever that is.
+  static const Binding*& first() {
+    static const Binding* head = nullptr;
+    return head;
+  }
 
-// Dropout with a mask that does not depend on the number of ranks.
-void bind_dropout(pybind11::module_& m);
-
-// Memory that all ranks of a group read in place.
-void bind_shared_buffer(pybind11::module_& m);
-
-// Sums over ranks fused with what follows them.
-void bind_rank_sum(pybind11::module_& m);
+  Bind bind_;
+  const Binding* next_;
+};
 
 }  // namespace pyparallel

@@ -6,7 +6,7 @@
 
 namespace pyparallel {
 
-void bind_build(pybind11::module_& m) {
+static void bind_build(pybind11::module_& m) {
   pybind11::dict activations;
   for (int code = 0; code < kActivations; ++code) activations[kActivationNames[code]] = code;
   m.attr("ACTIVATIONS") = activations;
@@ -15,5 +15,7 @@ void bind_build(pybind11::module_& m) {
       "The widest instruction set the kernels may use here: 'avx512_bf16', 'avx512', 'avx2' or "
       "'plain'.");
 }
+
+static const Binding binding(bind_build);
 
 }  // namespace pyparallel

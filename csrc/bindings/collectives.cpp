@@ -52,7 +52,7 @@ void set_python_error(std::exception_ptr thrown) {
   }
 }
 
-void bind_collectives(py::module_& m) {
+static void bind_collectives(py::module_& m) {
   py::register_local_exception_translator([](std::exception_ptr thrown) {
     if (thrown) set_python_error(thrown);
   });
@@ -118,5 +118,7 @@ void bind_collectives(py::module_& m) {
       .def("flush", [](PythonGroup& self) { self.run([](Group& g) { g.flush(); }); })
       .def("close", [](PythonGroup& self) { self.run([](Group& g) { g.close(); }); });
 }
+
+static const Binding binding(bind_collectives);
 
 }  // namespace pyparallel

@@ -52,7 +52,7 @@ void attention_at(uintptr_t q, int64_t B, int64_t S, int64_t N, int64_t D, uintp
 
 }  // namespace
 
-void bind_cpu_ops(py::module_& m) {
+static void bind_cpu_ops(py::module_& m) {
   m.def(
       "use_isa", [](const std::string& name) { isa_in_use().store(isa_from_name(name)); },
       py::arg("name"),
@@ -96,5 +96,7 @@ void bind_cpu_ops(py::module_& m) {
       Unlocked(), py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("rows"), py::arg("heads"),
       py::arg("D"), py::arg("rotary"), py::arg("threads"));
 }
+
+static const Binding binding(bind_cpu_ops);
 
 }  // namespace pyparallel

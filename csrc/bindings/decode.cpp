@@ -116,7 +116,7 @@ std::vector<int64_t> greedy(Decoder& decoder) {
 
 }  // namespace
 
-void bind_decode(py::module_& m) {
+static void bind_decode(py::module_& m) {
   py::class_<PythonDecoder>(m, "Decoder", "One rank's share of a decoder; a call a token.")
       .def(py::init<const py::dict&, const py::dict&, PythonGroup*, int, std::vector<int>>(),
            py::arg("shape"), py::arg("weights"), py::arg("group"), py::arg("threads"),
@@ -171,5 +171,7 @@ void bind_decode(py::module_& m) {
       .def_property_readonly("logit_rows",
                              [](PythonDecoder& self) { return self.decoder().logit_rows(); });
 }
+
+static const Binding binding(bind_decode);
 
 }  // namespace pyparallel

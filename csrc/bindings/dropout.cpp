@@ -8,7 +8,7 @@ namespace py = pybind11;
 
 namespace pyparallel {
 
-void bind_dropout(py::module_& m) {
+static void bind_dropout(py::module_& m) {
   m.def(
       "cpu_dropout",
       [](uintptr_t x, uintptr_t out, uint32_t dtype, int64_t n, uint64_t first, uint64_t seed,
@@ -21,5 +21,7 @@ void bind_dropout(py::module_& m) {
       py::arg("seed"), py::arg("threshold"), py::arg("scale"),
       "out[n] = x * scale where the mask of the places from `first` on keeps, else 0.");
 }
+
+static const Binding binding(bind_dropout);
 
 }  // namespace pyparallel

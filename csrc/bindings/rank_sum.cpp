@@ -13,7 +13,7 @@ namespace pyparallel {
 
 using namespace cpu;
 
-void bind_rank_sum(py::module_& m) {
+static void bind_rank_sum(py::module_& m) {
   m.def(
       "slot_bytes", [](PythonGroup& self) { return self.group.slot_bytes(); }, py::arg("group"),
       "What a rank can show the others at once.");
@@ -46,5 +46,7 @@ void bind_rank_sum(py::module_& m) {
       py::arg("precision"), py::arg("residual"), py::arg("weight"), py::arg("eps"), py::arg("h"),
       py::arg("y"));
 }
+
+static const Binding binding(bind_rank_sum);
 
 }  // namespace pyparallel

@@ -66,7 +66,7 @@ void sum_parts(uintptr_t output, const std::vector<uintptr_t>& parts, int64_t n,
 
 }  // namespace
 
-void bind_shared_buffer(py::module_& m) {
+static void bind_shared_buffer(py::module_& m) {
   py::class_<SharedBuffer>(m, "SharedBuffer",
                            "Memory of every rank of a group that the others read in place.")
       .def(py::init<PythonGroup&, int64_t>(), py::arg("group"), py::arg("bytes"),
@@ -79,5 +79,7 @@ void bind_shared_buffer(py::module_& m) {
   m.def("sum_parts", &sum_parts, py::arg("output"), py::arg("parts"), py::arg("n"),
         py::arg("dtype"), "output[n] = the sum of the parts in their order, rounded once.");
 }
+
+static const Binding binding(bind_shared_buffer);
 
 }  // namespace pyparallel

@@ -1,33 +1,4 @@
-// exp and the activations, rotary embedding, sums over ranks, argmax, conversions.
-
-template <class F>
-inline void for_each_vec(int64_t n, F body) {
-  int64_t i = 0;
-  for (; i + W <= n; i += W) body(i, int64_t(W));
-  if (i < n) body(i, n - i);
-}
-
-inline Vec load_up_to(const float* p, int64_t n) { return n == W ? load(p) : load_part(p, n); }
-inline void store_up_to(float* p, Vec a, int64_t n) { n == W ? store(p, a) : store_part(p, a, n); }
-
-// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2, with r's series to degree 7: relative error
-// under 2e-7. Below -104 the result is 0, as exp(-inf) must be for masked scores; above 88.7 it grows to
-// infinity. NaN is not kept.
-inline Vec exp(Vec x) {
-  const Vec clamped = max(min(x, set1(89.0f)), set1(-104.0f));
-  const Vec n = nearest(mul(clamped, set1(1.44269504088896f)));
-  Vec r = fma(n, set1(-0.693359375f), clamped);
-  r = fma(n, set1(2.12194440e-4f), r);
-  Vec p = set1(1.9841270e-4f);
-  p = fma(p, r, set1(1.3888889e-3f));
-  p = fma(p, r, set1(8.3333333e-3f));
-  p = fma(p, r, set1(4.1666667e-2f));
-  p = fma(p, r, set1(1.6666667e-1f));
-  p = fma(p, r, set1(0.5f));
-  p = fma(p, r, set1(1.0f));
-  p = fma(p, r, set1(1.0f));
-  return scale_by_power(p, n);
-}
+// The activations, rotary embedding, sums over ranks, argmax, conversions.
 
 inline Vec sigmoid(Vec x) { return div(set1(1.0f), add(set1(1.0f), exp(sub(zero(), x)))); }
 
@@ -100,17 +71,14 @@ void scale(float* x, float factor, int64_t n) {
 
 template <class T>
 inline void widen_all(const T* from, int64_t n, float* to) {
-  for_each_vec(n, [&](int64_t i, int64_t left) {
-    store_up_to(to + i, left == W ? load(from + i) : load_part(from + i, left), left);
-  });
+  for_each_vec(
+      n, [&](int64_t i, int64_t left) { store_up_to(to + i, load_up_to(from + i, left), left); });
 }
 
 template <class T>
 inline void narrow_all(const float* from, int64_t n, T* to) {
-  for_each_vec(n, [&](int64_t i, int64_t left) {
-    const Vec a = load_up_to(from + i, left);
-    left == W ? store(to + i, a) : store_part(to + i, a, left);
-  });
+  for_each_vec(
+      n, [&](int64_t i, int64_t left) { store_up_to(to + i, load_up_to(from + i, left), left); });
 }
 
 void to_float(const void* from, Precision precision, int64_t n, float* to) {

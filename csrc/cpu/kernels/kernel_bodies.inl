@@ -2,6 +2,7 @@
 // unnamed namespace, after the fragment of cpu/simd that says what Vec is.
 
 // clang-format off: each fragment uses those before it.
+#include "cpu/simd/math.inl"
 #include "cpu/kernels/gguf_blocks.inl"
 #include "cpu/kernels/elementwise.inl"
 #include "cpu/kernels/norm.inl"
