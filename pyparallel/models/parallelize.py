@@ -21,6 +21,7 @@ from pyparallel.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from pyparallel.mesh import Mesh
 from pyparallel.models.agreement import keep_alike, share_weights
 from pyparallel.models.head_dropout import OwnRandomness, share_generator_state
+from pyparallel.models.swap.capped_attention import use_capped_attention
 from pyparallel.models.swap.context_region import check_context, cut_context
 from pyparallel.models.swap.conv1d import ColumnParallelConv1D, RowParallelConv1D
 from pyparallel.models.swap.cuts import AttentionCut, Cut, cuts_of, is_conv1d
@@ -128,8 +129,10 @@ def parallelize(
     if mesh.cp.size > 1:
         cut_context(model, mesh.cp, context_algorithm, cores)
         share_generator_state(mesh.cp, torch.device(mesh.device_mesh.device_type))
-    elif mesh.device_mesh.device_type == "cpu":
-        use_own_attention(model)
+    else:
+        use_capped_attention(model)
+        if mesh.device_mesh.device_type == "cpu":
+            use_own_attention(model)
     if group.size > 1:
         if sequence_parallel:
             cut_sequence(model, cuts, group)

@@ -14,7 +14,7 @@ from pyparallel.ops.softcap import softcap
 from pyparallel.testing import UNIT_ROUNDOFF, normals
 
 # The rows that run on this machine's processor without Triton's interpreter.
-ROWS = ("torch", "reference", None)
+ROWS = ("torch", "reference", "cpu", None)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One element, none, a whole tile, and what no tile divides.
 SHAPES = ((1,), (0, 3), (1024,), (3, 5, 331))
