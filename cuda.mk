@@ -6,7 +6,7 @@ NVCC ?= nvcc
 CUDA_ARCHITECTURES ?= 80 90a 100a
 CUDA_BUILD ?= build/cuda
 
-CUDA_SOURCES := $(shell cat csrc/cuda/sources.txt)
+CUDA_SOURCES := $(sort $(shell find csrc/cuda -name "*.cu" -o -name "*.cpp"))
 CUDA_OBJECTS := $(patsubst csrc/cuda/%,$(CUDA_BUILD)/%.o,$(CUDA_SOURCES))
 
 # Asked of Python only when something is built: make expands these in the recipes.
@@ -67,7 +67,7 @@ $(CUDA_BUILD)/%.cpp.o: csrc/cuda/%.cpp
 	@echo "$(CXX) $<"
 	@$(CXX) $(CUDA_CXX_FLAGS) -MMD -MP -c $< -o $@
 
-$(CUDA_LIBRARY): $(CUDA_OBJECTS) csrc/cuda/sources.txt
+$(CUDA_LIBRARY): $(CUDA_OBJECTS)
 	@echo "link $@"
 	@$(CXX) -shared -o $@ $(CUDA_OBJECTS) -L$(CUDA_TORCH)/lib -ltorch -ltorch_cpu -lc10 \
 	  -L$(NCCL_HOME)/lib -l:libnccl.so.2 -L$(CUDA_HOME)/lib64 -lcudart_static -lrt -lpthread -ldl \
