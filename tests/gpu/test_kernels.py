@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from pyparallel.native.cuda import extension as cuda_extension
 from pyparallel.ops.cross_entropy_statistics import run_torch as statistics
+from tests.ops import test_softcap as softcap_checks
 
 pytestmark = pytest.mark.gpu
 
@@ -146,3 +147,11 @@ def test_graph_capture(ops) -> None:
         x.copy_(randn(6, 4096, dtype=torch.bfloat16, seed=seed))
         graph.replay()
         assert torch.equal(y, ops.rms_norm(x, weight, eps=1e-5))
+
+
+@pytest.mark.parametrize("row", ["cuda", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softcap(row, dtype) -> None:
+    for shape in softcap_checks.SHAPES:
+        softcap_checks.check(row, shape, dtype, 30.0, "cuda")
+    softcap_checks.check_ends(row, "cuda")

@@ -8,6 +8,7 @@
 #include "cuda/kernels/layer_norm.h"
 #include "cuda/kernels/rank_sum.h"
 #include "cuda/kernels/rms_norm.h"
+#include "cuda/kernels/softcap.h"
 #include "host_block.h"
 
 using namespace pyparallel;
@@ -119,6 +120,14 @@ void host_bias_activation(int dtype, int wide, void* x, void* bias, void* dy, vo
     const BiasActivation<T> a{as<T>(x), as<T>(bias), as<T>(y), as<T>(dy),
                               rows,     columns,     stride,   Activation(kind)};
     for (int64_t at = 0; at < rows * (columns / width); ++at) bias_activation_vec<width>(a, at);
+  });
+}
+
+void host_softcap(int dtype, int wide, void* x, void* dy, void* y, int64_t n, float cap) {
+  dispatch(dtype, wide, [&](auto zero, auto width) {
+    using T = decltype(zero);
+    const Softcap<T> a{as<T>(x), as<T>(dy), as<T>(y), n, cap};
+    for (int64_t at = 0; at < ceil_div(n, int64_t(width)); ++at) softcap_vec<width>(a, at);
   });
 }
 

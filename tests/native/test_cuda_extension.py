@@ -19,31 +19,19 @@ pytestmark = pytest.mark.skipif(
     not cuda_extension.is_built(), reason="the CUDA extension is not built: run `make cuda`"
 )
 
-OPS = {
-    "cuda_rms_norm",
-    "cuda_add_rms_norm",
-    "cuda_rms_norm_backward",
-    "cuda_layer_norm",
-    "cuda_layer_norm_backward",
-    "cuda_bias_activation",
-    "cuda_bias_activation_backward",
-    "cuda_gated_activation",
-    "cuda_gated_activation_backward",
-    "cuda_cross_entropy_stats",
-    "cuda_cross_entropy_gradient_",
-    "cuda_rank_sum",
-}
-# Kernels whose every wide variant must move 16 bytes at a time, in and out.
-WIDE_KERNELS = {
-    "rms_norm_kernel",
-    "rms_norm_backward_kernel",
-    "layer_norm_kernel",
-    "layer_norm_backward_kernel",
-    "bias_activation_kernel",
-    "gated_activation_kernel",
-    "cross_entropy_gradient_kernel",
-    "rank_sum_kernel",
-    "all_reduce_norm_kernel",
+CSRC = Path(__file__).parents[2] / "csrc" / "cuda"
+
+
+def declared(pattern: str, files: str) -> set[str]:
+    """What the pattern finds in the sources of the extension."""
+    return {name for path in CSRC.rglob(files) for name in re.findall(pattern, path.read_text())}
+
+
+OPS = declared(r'm\.def\(\s*"(cuda_\w+)\(', "*.cpp")
+# Kernels with a wide variant, which must move 16 bytes at a time, in and out: those that have a width,
+# and those of peers that move packs.
+WIDE_KERNELS = declared(r"template <int W[^>]*>\s*__global__[^;{]*?\b([a-z_]+_kernel)\(", "*.cu")
+WIDE_KERNELS |= {
     "all_reduce_kernel",
     "reduce_scatter_kernel",
     "all_gather_kernel",
@@ -52,6 +40,7 @@ WIDE_KERNELS = {
 }
 # These only read wide: their results are a few statistics a row.
 READING_KERNELS = {"cross_entropy_stats_kernel", "column_sum_partial_kernel"}
+WIDE_KERNELS -= READING_KERNELS
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +104,9 @@ def test_segments_are_lines(extension) -> None:
 
 def test_every_op_has_a_schema_and_a_fake_kernel(extension) -> None:
     from pyparallel.native.cuda import ops as cuda_ops
+    from pyparallel.ops.cuda import softcap  # noqa: F401  (registers its ops' fakes)
 
+    assert len(OPS) >= 14 and len(WIDE_KERNELS) >= 15
     names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("pyparallel::cuda_")}
     assert {n.removeprefix("pyparallel::") for n in names} == OPS
     ops = torch.ops.pyparallel
@@ -149,10 +140,13 @@ def test_every_op_has_a_schema_and_a_fake_kernel(extension) -> None:
         assert ops.cuda_cross_entropy_gradient_(logits, *rest) is None
         parts = torch.empty(4, m, h, dtype=torch.bfloat16, device="meta")
         assert ops.cuda_rank_sum(parts, None, None, x) is None
+        assert shapes(ops.cuda_softcap(x, 30.0)) == [like]
+        assert shapes(ops.cuda_softcap_backward(x, x, 30.0)) == [like]
 
 
 def test_gradients_flow_through_the_registered_formulas(extension) -> None:
     from pyparallel.native.cuda import ops as cuda_ops
+    from pyparallel.ops.cuda import softcap
 
     with FakeTensorMode():
         x = torch.empty(4, 8, device="meta", requires_grad=True)
@@ -161,6 +155,7 @@ def test_gradients_flow_through_the_registered_formulas(extension) -> None:
         out = cuda_ops.layer_norm(y, weight, weight, eps=1e-5) + h
         out = cuda_ops.bias_activation(out, weight, activation="gelu")
         out = cuda_ops.gated_activation(out, out, activation="silu", gate_bias=weight)
+        out = softcap.run(out, 30.0)
         cuda_ops.rms_norm(out, weight, eps=1e-5).sum().backward()
         assert x.grad.shape == (4, 8) and weight.grad.shape == (8,)
 

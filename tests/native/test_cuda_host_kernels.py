@@ -173,6 +173,24 @@ def test_bias_activation(library, dtype, columns, wide, kind, bias) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("n", "wide"), [(1, False), (37, False), (1, True), (37, True), (64, True)]
+)
+@pytest.mark.parametrize("cap", [0.5, 30.0])
+def test_softcap(library, dtype, n, wide, cap) -> None:
+    x, dy = randn(n, dtype=dtype) * 2 * cap, randn(n, dtype=dtype, seed=1)
+    y, dx = nan(n, dtype=dtype), nan(n, dtype=dtype)
+    run(library.host_softcap, CODE[dtype], wide, x, None, y, n, cap)
+    run(library.host_softcap, CODE[dtype], wide, x, dy, dx, n, cap)
+    truth = x.double().requires_grad_()
+    want = torch.tanh(truth / cap) * cap
+    close(y, want.detach(), dtype, terms=8)
+    want.backward(dy.double())
+    # 1 - tanh cancels where it is near 1: errors are of dy's size.
+    close(dx, truth.grad, dtype, terms=8, largest=float(dy.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("columns", "wide"), [(5, False), (24, True)])
 @pytest.mark.parametrize("kind", reference.GATES)
 def test_gated_activation(library, dtype, columns, wide, kind) -> None:
