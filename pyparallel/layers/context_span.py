@@ -127,13 +127,15 @@ def step_span(
         raise ValueError(
             f"KV cache: position {span.end - 1} does not fit its {cache.length} positions"
         )
-    own = slots.slots_of(span.positions)
+    # From the host's numbers: on a device, how many are found would have to be waited for.
+    own = slots.slots_of(Span.of(starts, length, device="cpu", rotary=None).positions)
     rows, tokens = torch.nonzero(own >= 0, as_tuple=True)
+    written = tuple(t.to(device) for t in (rows, tokens, own[rows, tokens]))
     held = slots.positions_of(slots.filled(span.end), device)
     context = ContextStep(
         slots.group,
         span.positions,
-        (rows, tokens, own[rows, tokens]),
+        written,
         held,
         span.uniform and length == 1 and span.end > slots.prompt_length,
     )

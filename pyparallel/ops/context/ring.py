@@ -154,11 +154,13 @@ _library.define(
 )
 
 
-def _ring_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def run(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """What the operator does, also of tensors for which it would run its fake kernel."""
     return _forward(q, k, v, *rest[:-1], scale=rest[-1])
 
 
-def _ring_attention_backward(do: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def run_backward(do: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`run`, of the operator's backward."""
     return _backward(do, *rest[:-1], scale=rest[-1])
 
 
@@ -189,8 +191,8 @@ def _differentiate(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple:
     return *torch.ops.pyparallel.ring_attention_backward(do, *saved, *ctx.cut), *nothing
 
 
-_library.impl("ring_attention", _ring_attention, "CompositeExplicitAutograd")
-_library.impl("ring_attention_backward", _ring_attention_backward, "CompositeExplicitAutograd")
+_library.impl("ring_attention", run, "CompositeExplicitAutograd")
+_library.impl("ring_attention_backward", run_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("pyparallel::ring_attention", _fake_forward, lib=_library)
 torch.library.register_fake("pyparallel::ring_attention_backward", _fake_backward, lib=_library)
 torch.library.register_autograd(
