@@ -215,6 +215,25 @@ MUTANTS = (
         "wide = x.detach().bfloat16().float().contiguous()",
         LATE,
     ),
+    # Loss alone: gradients are what they were.
+    Mutant(
+        "pyparallel/training/pipeline.py",
+        "loss.detach().float() for loss",
+        "loss.detach().bfloat16().float() for loss",
+        FIVE_LAYERS,
+    ),
+    Mutant(
+        "pyparallel/training/pipeline.py",
+        "total = torch.stack([loss.detach().float() for loss in losses]).sum()",
+        "total = torch.stack([loss.detach().float() for loss in losses][1:] or losses[:1]).sum()",
+        "tests/training/test_pipeline.py -k every_schedule",
+    ),
+    Mutant(
+        "pyparallel/ops/vocab_parallel_cross_entropy.py",
+        "loss = lse - (1.0 - label_smoothing) * target",
+        "loss = (lse - (1.0 - label_smoothing) * target).bfloat16().to(lse.dtype)",
+        SEQUENCE,
+    ),
     # Every part of a sequence but the first begins a token late.
     Mutant(
         "pyparallel/models/whole_call.py",
