@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -21,9 +22,11 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from pyparallel.comm.communicator import Communicator
 from pyparallel.comm.connect import connect
 from pyparallel.comm.cuda.connect import connect_gpus
+from pyparallel.comm.exchange import gather_objects
 from pyparallel.comm.group import Group
 from pyparallel.comm.local_engine import LocalCommunicator
 from pyparallel.comm.peer_watch import naming_lost_peers
+from pyparallel.cut.shares import Shares, are_equal, check_shares
 from pyparallel.limits import check_count, check_timeout, environment_number
 
 AXES = ("dp", "pp", "cp", "tp")
@@ -70,7 +73,9 @@ class Mesh:
         return _group(self.data_mesh.get_group(), "data", self.device_mesh.device_type)
 
     def __repr__(self) -> str:
-        return "Mesh(" + " x ".join(f"{axis}={size}" for axis, size in self.sizes.items()) + ")"
+        sizes = " x ".join(f"{axis}={size}" for axis, size in self.sizes.items())
+        shares = self.tp.shares
+        return f"Mesh({sizes})" if are_equal(shares) else f"Mesh({sizes}, shares={shares})"
 
 
 def init_mesh(
@@ -79,6 +84,7 @@ def init_mesh(
     pp: int = 1,
     cp: int = 1,
     tp: int = 1,
+    shares: Sequence[int] | None = None,
     device_type: str | None = None,
     timeout_s: float | None = None,
 ) -> Mesh:
@@ -89,23 +95,31 @@ def init_mesh(
 
     Args:
         dp, pp, cp, tp: ranks along the axes; their product is the number of ranks.
+        shares: of every matrix, a whole number for each rank of tp: ``(2, 1, 1)`` where the first is
+            twice as large or as fast as the others. By default equal. All ranks of the world give the
+            same. What follows them: :mod:`pyparallel.cut.shares`, docs/shares.md.
         device_type: "cpu" or "cuda"; by default "cuda" where every local rank has a GPU.
         timeout_s: how long a collective of any axis may wait for a peer, in seconds; by default as
             long as torch.distributed's world, which is half an hour unless somebody set it.
 
     Raises:
-        ValueError: a size below 1, a product that is not the world's size, or a timeout not above 0.
+        ValueError: a size below 1, a product that is not the world's size, a timeout not above 0;
+            shares that are not whole numbers above 0, one for each rank of tp, or not those of another
+            rank.
     """
     if timeout_s is not None:
         timeout_s = check_timeout("timeout_s", timeout_s)
     sizes = {"dp": dp, "pp": pp, "cp": cp, "tp": tp}
     for axis, size in sizes.items():
         sizes[axis] = check_count(axis, size, MAX_WORLD, unit=" rank")
+    of_tp = check_shares("shares", (1,) * sizes["tp"] if shares is None else shares, sizes["tp"])
     with naming_lost_peers("init_mesh"):
-        return _init_mesh(sizes, device_type, timeout_s)
+        return _init_mesh(sizes, of_tp, device_type, timeout_s)
 
 
-def _init_mesh(sizes: dict[str, int], device_type: str | None, timeout_s: float | None) -> Mesh:
+def _init_mesh(
+    sizes: dict[str, int], shares: Shares, device_type: str | None, timeout_s: float | None
+) -> Mesh:
     _init_distributed(timeout_s)
     world_size = dist.get_world_size()
     product = math.prod(sizes.values())
@@ -115,13 +129,18 @@ def _init_mesh(sizes: dict[str, int], device_type: str | None, timeout_s: float 
             f"mesh: {asked} = {product} ranks, but the world has {world_size}; "
             f"start {product} ranks or choose sizes whose product is {world_size}"
         )
+    if sizes["tp"] > 1:
+        _check_alike(shares)
     if device_type is None:
         device_type = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
     device_mesh = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=AXES)
     for axis in AXES:
         # A new process group waits as long as torch's default, whatever the world was told.
         _set_pg_timeout(_timeout_of_world(), device_mesh.get_group(axis))
-    groups = {axis: _group(device_mesh.get_group(axis), axis, device_type) for axis in AXES}
+    groups = {
+        axis: _group(device_mesh.get_group(axis), axis, device_type, shares if axis == "tp" else ())
+        for axis in AXES
+    }
     mesh = Mesh(device_mesh, _group(dist.group.WORLD, "world", device_type), **groups)
     _meshes.add(mesh)
     return mesh
@@ -138,7 +157,20 @@ def close_meshes() -> None:
         _open.pop().close()
 
 
-def _group(process_group: dist.ProcessGroup, name: str, device_type: str) -> Group:
+def _check_alike(shares: Shares) -> None:
+    """Ranks that cut by other shares would read other numbers in each other's messages."""
+    told = [tuple(other) for other in gather_objects(dist.group.WORLD, list(shares))]
+    others = [rank for rank, other in enumerate(told) if other != told[0]]
+    if others:
+        raise ValueError(
+            f"shares: expected the same on all ranks, got {told[0]} on rank 0 and {told[others[0]]} on "
+            f"rank {others[0]}; give every rank the first one's"
+        )
+
+
+def _group(
+    process_group: dist.ProcessGroup, name: str, device_type: str, shares: Shares = ()
+) -> Group:
     if process_group.size() == 1:
         return Group.over(LocalCommunicator(name))
     communicator = (
@@ -146,7 +178,7 @@ def _group(process_group: dist.ProcessGroup, name: str, device_type: str) -> Gro
     )
     communicator.process_group = process_group
     _open.append(communicator)
-    return Group.over(communicator)
+    return Group.over(communicator, shares)
 
 
 def _timeout_of_world() -> timedelta:

@@ -42,14 +42,20 @@ POISON = -77_777
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    shares: Sequence[int] | None = None,
+    timeout_s: float = 60.0,
 ) -> list[Any]:
     """``fn(group, *args)`` on the ranks of one tp group, with poisoned memory; results by rank."""
-    return launch(_in_group, world_size, fn, args, threads=1, timeout_s=timeout_s)
+    return launch(_in_group, world_size, fn, args, shares, threads=1, timeout_s=timeout_s)
 
 
-def _in_group(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    group = init_mesh(tp=torch.distributed.get_world_size()).tp
+def _in_group(
+    fn: Callable[..., Any], args: tuple[Any, ...], shares: Sequence[int] | None = None
+) -> Any:
+    group = init_mesh(tp=torch.distributed.get_world_size(), shares=shares).tp
     with poisoned_empty():
         return fn(group, *args)
 

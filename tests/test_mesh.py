@@ -63,6 +63,42 @@ def test_three_ranks_along_each_axis():
         assert found == [expected_places(sizes, rank) for sizes in shapes]
 
 
+def shares_of_axes() -> list:
+    mesh = init_mesh(dp=2, tp=2, shares=(6, 2))
+    assert repr(mesh) == "Mesh(dp=2 x pp=1 x cp=1 x tp=2, shares=(3, 1))"
+    assert repr(mesh.tp).endswith("size=2, shares=(3, 1))") and "shares" not in repr(mesh.dp)
+    return [mesh.world.shares, *(getattr(mesh, axis).shares for axis in AXES)]
+
+
+def test_shares_are_of_the_tp_axis():
+    expected = [(1, 1, 1, 1), (1, 1), (1,), (1,), (3, 1)]
+    assert launch(shares_of_axes, 4) == [expected] * 4
+    assert init_mesh(shares=(7,)).tp.shares == (1,)
+
+
+def wrong_shares() -> list[str]:
+    rank, messages = torch.distributed.get_rank(), []
+    for shares in ((2, 0), (2, 1, 1), (1, 2.0), (2, 1 + rank)):
+        with pytest.raises(ValueError) as caught:
+            init_mesh(tp=2, shares=shares)
+        messages.append(str(caught.value))
+    with pytest.raises(ValueError) as caught:
+        init_mesh(tp=2, shares=(2, 1) if rank else None)
+    return [*messages, str(caught.value)]
+
+
+def test_wrong_shares_are_clear_errors_on_every_rank():
+    way = "give every rank the first one's"
+    for messages in launch(wrong_shares, 2):
+        assert messages == [
+            "shares of rank 1: expected at least 1, got 0",
+            "shares: expected 2, one for each rank of tp=2, got 3",
+            "shares of rank 1: expected an integer, got 2.0",
+            f"shares: expected the same on all ranks, got (2, 1) on rank 0 and (1, 1) on rank 1; {way}",
+            f"shares: expected the same on all ranks, got (1, 1) on rank 0 and (2, 1) on rank 1; {way}",
+        ]
+
+
 def wrong_sizes() -> list[str]:
     messages = []
     for sizes in ({"tp": 3}, {"dp": 2, "tp": 2}, {}, {"cp": 0, "tp": 2}, {"pp": -1}):

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from pyparallel.comm.group import Group
-from pyparallel.cut.shard import Range, Sharding, even_parts, part_sizes
+from pyparallel.cut.shard import Range, Sharding, even_parts
+from pyparallel.cut.shares import part_sizes
 
 ALGORITHMS = ("auto", "ring", "ulysses")
 Boundaries = tuple[int, ...]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from pyparallel.comm.communicator import Communicator
 from pyparallel.comm.local_engine import LocalCommunicator
+from pyparallel.cut.shares import Shares, are_equal, check_shares
 
 _handles = itertools.count()
 _by_handle: weakref.WeakValueDictionary[int, Group] = weakref.WeakValueDictionary()
@@ -21,17 +22,21 @@ class Group:
         rank: this process's place, ``0 <= rank < size``.
         size: R, the number of ranks.
         communicator: the engine its collectives run on.
+        shares: of what is cut over the group, each rank's part in lowest terms; equal by default.
         handle: a number that stands for this group in compiled graphs of this process.
     """
 
     rank: int
     size: int
     communicator: Communicator
+    shares: Shares = ()
     handle: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
             raise ValueError(f"rank: expected 0 <= rank < size={self.size}, got {self.rank}")
+        shares = check_shares("shares", self.shares or (1,) * self.size, self.size)
+        object.__setattr__(self, "shares", shares)
         object.__setattr__(self, "handle", next(_handles))
         _by_handle[self.handle] = self
 
@@ -44,9 +49,9 @@ class Group:
         return group
 
     @classmethod
-    def over(cls, communicator: Communicator) -> Group:
+    def over(cls, communicator: Communicator, shares: Shares = ()) -> Group:
         """The group of all ranks of ``communicator``."""
-        return cls(communicator.rank, communicator.size, communicator)
+        return cls(communicator.rank, communicator.size, communicator, shares)
 
     @classmethod
     def single(cls) -> Group:
@@ -58,4 +63,5 @@ class Group:
         return self
 
     def __repr__(self) -> str:
-        return f"Group('{self.communicator.name}', rank={self.rank}, size={self.size})"
+        shares = "" if are_equal(self.shares) else f", shares={self.shares}"
+        return f"Group('{self.communicator.name}', rank={self.rank}, size={self.size}{shares})"

@@ -26,7 +26,7 @@ from pyparallel.comm.communicator import Communicator, Work
 from pyparallel.comm.shared.engine import SharedMemoryCommunicator
 from pyparallel.comm.shared.host_tensors import CODES
 from pyparallel.comm.torch_engine import TorchCommunicator
-from pyparallel.cut.shard import part_sizes
+from pyparallel.cut.shares import part_sizes
 
 _FOLDS = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyparallel.comm.collectives import all_gather, split
 from pyparallel.comm.group import Group
-from pyparallel.cut.shard import part_sizes
+from pyparallel.cut.shares import part_sizes
 
 
 def sequence_sizes(length: int, group: Group) -> list[int]:

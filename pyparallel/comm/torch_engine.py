@@ -12,7 +12,7 @@ from torch import Tensor
 from pyparallel.comm.communicator import Communicator, Finish, PeerError
 from pyparallel.comm.peer_watch import bounded_roll_call
 from pyparallel.comm.rank_order import rank_ordered_reduce
-from pyparallel.cut.shard import part_sizes
+from pyparallel.cut.shares import part_sizes
 
 T = TypeVar("T")
 

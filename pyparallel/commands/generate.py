@@ -14,7 +14,8 @@ import torch
 from pyparallel.checkpoint.gguf import GGUFCheckpoint
 from pyparallel.checkpoint.source import Checkpoint, open_checkpoint
 from pyparallel.commands.flags import add_timeout, check_numbers, check_texts
-from pyparallel.cut.shard import HeadLayout, part_sizes
+from pyparallel.cut.shard import HeadLayout
+from pyparallel.cut.shares import part_sizes
 from pyparallel.decoding.generate import generate
 from pyparallel.decoding.logits import teacher_forced_logits
 from pyparallel.decoding.request import check_micro_batches, check_prompts

@@ -4,7 +4,7 @@ A :class:`Sharding` lists, for every rank, the ranges of one axis that it holds.
 uneven parts, fused projections (several ranges a rank) and replicated KV heads (the same range on
 several ranks), so splitting, joining, loading slices from a file and initialising are written once.
 
-Sizes are cut into units: base = units // R, and the first units % R ranks hold one more.
+Sizes are cut into units, which :mod:`pyparallel.cut.shares` deals out: equally, or by the ranks' shares.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyparallel.cut.shares import Parts, part_sizes, runs, shares_of
+
 Range = tuple[int, int]
 
 # Matmul shards are cut in grains of this many columns where the size allows: a quantisation block of
@@ -22,29 +24,10 @@ Range = tuple[int, int]
 GRAIN = 32
 
 
-def part_sizes(length: int, parts: int, *, unit: int = 1) -> list[int]:
-    """Sizes of ``parts`` nearly equal parts of ``length``, each but the last a multiple of ``unit``.
-
-    >>> part_sizes(10, 4)
-    [3, 3, 2, 2]
-    """
-    if length < 0 or parts < 1 or unit < 1:
-        raise ValueError(
-            f"part_sizes: expected length >= 0, parts >= 1, unit >= 1; got {length}, {parts}, {unit}"
-        )
-    base, more = divmod(-(-length // unit), parts)
-    sizes, start = [], 0
-    for rank in range(parts):
-        stop = min(length, start + unit * (base + (rank < more)))
-        sizes.append(stop - start)
-        start = stop
-    return sizes
-
-
-def grain_for(length: int, parts: int) -> int:
+def grain_for(length: int, parts: Parts) -> int:
     """The largest power of two up to GRAIN that still gives every part a unit."""
-    grain = GRAIN
-    while grain > 1 and length < grain * parts:
+    grain, count = GRAIN, len(shares_of(parts))
+    while grain > 1 and length < grain * count:
         grain //= 2
     return grain
 
@@ -141,8 +124,8 @@ class Sharding:
 REPLICATED = Sharding(None)
 
 
-def even_parts(length: int, parts: int, *, unit: int = 1, dim: int = 0) -> Sharding:
-    """One contiguous, nearly equal range a rank."""
+def even_parts(length: int, parts: Parts, *, unit: int = 1, dim: int = 0) -> Sharding:
+    """One contiguous range a rank, nearly equal or by its share."""
     ranges, start = [], 0
     for size in part_sizes(length, parts, unit=unit):
         ranges.append(((start, start + size),))
@@ -150,8 +133,8 @@ def even_parts(length: int, parts: int, *, unit: int = 1, dim: int = 0) -> Shard
     return Sharding(dim, length, tuple(ranges))
 
 
-def features(length: int, parts: int, *, dim: int = 0) -> Sharding:
-    """The cut of a hidden or intermediate axis: even parts, in grains."""
+def features(length: int, parts: Parts, *, dim: int = 0) -> Sharding:
+    """The cut of a hidden or intermediate axis, in grains."""
     return even_parts(length, parts, unit=grain_for(length, parts), dim=dim)
 
 
@@ -172,8 +155,9 @@ class HeadLayout:
     """Which query and KV heads each rank holds.
 
     The unit is a KV group: a KV head with the ``num_heads // num_kv_heads`` query heads that read
-    it. With fewer KV heads than ranks, rank r holds KV head ``r * num_kv_heads // R`` as a replica
-    and the group's query heads are cut over its replicas.
+    it. With fewer KV heads than ranks, a run of neighbouring ranks holds replicas of one KV head
+    (:func:`pyparallel.cut.shares.runs`; of equal shares rank r that of ``r * num_kv_heads // R``), and
+    the group's query heads are cut over the run.
 
     Attributes:
         query, kv: ``query[rank]`` and ``kv[rank]`` are (start, stop) in heads.
@@ -185,8 +169,8 @@ class HeadLayout:
     kv: tuple[Range, ...]
 
     @classmethod
-    def of(cls, num_heads: int, num_kv_heads: int, parts: int) -> HeadLayout:
-        """The layout over ``parts`` ranks.
+    def of(cls, num_heads: int, num_kv_heads: int, parts: Parts) -> HeadLayout:
+        """The layout over ``parts`` ranks, or over ranks of these shares.
 
         Raises:
             ValueError: the KV heads do not divide the heads, or a rank would hold no query head.
@@ -195,23 +179,25 @@ class HeadLayout:
             raise ValueError(
                 f"num_kv_heads: expected a divisor of num_heads={num_heads}, got {num_kv_heads}"
             )
+        shares = shares_of(parts)
+        if len(shares) > num_heads:
+            raise ValueError(
+                f"tp={len(shares)} is more than {num_heads} heads in {num_kv_heads} KV groups can be "
+                f"cut into; use at most tp={num_heads}"
+            )
         group = num_heads // num_kv_heads
-        if num_kv_heads >= parts:
-            kv = [held[0] for held in even_parts(num_kv_heads, parts).ranges]
+        if num_kv_heads >= len(shares):
+            kv = [held[0] for held in even_parts(num_kv_heads, shares).ranges]
             query = [(start * group, stop * group) for start, stop in kv]
         else:
-            owner = [rank * num_kv_heads // parts for rank in range(parts)]
+            owner = runs(num_kv_heads, shares, most=group)
             kv = [(head, head + 1) for head in owner]
             query = []
             for head in range(num_kv_heads):
-                for size in part_sizes(group, owner.count(head)):
+                own = [share for share, held in zip(shares, owner, strict=True) if held == head]
+                for size in part_sizes(group, own):
                     start = query[-1][1] if query else 0
                     query.append((start, start + size))
-        if any(start == stop for start, stop in query):
-            raise ValueError(
-                f"tp={parts} is more than {num_heads} heads in {num_kv_heads} KV groups can be cut "
-                f"into; use at most tp={_most_ranks(num_heads, num_kv_heads)}"
-            )
         return cls(num_heads, num_kv_heads, tuple(query), tuple(kv))
 
     @property
@@ -236,13 +222,3 @@ class HeadLayout:
 def _head_ranges(heads: Sequence[Range], num_heads: int, head_dim: int, dim: int) -> Sharding:
     ranges = tuple(((start * head_dim, stop * head_dim),) for start, stop in heads)
     return Sharding(dim, num_heads * head_dim, ranges)
-
-
-def _most_ranks(num_heads: int, num_kv_heads: int) -> int:
-    """The largest R for which every rank holds a query head."""
-    group = num_heads // num_kv_heads
-    for parts in range(num_heads, num_kv_heads, -1):
-        owner = [rank * num_kv_heads // parts for rank in range(parts)]
-        if max(owner.count(head) for head in range(num_kv_heads)) <= group:
-            return parts
-    return num_kv_heads

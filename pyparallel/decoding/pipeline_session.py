@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyparallel.cut.shard import part_sizes
+from pyparallel.cut.shares import part_sizes
 from pyparallel.decoding.stage_link import StageLink
 from pyparallel.models.decoder import Decoder
 from pyparallel.ops.next_token import Sampling

@@ -23,7 +23,7 @@ class ColumnParallelLinear(ShardedModule):
         in_features, out_features, bias, device, dtype: as in ``nn.Linear``; dense sizes.
         group: the ranks.
         gather_output: return the whole y on every rank instead of this rank's features.
-        sharding: which output features each rank holds; by default even parts.
+        sharding: which output features each rank holds; by default the group's shares.
         replicas: where several ranks hold the same features: the local row from which on rows are
             replicas, and the sharding of those rows alone. Their gradients are summed over the ranks.
         sequence_parallel: x is this rank's tokens, and is gathered along the sequence.
@@ -58,7 +58,7 @@ class ColumnParallelLinear(ShardedModule):
         sequence_parallel: bool = False,
     ) -> None:
         super().__init__(group)
-        sharding = sharding or features(out_features, group.size)
+        sharding = sharding or features(out_features, group.shares)
         if gather_output and not sharding.in_order:
             raise ValueError(
                 "gather_output: expected False, since the features of this sharding don't lie one "

@@ -45,7 +45,7 @@ class ParallelLMHead(ColumnParallelLinear):
             dtype,
             group=group,
             gather_output=gather_output,
-            sharding=vocab_sharding(out_features, group.size),
+            sharding=vocab_sharding(out_features, group.shares),
             sequence_parallel=sequence_parallel,
         )
 

@@ -54,7 +54,7 @@ class ParallelMLP(nn.Module):
             raise ValueError(
                 f"activation: expected one of {', '.join((*GATED, *POINTWISE))}, got {activation!r}"
             )
-        cut = features(intermediate_size, group.size)
+        cut = features(intermediate_size, group.shares)
         gated = activation in GATED
         self.activation = activation
         self.up_proj = ColumnParallelLinear(

@@ -51,7 +51,7 @@ class QKVParallelLinear(ColumnParallelLinear):
                     f"or give head_dim="
                 )
             head_dim = embed_dim // num_heads
-        layout = HeadLayout.of(num_heads, num_kv_heads, group.size)
+        layout = HeadLayout.of(num_heads, num_kv_heads, group.shares)
         replicas = None
         if layout.replicated:
             start, stop = layout.query[group.rank]

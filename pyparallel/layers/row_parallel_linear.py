@@ -25,7 +25,7 @@ class RowParallelLinear(ShardedModule):
         in_features, out_features, bias, device, dtype: as in ``nn.Linear``; dense sizes.
         group: the ranks.
         input_is_parallel: x is this rank's features already; else it is whole and is cut here.
-        sharding: which input features (axis 1) each rank holds; by default even parts.
+        sharding: which input features (axis 1) each rank holds; by default the group's shares.
         sequence_parallel: y is this rank's tokens.
 
     Shapes:
@@ -55,7 +55,7 @@ class RowParallelLinear(ShardedModule):
         sequence_parallel: bool = False,
     ) -> None:
         super().__init__(group)
-        sharding = sharding or features(in_features, group.size, dim=1)
+        sharding = sharding or features(in_features, group.shares, dim=1)
         self.in_features = in_features
         self.out_features = out_features
         self.input_is_parallel = input_is_parallel

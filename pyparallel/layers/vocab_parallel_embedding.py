@@ -7,12 +7,13 @@ from torch import Tensor, nn
 
 from pyparallel.comm.group import Group
 from pyparallel.cut.shard import Sharding, even_parts
+from pyparallel.cut.shares import Parts
 from pyparallel.layers.parameters import ShardedModule
 from pyparallel.ops.packed_linear import packed_embedding
 from pyparallel.ops.vocab_parallel_embedding import vocab_parallel_embedding
 
 
-def vocab_sharding(vocab_size: int, parts: int) -> Sharding:
+def vocab_sharding(vocab_size: int, parts: Parts) -> Sharding:
     """How the embedding and the LM head, which may be tied, cut the vocabulary."""
     return even_parts(vocab_size, parts)
 
@@ -64,7 +65,7 @@ class VocabParallelEmbedding(ShardedModule):
         self.scale_grad_by_freq = scale_grad_by_freq
         self.sparse = sparse
         self.sequence_parallel = sequence_parallel
-        sharding = vocab_sharding(num_embeddings, group.size)
+        sharding = vocab_sharding(num_embeddings, group.shares)
         self.start = sharding.ranges[group.rank][0][0]
         self.add_shard("weight", (num_embeddings, embedding_dim), sharding, device, dtype)
         self.reset_parameters()

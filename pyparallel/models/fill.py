@@ -63,7 +63,7 @@ def fill(
     Raises:
         CheckpointError: a tensor is missing, extra or mis-shaped; the message names it.
     """
-    wanted = _as_stored(sources(model.config, model.group.size), checkpoint)
+    wanted = _as_stored(sources(model.config, model.group.shares), checkpoint)
     if model.config.tied:
         wanted = _tied_as_stored(wanted, model.config.family, checkpoint)
     extra = set(checkpoint.shapes) - {source.name for found in wanted.values() for source in found}

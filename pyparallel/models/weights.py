@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pyparallel.cut.shard import REPLICATED, HeadLayout, Sharding, features
+from pyparallel.cut.shares import Parts
 from pyparallel.layers.vocab_parallel_embedding import vocab_sharding
 from pyparallel.models.config import DecoderConfig
 
@@ -31,8 +32,8 @@ class Source:
 Sources = dict[str, tuple[Source, ...]]
 
 
-def sources(config: DecoderConfig, parts: int) -> Sources:
-    """The sources of every parameter of ``Decoder(config)`` over ``parts`` ranks."""
+def sources(config: DecoderConfig, parts: Parts) -> Sources:
+    """The sources of every parameter of ``Decoder(config)``, over ranks or their shares."""
     return {"llama": _llama, "gpt2": _gpt2, "gpt_neox": _gpt_neox}[config.family](config, parts)
 
 
@@ -40,7 +41,7 @@ def _replicated(name: str) -> tuple[Source, ...]:
     return (Source(name, REPLICATED),)
 
 
-def _llama(config: DecoderConfig, parts: int) -> Sources:
+def _llama(config: DecoderConfig, parts: Parts) -> Sources:
     layout = HeadLayout.of(config.num_heads, config.num_kv_heads, parts)
     query, kv = layout.query_sharding(config.head_dim), layout.kv_sharding(config.head_dim)
     cut = features(config.intermediate_size, parts)
@@ -85,7 +86,7 @@ def _norms(found: Sources, ours: str, theirs: str) -> None:
         found[f"{ours}.{kind}"] = _replicated(f"{theirs}.{kind}")
 
 
-def _gpt2(config: DecoderConfig, parts: int) -> Sources:
+def _gpt2(config: DecoderConfig, parts: Parts) -> Sources:
     layout = HeadLayout.of(config.num_heads, config.num_kv_heads, parts)
     qkv, heads = layout.qkv_sharding(config.head_dim), layout.query_sharding(config.head_dim)
     cut = features(config.intermediate_size, parts)
@@ -118,7 +119,7 @@ def _gpt2(config: DecoderConfig, parts: int) -> Sources:
     return found
 
 
-def _gpt_neox(config: DecoderConfig, parts: int) -> Sources:
+def _gpt_neox(config: DecoderConfig, parts: Parts) -> Sources:
     layout = HeadLayout.of(config.num_heads, config.num_kv_heads, parts)
     qkv = interleaved_qkv(layout, config.head_dim)
     heads = layout.query_sharding(config.head_dim, dim=1)

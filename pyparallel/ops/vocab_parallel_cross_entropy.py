@@ -151,7 +151,7 @@ def vocab_parallel_cross_entropy(
             f"targets: expected shape {tuple(logits_shard.shape[:-1])}, one for each row of the "
             f"logits, got {tuple(targets.shape)}"
         )
-    cut = even_parts(vocab_size, group.size)
+    cut = even_parts(vocab_size, group.shares)
     ((start, stop),) = cut.ranges[group.rank]
     if stop - start != logits_shard.shape[-1]:
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-from pyparallel.cut.shard import part_sizes
+from pyparallel.cut.shares import part_sizes
 
 
 class Layout:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from pyparallel.cut.shard import part_sizes
+from pyparallel.cut.shares import part_sizes
 from pyparallel.overlap.all_gather_linear import all_gather_linear
 from pyparallel.overlap.linear_reduce_scatter import linear_reduce_scatter
 from pyparallel.overlap.machine import H100, Machine

@@ -115,7 +115,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _known_sources(model: nn.Module, mesh: Mesh) -> Mapping[str, tuple[Source, ...]]:
     if isinstance(getattr(model, "config", None), DecoderConfig):
-        return sources(model.config, mesh.tp.size)
+        return sources(model.config, mesh.tp.shares)
     cut = {_plain(name): sharding for name, sharding in named_shardings(model).items()}
     names = {name: name for name in _tensors(model)}
     if hasattr(getattr(model, "config", None), "model_type"):

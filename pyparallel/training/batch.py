@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyparallel.comm.collectives import all_gather_raw
 from pyparallel.comm.group import Group
-from pyparallel.cut.shard import part_sizes
+from pyparallel.cut.shares import part_sizes
 from pyparallel.mesh import Mesh
 
 

@@ -108,7 +108,7 @@ def check_family(family: str, model: torch.nn.Module, expected: dict) -> None:
     size = model.group.size
     assert_as_dense(logits, expected["logits"], expected["exact logits"], size, family)
     F.cross_entropy(logits[0, :-1], ids[0, 1:]).backward()
-    wanted = sources(model.config, size)
+    wanted = sources(model.config, model.group.shares)
     # Two sums over ranks a layer forward, and two backward: a gradient comes through all of them.
     sums = 4 * model.config.num_layers
     for name, parameter in model.named_parameters():

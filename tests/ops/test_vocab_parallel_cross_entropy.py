@@ -99,7 +99,7 @@ def as_dense(group: Group, dtype: torch.dtype, ignore_index: int) -> None:
         truth_x = logits.double().requires_grad_()
         truth = dense_loss(truth_x, targets, **options)
         (truth_grad,) = torch.autograd.grad(truth, truth_x, dloss.double())
-        cut = even_parts(vocab, group.size, dim=-1)
+        cut = even_parts(vocab, group.shares, dim=-1)
         shard = cut.split(logits, group.rank).requires_grad_()
         with count_collectives() as forward:
             loss = vocab_parallel_cross_entropy(
@@ -149,7 +149,7 @@ def test_as_dense_in_bf16_with_a_real_id_ignored(ranks):
 
 def in_place(group: Group) -> None:
     vocab = 11
-    shard = even_parts(vocab, group.size, dim=-1).split(normals(3, vocab, seed=1), group.rank)
+    shard = even_parts(vocab, group.shares, dim=-1).split(normals(3, vocab, seed=1), group.rank)
     logits = shard.clone().requires_grad_()
     targets = torch.tensor([0, 10, 5])
     loss = vocab_parallel_cross_entropy(logits, targets, group=group, vocab_size=vocab)
@@ -167,7 +167,7 @@ def test_gradient_lies_in_the_logits(ranks):
 
 def same_bits(group: Group) -> tuple[list[float], list[float]]:
     vocab = 50
-    shard = even_parts(vocab, group.size, dim=-1).split(normals(9, vocab, seed=1), group.rank)
+    shard = even_parts(vocab, group.shares, dim=-1).split(normals(9, vocab, seed=1), group.rank)
     targets = torch.arange(9) * 5
     options = {"group": group, "vocab_size": vocab, "label_smoothing": 0.1}
     first, second = (
@@ -194,7 +194,7 @@ def infinite(group: Group) -> None:
     truth_x = logits.double()[:2].requires_grad_()
     truth = F.cross_entropy(truth_x, targets[:2], reduction="sum")
     (truth_grad,) = torch.autograd.grad(truth, truth_x)
-    cut = even_parts(vocab, group.size, dim=-1)
+    cut = even_parts(vocab, group.shares, dim=-1)
     shard = cut.split(logits, group.rank).requires_grad_()
     loss = vocab_parallel_cross_entropy(
         shard, targets, group=group, vocab_size=vocab, reduction="sum"

@@ -22,7 +22,7 @@ from pyparallel.comm.cuda.peers import PeerMemory
 from pyparallel.comm.cuda.windows import Windows
 from pyparallel.comm.peer_watch import PeerWatch, meet_neighbours, roll_call
 from pyparallel.comm.rank_order import rank_ordered_reduce
-from pyparallel.cut.shard import part_sizes
+from pyparallel.cut.shares import part_sizes
 from pyparallel.native.cuda import extension as cuda_extension
 from pyparallel.native.cuda.extension import BYTES, NCCL_REDUCTIONS, NCCL_TYPES, type_of
 from pyparallel.native.cuda.extension import stream as _stream

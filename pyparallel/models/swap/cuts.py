@@ -1,4 +1,4 @@
-"""The cut of every module of a model: its role, worked out for R ranks, before anything is changed."""
+"""The cut of every module of a model: its role, worked out for the ranks, before anything is changed."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _cut_attention(model: nn.Module, attention: Attention, group: Group, cuts: C
     num_heads = _divide(attention.out, width, attention.head_dim, "head_dim")
     num_kv_heads = _num_kv_heads(attention, widths, num_heads)
     try:
-        layout = HeadLayout.of(num_heads, num_kv_heads, group.size)
+        layout = HeadLayout.of(num_heads, num_kv_heads, group.shares)
     except ValueError as error:
         raise ValueError(f"{core}: {error}") from None
     cuts.attentions.append(AttentionCut(attention, layout))
@@ -144,13 +144,13 @@ def _cut_layer(module: nn.Module, name: str, role: str, group: Group) -> Cut:
     if not isinstance(module, nn.Linear) and not is_conv1d(module):
         raise ValueError(f"{name}: expected a linear layer, got {type(module).__name__}")
     if role in ("row", "row split"):
-        sharding = features(in_features(module), group.size, dim=1)
+        sharding = features(in_features(module), group.shares, dim=1)
         return Cut(_ROW, sharding, whole=role == "row split")
     width = out_features(module)
     if role == "gate up":
-        half = features(_divide(name, width, 2, "gate and up"), group.size)
+        half = features(_divide(name, width, 2, "gate and up"), group.shares)
         return Cut(_COLUMN, fuse(half, half))
-    return Cut(_COLUMN, features(width, group.size), whole=role == "column gather")
+    return Cut(_COLUMN, features(width, group.shares), whole=role == "column gather")
 
 
 def _cut_vocabulary(model: nn.Module, group: Group, cuts: Cuts, roles: Roles) -> None:
@@ -165,7 +165,7 @@ def _cut_vocabulary(model: nn.Module, group: Group, cuts: Cuts, roles: Roles) ->
         cuts.modules[name] = Cut("embedding", _vocabulary(embedding, name, group))
     head = model.get_output_embeddings()
     if isinstance(head, nn.Linear):
-        cuts.modules[names[head]] = Cut("lm head", vocab_sharding(head.out_features, group.size))
+        cuts.modules[names[head]] = Cut("lm head", vocab_sharding(head.out_features, group.shares))
 
 
 def _vocabulary(module: nn.Module, name: str, group: Group) -> Sharding:
@@ -175,7 +175,7 @@ def _vocabulary(module: nn.Module, name: str, group: Group) -> Sharding:
         raise ValueError(
             f"{name}: max_norm: expected None, got {module.max_norm}; renormalise the table first"
         )
-    return vocab_sharding(module.num_embeddings, group.size)
+    return vocab_sharding(module.num_embeddings, group.shares)
 
 
 def _check_module(module: nn.Module, name: str, cut: Cut) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyparallel.comm.cuda.engine import NcclCommunicator
 from pyparallel.comm.group import Group
+from pyparallel.cut.shares import are_equal
 from pyparallel.native import FLOATS
 from pyparallel.native.cuda.tuning import tuning
 from pyparallel.overlap.choice import Choice, ChoiceTable, choices
@@ -37,6 +38,10 @@ def reason_against(
     """Why a call can't run here, or None."""
     if not isinstance(group.communicator, NcclCommunicator):
         return f"the group '{group.communicator.name}' does not run on our NCCL communicator"
+    if not are_equal(group.shares):
+        return (
+            f"ranks of shares {group.shares} have other shapes, and could choose another way each"
+        )
     if x.dtype != weight.dtype or x.dtype not in FLOATS:
         return f"dtypes {x.dtype} and {weight.dtype} are not one float type"
     return None
