@@ -6,6 +6,7 @@ import argparse
 import math
 from collections.abc import Sequence
 
+from pyparallel.cut.shares import check_shares
 from pyparallel.limits import (
     MAX_RANKS,
     check_count,
@@ -42,6 +43,28 @@ def add_timeout(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_shares(parser: argparse.ArgumentParser) -> None:
+    """``--shares`` of a command that cuts a model over tp."""
+    parser.add_argument(
+        "--shares",
+        type=_whole_numbers,
+        metavar="S,S,...",
+        help="each --tp rank's part of every matrix, in whole numbers: 2,1,1 where the first device is "
+        "twice as large or fast as the others; default: equal",
+    )
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    """Of ``2,1,1``; what they may be is checked with the other numbers."""
+    words = [word.strip() for word in text[:10_000].split(",")]
+    # Not int()'s business: it reads any number of digits, underlines, and digits of any script.
+    if not all(w.isascii() and w.removeprefix("-").isdigit() and len(w) < 20 for w in words):
+        raise argparse.ArgumentTypeError(
+            f"expected whole numbers with commas between, such as 2,1,1; got {text[:60]!r}"
+        )
+    return tuple(map(int, words))
+
+
 def check_numbers(args: argparse.Namespace, axes: Sequence[str] = ()) -> None:
     """Raise the ValueError of the first flag whose number can't be served, by its name.
 
@@ -57,6 +80,8 @@ def check_numbers(args: argparse.Namespace, axes: Sequence[str] = ()) -> None:
             f"{asked} = {world_size} ranks: expected at most {MAX_RANKS}, what one machine's shared "
             f"memory serves"
         )
+    if getattr(args, "shares", None) is not None:
+        check_shares("--shares", args.shares, args.tp)
     for name, (least, most) in INTEGERS.items():
         value = getattr(args, name, None)
         if value is not None:

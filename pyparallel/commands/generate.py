@@ -13,7 +13,7 @@ import torch
 
 from pyparallel.checkpoint.gguf import GGUFCheckpoint
 from pyparallel.checkpoint.source import Checkpoint, open_checkpoint
-from pyparallel.commands.flags import add_timeout, check_numbers, check_texts
+from pyparallel.commands.flags import add_shares, add_timeout, check_numbers, check_texts
 from pyparallel.cut.shard import HeadLayout
 from pyparallel.cut.shares import part_sizes
 from pyparallel.decoding.generate import generate
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt", required=True, action="append", help="text to continue; may be repeated")
     add("--chat", action="store_true", help="put each prompt into the model's chat template")
     add("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks")
+    add_shares(parser)
     add(
         "--cp",
         type=int,
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     sampling = asked_sampling(read_generation(checkpoint.path), args.max_new_tokens, **flags)
     config = _decoder_config(checkpoint)
     if config is not None:
-        HeadLayout.of(config.num_heads, config.num_kv_heads, args.tp)
+        HeadLayout.of(config.num_heads, config.num_kv_heads, args.shares or args.tp)
         stages_of(config, args.pp)
     for axis in ("cp", "pp"):
         if config is None and getattr(args, axis) > 1:
@@ -126,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     ranks = launch(
         _rank,
         args.dp * args.pp * args.cp * args.tp,
-        {"dp": args.dp, "pp": args.pp, "cp": args.cp, "tp": args.tp},
+        {name: getattr(args, name) for name in ("dp", "pp", "cp", "tp", "shares")},
         checkpoint,
         prompts,
         args.max_new_tokens,
@@ -171,7 +172,7 @@ def _decoder_config(checkpoint: Checkpoint) -> DecoderConfig | None:
 
 
 def _rank(
-    axes: dict[str, int],
+    axes: dict[str, Any],
     checkpoint: Checkpoint,
     prompts: list[list[int]],
     max_new_tokens: int,

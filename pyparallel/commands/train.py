@@ -18,8 +18,9 @@ from torch import Tensor
 
 from pyparallel.checkpoint.source import Checkpoint, open_checkpoint
 from pyparallel.commands.corpus import token_rows
-from pyparallel.commands.flags import add_timeout, check_numbers
+from pyparallel.commands.flags import add_shares, add_timeout, check_numbers
 from pyparallel.cut.shard import HeadLayout
+from pyparallel.cut.shares import Parts, Shares
 from pyparallel.launch import launch, report
 from pyparallel.limits import check_count
 from pyparallel.mesh import AXES, init_mesh
@@ -42,6 +43,7 @@ class Run:
 
     Attributes:
         sizes: ranks along the axes of the mesh.
+        shares: of the tp ranks; None: equal.
         batch: sequences a step, over all of dp.
         micro_batches: parts that a replica's batch is cut into.
         chunks: pipeline stages a rank.
@@ -60,6 +62,7 @@ class Run:
     chunks: int = 1
     micro_batches: int = 1
     max_norm: float = 1.0
+    shares: Shares | None = None
 
     @property
     def world_size(self) -> int:
@@ -76,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for axis in AXES:
         add(f"--{axis}", type=int, default=1, metavar="N", help=f"ranks along {axis}")
+    add_shares(parser)
     add("--sequence-parallel", action="store_true", help="norms and residuals on sequence shards")
     add("--recompute", choices=RECOMPUTE, default="none", help="activations computed again")
     add("--engine", choices=ENGINES, default="ddp", help="what sums gradients over dp and cp")
@@ -117,9 +121,10 @@ def run(args: argparse.Namespace) -> int:
         args.chunks,
         args.micro_batches or args.pp,
         args.max_norm,
+        args.shares,
     )
     checkpoint = open_checkpoint(args.model)
-    _check_cut(checkpoint, args.tp, args.pp * args.chunks)
+    _check_cut(checkpoint, asked.shares or args.tp, args.pp * args.chunks)
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     text = Path(args.text or sysconfig.get_paths()["stdlib"])
     rows = token_rows(tokenizer, text, args.sequences, args.length + 1)
@@ -135,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_cut(checkpoint: Checkpoint, tp: int, stages: int) -> None:
+def _check_cut(checkpoint: Checkpoint, tp: Parts, stages: int) -> None:
     """Find before ranks start that the model has fewer heads or layers than they need."""
     try:
         config = decoder_config(checkpoint)
@@ -195,7 +200,7 @@ def batch_of(rows: Tensor, step: int, batch: int) -> Tensor:
 
 def _rank(checkpoint: Checkpoint, asked: Run, rows: Tensor) -> dict[str, Any]:
     """What each rank does: load its share, then forward, backward and a step of AdamW in turn."""
-    mesh = init_mesh(**asked.sizes)
+    mesh = init_mesh(**asked.sizes, shares=asked.shares)
     stages = load_stages(
         checkpoint,
         mesh,

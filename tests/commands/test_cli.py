@@ -64,6 +64,35 @@ def test_generate_json(folder: Path, extra: tuple) -> None:
     assert all(row["peak_rss_bytes"] > row["weight_bytes"] for row in report["ranks"])
 
 
+def test_shares_move_weights_and_change_no_token(folder: Path) -> None:
+    told = []
+    for shares in ((), ("--shares", "6,2")):
+        result = run(
+            *("generate", "--model", folder, "--tp", 2, *shares, "--check", "--json"),
+            *("--prompt", "w5 w9 w2", "--max-new-tokens", 7),
+        )
+        assert result.returncode == 0, result.stderr
+        told.append(json.loads(result.stdout))
+    equal, unequal = told
+    assert unequal["matches_dense"] is True and unequal["max_abs_logit_diff"] < 1e-4
+    assert unequal["tokens"] == equal["tokens"]
+    held = [row["weight_bytes"] for row in unequal["ranks"]]
+    assert sum(held) == sum(row["weight_bytes"] for row in equal["ranks"])
+    # 50 features are four grains of 16, of which the second rank has the last, of two features.
+    assert 2 < held[0] / held[1] < 5
+
+
+@pytest.mark.parametrize("text", ["2,1.5", "2;1", "2,", "", "2,1_0", "2,\u0663", "2," + "9" * 40])
+def test_shares_are_whole_numbers(text: str, capsys) -> None:
+    from pyparallel.cli import main
+
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(["generate", "--model", "nowhere", "--prompt", "w1", "--tp", "2", "--shares", text])
+    error = capsys.readouterr().err
+    assert "--shares: expected whole numbers with commas between, such as 2,1,1; got" in error
+    assert error.count("\n") == 1
+
+
 def test_int8_weights_match_the_dense_model_rounded_alike(folder: Path) -> None:
     result = run(
         *("generate", "--model", folder, "--tp", 2, "--weights", "int8", "--check", "--json"),
@@ -162,6 +191,10 @@ def test_streamed_text_is_the_whole_text(folder: Path) -> None:
         (["--tokenizer", "."], "no tokenizer could be read from it"),
         (["--tp", "0"], "--tp: expected at least 1, got 0"),
         (["--tp", "10"], "use at most tp=9"),
+        (["--tp", "2", "--shares", "2,0"], "--shares of rank 1: expected at least 1, got 0"),
+        (["--tp", "2", "--shares", "2,-1"], "--shares of rank 1: expected at least 1, got -1"),
+        (["--shares", "2,1"], "--shares: expected 1, one for each rank of tp=1, got 2"),
+        (["--tp", "10", "--shares", "2" + ",1" * 9], "use at most tp=9"),
         (["--cp", "0"], "--cp: expected at least 1, got 0"),
         (
             ["--cp", "4"],

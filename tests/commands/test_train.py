@@ -45,6 +45,7 @@ def dense_losses(model: torch.nn.Module) -> list[float]:
         ((2, 1, 1, 1), {"engine": "fsdp", "recompute": "layers"}),
         ((1, 2, 1, 1), {"schedule": "interleaved", "chunks": 2, "micro_batches": 2}),
         ((1, 1, 2, 2), {"sequence_parallel": True}),
+        ((1, 1, 1, 3), {"shares": (5, 3, 1)}),
     ],
 )
 def test_the_losses_are_the_dense_models(tmp_path: Path, sizes: tuple, options: dict) -> None:
@@ -97,6 +98,7 @@ def test_batches_go_round() -> None:
     [
         (["--dp", "3"], "--batch: expected a multiple of --dp 3, got 4; use 6"),
         (["--pp", "0"], "--pp: expected at least 1, got 0"),
+        (["--tp", "2", "--shares", "2,0"], "--shares of rank 1: expected at least 1, got 0"),
         (["--steps", "0"], "--steps: expected at least 1, got 0"),
         ([], "nowhere: no such file or folder"),
     ],

@@ -30,8 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def in_ranks(path: str, work) -> object:
-    model = load(path, init_mesh(tp=torch.distributed.get_world_size()))
+def in_ranks(path: str, work, shares: tuple[int, ...] | None = None) -> object:
+    model = load(path, init_mesh(tp=torch.distributed.get_world_size(), shares=shares))
     with poisoned_empty():
         return work(model)
 
@@ -43,6 +43,7 @@ def sampled(model) -> list:
 
 def test_the_same_seed_gives_the_same_tokens_at_every_number_of_ranks(folder: str) -> None:
     runs = [launch(in_ranks, ranks, folder, sampled, threads=1) for ranks in (1, 2, 3, 4)]
+    runs += [launch(in_ranks, len(s), folder, sampled, s, threads=1) for s in ((3, 1), (5, 3, 1))]
     for run in runs:
         assert all(result == run[0] for result in run), "the ranks disagree"
     assert all(run[0] == runs[0][0] for run in runs)

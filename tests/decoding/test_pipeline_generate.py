@@ -43,7 +43,7 @@ def dense(folders: dict[str, str]) -> dict[str, Any]:
     return launch(made_by, 1, {}, folders, (None,), threads=1)[0]
 
 
-def made_by(sizes: dict[str, int], folders: dict[str, str], cuts: tuple) -> dict[str, Any]:
+def made_by(sizes: dict[str, Any], folders: dict[str, str], cuts: tuple) -> dict[str, Any]:
     mesh = init_mesh(**sizes)
     found: dict[str, Any] = {}
     for family, folder in folders.items():
@@ -70,9 +70,17 @@ def made_by(sizes: dict[str, int], folders: dict[str, str], cuts: tuple) -> dict
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"pp": 2}, {"pp": 3}, {"pp": 2, "tp": 2}, {"pp": 2, "cp": 2}], ids=str
+    "sizes",
+    [
+        {"pp": 2},
+        {"pp": 3},
+        {"pp": 2, "tp": 2},
+        {"pp": 2, "cp": 2},
+        {"pp": 2, "tp": 2, "shares": (3, 1)},
+    ],
+    ids=str,
 )
-def test_tokens_are_the_dense_ones(folders, dense, sizes: dict[str, int]) -> None:
+def test_tokens_are_the_dense_ones(folders, dense, sizes: dict[str, Any]) -> None:
     ranks = sizes["pp"] * sizes.get("tp", 1) * sizes.get("cp", 1)
     cuts = (None, 1, 3, 4)
     for made in launch(made_by, ranks, sizes, folders, cuts, threads=1):

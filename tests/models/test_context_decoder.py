@@ -91,7 +91,7 @@ def check_training(
     dense = shards.split(expected["logits"])
     torch.testing.assert_close(logits.detach(), dense, **close, msg=lambda m: f"{what}: {m}")
     loss_of(logits, shards.split(targets())).backward()
-    wanted = sources(model.config, mesh.tp.size)
+    wanted = sources(model.config, mesh.tp.shares)
     for name, parameter in model.named_parameters():
         gradient = all_reduce_raw(parameter.grad.clone(), mesh.cp)
         parts = []

@@ -84,8 +84,10 @@ def step(model: torch.nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, dict]
     return logits.detach(), gradients
 
 
-def compare(folders: dict[str, str], truths: dict[str, dict]) -> None:
-    mesh = init_mesh(tp=torch.distributed.get_world_size())
+def compare(
+    folders: dict[str, str], truths: dict[str, dict], shares: tuple[int, ...] | None = None
+) -> None:
+    mesh = init_mesh(tp=torch.distributed.get_world_size(), shares=shares)
     for family, folder in folders.items():
         with poisoned_empty():
             model = load(folder, mesh)
@@ -142,6 +144,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_equals_transformers(checkpoints: tuple[dict, dict], ranks: int) -> None:
     launch(compare, ranks, *checkpoints, threads=1)
+
+
+# The last of four ranks share a KV head, of which there are three.
+@pytest.mark.parametrize("shares", [(3, 1), (5, 3, 1), (5, 2, 1, 3)], ids=str)
+def test_equals_transformers_at_unequal_shares(
+    checkpoints: tuple[dict, dict], shares: tuple[int, ...]
+) -> None:
+    launch(compare, len(shares), *checkpoints, shares, threads=1)
 
 
 def count(folder: str) -> tuple[dict, dict]:

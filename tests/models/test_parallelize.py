@@ -36,14 +36,14 @@ FEW_KV = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 32}
 ONE_KV = {"num_attention_heads": 5, "num_key_value_heads": 1, "hidden_size": 20}
 
 
-def in_mesh(fn, *args):
-    mesh = init_mesh(tp=torch.distributed.get_world_size())
+def in_mesh(shares, fn, *args):
+    mesh = init_mesh(tp=torch.distributed.get_world_size(), shares=shares)
     with poisoned_empty():
         return fn(mesh, *args)
 
 
-def on_ranks(fn, ranks: int, *args) -> list:
-    return launch(in_mesh, ranks, fn, *args, threads=1, timeout_s=60.0)
+def on_ranks(fn, ranks: int, *args, shares: tuple[int, ...] | None = None) -> list:
+    return launch(in_mesh, ranks, shares, fn, *args, threads=1, timeout_s=60.0)
 
 
 def truth_of(dense: nn.Module) -> nn.Module:
@@ -163,6 +163,22 @@ def test_equals_dense(ranks: int) -> None:
     cases = SWEEPS[ranks]
     tokens = [dense_tokens(name, kind, tuple(changes.items())) for name, kind, changes in cases]
     on_ranks(compare_all, ranks, cases, tokens)
+
+
+# What cuts in ways of its own: stacked and interleaved projections, Conv1D, an encoder, replicas.
+UNEQUAL = {
+    (3, 1): cases_of(("llama", "gpt2", "bert", "phi3"), "sdpa"),
+    (5, 3, 1): cases_of(("llama", "gpt_neox", "phi3"), "sdpa")
+    + cases_of(("qwen3", "phi3"), "eager", FEW_KV)
+    + cases_of(("llama",), "eager", ONE_KV),
+}
+
+
+@pytest.mark.parametrize("shares", UNEQUAL, ids=str)
+def test_equals_dense_at_unequal_shares(shares: tuple[int, ...]) -> None:
+    cases = UNEQUAL[shares]
+    tokens = [dense_tokens(name, kind, tuple(changes.items())) for name, kind, changes in cases]
+    on_ranks(compare_all, len(shares), cases, tokens, shares=shares)
 
 
 def check_structure(mesh: Mesh) -> None:

@@ -52,15 +52,26 @@ class Case:
     engine: str
     sequence_parallel: bool
     recompute: str
+    shares: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
-        return " ".join(f"{axis}={size}" for axis, size in zip(AXES, self.sizes, strict=True))
+        sizes = " ".join(f"{axis}={size}" for axis, size in zip(AXES, self.sizes, strict=True))
+        return sizes if self.shares is None else f"{sizes} shares={self.shares}"
 
 
-# Chosen, since none of the drawn ones has a split backward beside replicas.
+# Chosen, since none of the drawn ones has a split backward beside replicas, nor unequal shares; four
+# ranks of these have three KV heads.
 CHOSEN = {
-    8: [Case((2, 2, 1, 2), "zero_bubble", 1, "ddp", True, "none")],
-    4: [Case((2, 2, 1, 1), "interleaved", 2, "fsdp", False, "layers")],
+    8: [
+        Case((2, 2, 1, 2), "zero_bubble", 1, "ddp", True, "none"),
+        Case((2, 1, 1, 4), "gpipe", 1, "fsdp", False, "layers", (5, 3, 1, 2)),
+        Case((1, 2, 2, 2), "1f1b", 1, "ddp", False, "none", (3, 1)),
+    ],
+    6: [Case((2, 1, 1, 3), "gpipe", 1, "fsdp", True, "attention", (5, 3, 1))],
+    4: [
+        Case((2, 2, 1, 1), "interleaved", 2, "fsdp", False, "layers"),
+        Case((1, 2, 1, 2), "interleaved", 2, "ddp", True, "none", (3, 1)),
+    ],
 }
 
 
@@ -96,7 +107,7 @@ def drawn(world: int) -> list[Case]:
 
 
 def check(case: Case, folder: str, truth: Truth) -> None:
-    mesh = init_mesh(**dict(zip(AXES, case.sizes, strict=True)))
+    mesh = init_mesh(**dict(zip(AXES, case.sizes, strict=True)), shares=case.shares)
     stages = load_stages(
         folder,
         mesh,

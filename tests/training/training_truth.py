@@ -142,7 +142,7 @@ def own_parts(model: nn.Module, values: dict[str, Tensor], rank: int) -> dict[st
     if not isinstance(model, Decoder):
         return {n: s.split(values[n], rank) for n, s in named_shardings(model).items()}
     found = {}
-    for name, parts in sources(model.config, model.group.size).items():
+    for name, parts in sources(model.config, model.group.shares).items():
         if name in dict(model.named_parameters()):
             split = [s.sharding.split(values[s.name], rank) for s in parts]
             found[name] = torch.cat(
@@ -157,7 +157,7 @@ def own_errors(model: nn.Module, truth: Truth) -> dict[str, float]:
         return truth.errors
     return {
         name: max(truth.errors[source.name] for source in parts if source.name in truth.errors)
-        for name, parts in sources(model.config, model.group.size).items()
+        for name, parts in sources(model.config, model.group.shares).items()
         if name in dict(model.named_parameters())
     }
 
