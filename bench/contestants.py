@@ -42,10 +42,14 @@ def long_prompt(length: int, vocab_size: int) -> list[int]:
 
 
 def ours(
-    model: str, dtype: str, quantized: str | None = None, layers: int | None = None
+    model: str,
+    dtype: str,
+    quantized: str | None = None,
+    layers: int | None = None,
+    shares: tuple[int, ...] | None = None,
 ) -> Callable[[tuple], Any]:
     """pyparallel's decoder in C++ on the ranks it is launched on, or its first ``layers``."""
-    mesh = init_mesh(tp=torch.distributed.get_world_size())
+    mesh = init_mesh(tp=torch.distributed.get_world_size(), shares=shares)
     kind = getattr(torch, dtype)
     path = _even_folder() if model == "even" else MODEL
     decoder_model = load(path, mesh, dtype=kind, weights=quantized)

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from pyparallel.comm.cuda.engine import NcclCommunicator
+from pyparallel.comm.group import Group
 from pyparallel.native.cuda import tuning as cuda_tuning
 from pyparallel.ops.cuda import _pipeline
 from pyparallel.overlap.choice import (
@@ -153,3 +155,12 @@ def test_a_file_that_is_none_is_named(tmp_path: Path, text: str, message: str) -
         cuda_tuning.read(path)
     with pytest.raises(ValueError, match="expected a readable file"):
         cuda_tuning.read(tmp_path / "nothing.json")
+
+
+def test_ranks_of_unequal_shares_do_not_choose_by_their_own_shapes() -> None:
+    communicator = object.__new__(NcclCommunicator)
+    x, weight = torch.zeros(4, 8), torch.zeros(6, 8)
+    equal, unequal = (Group(0, 2, communicator, shares) for shares in ((1, 1), (3, 1)))
+    assert _pipeline.reason_against(x, weight, None, equal, [4, 4]) is None
+    reason = _pipeline.reason_against(x, weight, None, unequal, [4, 4])
+    assert reason is not None and "shares (3, 1)" in reason
