@@ -95,9 +95,11 @@ def layer_time(
     ring = _ring_seconds(shape, strategy, tokens, cluster, kv)
     context = max(0.0, ring - forward) + max(0.0, 2 * ring - backward)
     attention = forward + backward
-    busy = matmuls + attention + elementwise + recompute + tensor + context
-    launched = rates.host_s * (3 if strategy.recompute == "layers" else 2)
-    launch = max(0.0, launched - busy)
+    once = matmuls / 3 + forward + moved + tensor / 2 + max(0.0, ring - forward)
+    passes = [once, matmuls + attention + elementwise + tensor + context - once]
+    if strategy.recompute == "layers":
+        passes.append(recompute)
+    launch = sum(max(0.0, rates.host_s - busy) for busy in passes)
     return LayerTime(matmuls, attention, elementwise, recompute, tensor, context, launch)
 
 
