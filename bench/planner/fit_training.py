@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from bench.planner.training_rows import ROWS, Case
+from bench.planner.training_case import Case
+from bench.planner.training_rows import ROWS
 from bench.planner.truth import Reading, load
 from pyparallel.planner.roofline import Rates
 from pyparallel.planner.training_time import training_time

@@ -3,35 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from bench.planner import ultrascale
+from bench.planner.training_case import Case
 from bench.planner.truth import Reading
-from pyparallel.planner.engines import Engine, engine_of
-from pyparallel.planner.hardware import Cluster, cluster_of
+from pyparallel.planner.engines import engine_of
+from pyparallel.planner.hardware import cluster_of
 from pyparallel.planner.shape import ModelShape, model_shape
 from pyparallel.planner.strategy import Strategy, Training
-
-
-@dataclass(frozen=True)
-class Case:
-    """One measured step.
-
-    Attributes:
-        calibrated: whether constants are fitted on it; see bench/planner/fit_training.py.
-        group: of rivals, as :class:`Pair`'s.
-    """
-
-    shape: ModelShape
-    strategy: Strategy
-    training: Training
-    cluster: Cluster
-    engine: Engine
-    seconds: float
-    quantity: str = "step time"
-    calibrated: bool = False
-    group: str = ""
 
 
 def gpt(row: Mapping[str, Any], vocab: int = 51200) -> ModelShape:

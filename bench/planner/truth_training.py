@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bench.planner import training_rows
-from bench.planner.training_rows import Case
+from bench.planner import training_rows, training_rows_llm
+from bench.planner.training_case import Case
 from bench.planner.truth import Pair, Reader, Reading
 from pyparallel.planner.hardware import Cluster
 from pyparallel.planner.shape import ModelShape
@@ -78,7 +78,8 @@ class _File:
 
 def cases(name: str, content: Mapping[str, Any], reading: Reading) -> Iterator[Case]:
     """The rows of a file as what the planner takes; those that can't be are counted in ``reading``."""
-    return training_rows.ROWS[name](content, reading)
+    return ROWS[name](content, reading)
 
 
-READERS: dict[str, Reader] = {name: _File(name) for name in training_rows.ROWS}
+ROWS = training_rows.ROWS | training_rows_llm.ROWS
+READERS: dict[str, Reader] = {name: _File(name) for name in ROWS}

@@ -68,8 +68,9 @@ def layer_time(
     query, kv = some.query_heads * shape.head_dim, some.kv_heads * shape.head_dim
 
     def product(n: float, k: float) -> float:
+        # Frozen weights have no gradients: backward is of the inputs alone.
         forward = matmul_seconds(tokens, n, k, gpu, rates, dtype)
-        return forward + 2 * forward
+        return forward * (2 if training.frozen else 3)
 
     wide = (shape.mlp_matrices - 1) * features
     matmuls = product(query + 2 * kv, shape.hidden) + product(shape.hidden, query)
@@ -95,7 +96,8 @@ def layer_time(
     ring = _ring_seconds(shape, strategy, tokens, cluster, kv)
     context = max(0.0, ring - forward) + max(0.0, 2 * ring - backward)
     attention = forward + backward
-    once = matmuls / 3 + forward + moved + tensor / 2 + max(0.0, ring - forward)
+    share = 2 if training.frozen else 3
+    once = matmuls / share + forward + moved + tensor / 2 + max(0.0, ring - forward)
     passes = [once, matmuls + attention + elementwise + tensor + context - once]
     if strategy.recompute == "layers":
         passes.append(recompute)
