@@ -19,6 +19,6 @@ def read_fits(subject: str) -> dict[str, Any]:
 def system_of(gpu_name: str) -> str:
     """The name that the measurements give to the machine of a GPU: ``h100_sxm`` for an H100-SXM5-80GB.
 
-    A GPU that nobody measured is its own name in small letters, and has no entry anywhere.
+    A GPU that is none of theirs keeps its own name.
     """
-    return read_fits("communication")["systems"].get(gpu_name, gpu_name.lower())
+    return read_fits("communication")["systems"].get(gpu_name, gpu_name)
