@@ -38,6 +38,7 @@ from pyparallel.training.batch import split_batch
 from pyparallel.training.loss import count_targets, cross_entropy, mean_loss
 
 if TYPE_CHECKING:
+    from pyparallel.planner.plan import plan
     from pyparallel.saving.export import export
     from pyparallel.saving.save import restore, save
     from pyparallel.training.data import data_parallel
@@ -52,6 +53,7 @@ _LATER = {
     "data_parallel": "training.data",
     "export": "saving.export",
     "grad_norm": "training.grad_norm",
+    "plan": "planner.plan",
     "restore": "saving.save",
     "save": "saving.save",
 }
@@ -89,6 +91,7 @@ __all__ = [
     "load_stages",
     "mean_loss",
     "parallelize",
+    "plan",
     "reduce_scatter",
     "restore",
     "save",

@@ -1,4 +1,4 @@
-"""The command line: ``pyparallel generate``, ``train``, ``export``, ``doctor`` and ``kernels``.
+"""The command line: ``pyparallel generate``, ``train``, ``export``, ``plan``, ``doctor``, ``kernels``.
 
 Each command is a module of :mod:`pyparallel.commands` with ``add_arguments(parser)`` and ``run(args)``.
 Exit status: 0; 1 where ranks failed, a check did not hold or the system refused; 2 for a mistake in what
@@ -27,6 +27,7 @@ COMMANDS = {
     "generate": "answer prompts with a model cut over the ranks of this machine",
     "train": "fine-tune a model on text, cut over the ranks of this machine",
     "export": "write a checkpoint, sharded or GGUF, as one Hugging Face folder",
+    "plan": "which strategies a model wants on a cluster, how fast, and why",
     "doctor": "what this machine and this build offer",
     "kernels": "compile the Triton kernels ahead of time and show what they take",
 }

@@ -1,0 +1,219 @@
+"""How much of a model each of unequal devices should hold: ``shares`` of ``init_mesh(tp=n,
+shares=...)``.
+
+A token waits for the slowest rank. Rank i with share s_i holds f_i = s_i / sum(s) of the matrices and
+of the KV cache, so a token takes::
+
+    max_i  f_i (weights + cache) / bandwidth_i  +  reductions
+
+which is least where f is as the bandwidths; but f_i (weights + cache) must fit the device, and KV heads
+are whole. Small whole shares are tried, all of them: the least time that fits wins, then the smallest
+numbers. Memory binds where the least time without it is another's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pyparallel.limits import check_count
+from pyparallel.planner.communication import collective_seconds
+from pyparallel.planner.engines import PYPARALLEL
+from pyparallel.planner.hardware import Cluster, Gpu, Link, gpu_of, link_of
+from pyparallel.planner.memory import usable_bytes
+from pyparallel.planner.shape import ModelShape
+from pyparallel.planner.strategy import BYTES, Inference
+
+MOST_SHARE = 8
+MAX_DEVICES = 64
+# Of its bandwidth that a device reaches reading weights; alike for all, so it moves no share.
+MEMORY_FRACTION = 0.85
+
+
+@dataclass(frozen=True)
+class Shared:
+    """One way to cut a model over the devices.
+
+    Attributes:
+        shares: of each device, in the order they were given.
+        memory_bytes, limit_bytes: of each.
+        token_s: seconds of a token of the batch.
+    """
+
+    shares: tuple[int, ...]
+    memory_bytes: tuple[float, ...]
+    limit_bytes: tuple[float, ...]
+    token_s: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether every device has room."""
+        return all(
+            held <= limit for held, limit in zip(self.memory_bytes, self.limit_bytes, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What to do with unequal devices.
+
+    Attributes:
+        best, equal: the shares to use, and what equal ones would cost.
+        binds: "memory" or "speed": what the shares follow.
+    """
+
+    devices: tuple[Gpu, ...]
+    best: Shared
+    equal: Shared
+    binds: str
+
+    @property
+    def reason(self) -> str:
+        """One line for people."""
+        if not self.equal.fits:
+            place, held, limit = max(
+                zip(self.devices, self.equal.memory_bytes, self.equal.limit_bytes, strict=True),
+                key=lambda each: each[1] / each[2],
+            )
+            cost = (
+                f"equal shares do not fit: {place.name} would hold {held / 2**30:.1f} GiB "
+                f"of {limit / 2**30:.1f}"
+            )
+        else:
+            ratio = self.equal.token_s / self.best.token_s
+            cost = f"equal shares fit too, at {ratio:.2f}x the time"
+        return f"{self.binds} binds; {cost}"
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {
+            "devices": [device.name for device in self.devices],
+            "shares": list(self.best.shares),
+            "memory_bytes": [round(size) for size in self.best.memory_bytes],
+            "limit_bytes": [round(size) for size in self.best.limit_bytes],
+            "tpot_s": self.best.token_s,
+            "binds": self.binds,
+            "equal": {
+                "fits": self.equal.fits,
+                "tpot_s": self.equal.token_s,
+                "memory_bytes": [round(size) for size in self.equal.memory_bytes],
+            },
+            "why": self.reason,
+        }
+
+
+def parse_devices(text: str) -> list[Gpu]:
+    """Devices of "a6000:1,rtx3090:2", or of one's own TOML files: "mac.toml:1,rtx3090".
+
+    Raises:
+        ValueError: no such name, a count that is none, or fewer than two devices in all.
+    """
+    found: list[Gpu] = []
+    for part in text.split(","):
+        name, _, count = part.strip().partition(":")
+        if not name:
+            raise ValueError(f"--devices: expected NAME:COUNT,NAME:COUNT, got {text!r}")
+        try:
+            number = int(count) if count else 1
+        except ValueError:
+            raise ValueError(f"--devices: expected a count after {name}:, got {count!r}") from None
+        check_count(f"--devices: {name}", number, MAX_DEVICES)
+        found += [gpu_of(name)] * number
+    if not 2 <= len(found) <= MAX_DEVICES:
+        raise ValueError(f"--devices: expected 2 to {MAX_DEVICES} in all, got {len(found)}")
+    return found
+
+
+def propose_shares(
+    shape: ModelShape, devices: Sequence[Gpu], work: Inference, *, link: Link | None = None
+) -> Proposal:
+    """The shares of tensor-parallel ranks on these devices, for a batch of ``work``.
+
+    Args:
+        link: that all of them share; default: the slowest of their own.
+
+    Raises:
+        ValueError: more devices than KV heads to share out, or a model that they do not hold together.
+    """
+    if len(devices) > shape.kv_heads:
+        raise ValueError(
+            f"--devices: expected at most {shape.kv_heads}, a KV head of {shape.name} for each, "
+            f"got {len(devices)}"
+        )
+    joined = link or min(
+        (link_of(each.link) for each in devices), key=lambda each: each.bytes_per_s
+    )
+    kinds = list(dict.fromkeys(devices))
+    tried = []
+    for numbers in itertools.product(range(1, MOST_SHARE + 1), repeat=min(len(kinds), 4)):
+        if math.gcd(*numbers) == 1:
+            # Kinds beyond the fourth share as the last of them.
+            by_kind = {kind: numbers[min(place, 3)] for place, kind in enumerate(kinds)}
+            shares = tuple(by_kind[device] for device in devices)
+            if sum(shares) <= shape.kv_heads * MOST_SHARE:
+                tried.append(_shared(shape, devices, work, joined, shares))
+    fastest = min(tried, key=_order)
+    fitting = [each for each in tried if each.fits]
+    equal = _shared(shape, devices, work, joined, (1,) * len(devices))
+    if not fitting:
+        room = sum(usable_bytes(device) for device in devices)
+        needed = sum(equal.memory_bytes)
+        raise ValueError(
+            f"--devices: expected devices that hold {shape.name} in {work.weight_dtype} together, "
+            f"{needed / 2**30:.1f} GiB; they have {room / 2**30:.1f}"
+        )
+    best = min(fitting, key=_order)
+    return Proposal(tuple(devices), best, equal, "speed" if best == fastest else "memory")
+
+
+def _order(shared: Shared) -> tuple[float, int]:
+    # Times within 1 % are as good: the smallest numbers of them.
+    return round(math.log(shared.token_s) / 0.01), sum(shared.shares)
+
+
+def _shared(
+    shape: ModelShape,
+    devices: Sequence[Gpu],
+    work: Inference,
+    link: Link,
+    shares: tuple[int, ...],
+) -> Shared:
+    whole = sum(shares)
+    # Attention's heads go in whole groups, the rest as finely as one likes.
+    groups = _whole_parts(shape.kv_heads, shares)
+    attention = shape.layers * shape.attention_matrices
+    matrices = shape.parameters() - attention
+    cache = work.batch * work.length * shape.kv_bytes_per_token(BYTES[work.kv_dtype])
+    held, times = [], []
+    for device, share, heads in zip(devices, shares, groups, strict=True):
+        weights = (attention * heads / shape.kv_heads + matrices * share / whole) * BYTES[
+            work.weight_dtype
+        ]
+        own_cache = cache * heads / shape.kv_heads
+        held.append(weights + own_cache + PYPARALLEL.context_bytes + PYPARALLEL.group_bytes)
+        times.append((weights + own_cache) / (MEMORY_FRACTION * device.bandwidth))
+    cluster = Cluster(devices[0], len(devices), len(devices), link, link)
+    num_bytes = work.batch * shape.hidden * 2
+    reduction = collective_seconds("all_reduce", num_bytes, len(devices), cluster, model="law")
+    return Shared(
+        shares,
+        tuple(held),
+        tuple(usable_bytes(device) for device in devices),
+        max(times) + 2 * shape.layers * reduction,
+    )
+
+
+def _whole_parts(units: int, shares: tuple[int, ...]) -> list[int]:
+    """Units in proportion to the shares, each at least one, the largest rests rounded up."""
+    whole = sum(shares)
+    exact = [units * share / whole for share in shares]
+    found = [max(1, math.floor(each)) for each in exact]
+    while sum(found) > units:
+        most = max(range(len(found)), key=lambda place: found[place] - exact[place])
+        found[most] -= 1
+    order = sorted(range(len(found)), key=lambda place: found[place] - exact[place])
+    for place in itertools.islice(itertools.cycle(order), units - sum(found)):
+        found[place] += 1
+    return found

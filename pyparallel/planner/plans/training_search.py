@@ -1,0 +1,121 @@
+"""Every candidate for training, with its memory and the time of its step, the best one first.
+
+On each mesh dp x pp x cp x tp, tp inside a node, all micro-batches and numbers of stages a rank are
+tried, each with the first of these savings that fits, for each costs more time than the one before:
+optimizer states over dp (ZeRO 1); attention computed again; all but the layers' inputs computed again;
+the same two with weights over dp too (ZeRO 3, FSDP). The mesh's fastest stands for it. cp is put aside
+unless nothing else fits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from pyparallel.planner.hardware import Cluster
+from pyparallel.planner.memory import RankMemory, peak, usable_bytes
+from pyparallel.planner.memory_training import training_memory
+from pyparallel.planner.plans.candidates import meshes, schedules
+from pyparallel.planner.plans.search import CP_WITHOUT_NEED
+from pyparallel.planner.shape import ModelShape
+from pyparallel.planner.strategy import Strategy, Training
+from pyparallel.planner.training_time import StepTime, training_time
+
+# Zero and recompute, the cheapest first.
+SAVINGS = ((1, "none"), (1, "attention"), (3, "none"), (1, "layers"), (3, "layers"))
+
+
+@dataclass(frozen=True)
+class TrainingCandidate:
+    """One way to train.
+
+    Attributes:
+        memory: of each stage's fullest rank.
+        limit_bytes: what a rank may have.
+        step: None where it does not fit.
+        apart: why it is put after others, whatever its time; "" where it is not.
+    """
+
+    strategy: Strategy
+    memory: tuple[RankMemory, ...]
+    limit_bytes: float
+    step: StepTime | None
+    apart: str
+
+    @property
+    def fits(self) -> bool:
+        """Whether every rank has room."""
+        return self.step is not None
+
+    @property
+    def peak(self) -> RankMemory:
+        """The rank that needs the most."""
+        return peak(list(self.memory))
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all GPUs."""
+        return self.step.tokens_per_s if self.step else 0.0
+
+
+def training_search(
+    shape: ModelShape, cluster: Cluster, training: Training
+) -> list[TrainingCandidate]:
+    """The fastest way of each mesh of the whole cluster, the best first; what does not fit last."""
+    found = []
+    for mesh in meshes(shape, cluster, training.sequence, nodes_of_tp=1):
+        best = best_of_mesh(shape, cluster, training, mesh)
+        if best is not None:
+            found.append(best)
+    fitting = [each for each in found if each.fits]
+    if not any(not each.apart for each in fitting):
+        fitting = [replace(each, apart="") for each in fitting]
+    fitting.sort(key=lambda each: (each.apart, -each.tokens_per_s))
+    rest = sorted((each for each in found if not each.fits), key=lambda each: each.peak.total)
+    return fitting + rest
+
+
+def best_of_mesh(
+    shape: ModelShape, cluster: Cluster, training: Training, mesh: Strategy
+) -> TrainingCandidate | None:
+    """The fastest schedule that fits, or the smallest that does not; None: no batch divides."""
+    limit = usable_bytes(cluster.gpu)
+    apart = CP_WITHOUT_NEED if mesh.cp > 1 else ""
+    best: TrainingCandidate | None = None
+    for micro_batch, virtual, sp in schedules(shape, training, mesh):
+        cut = replace(mesh, micro_batch=micro_batch, virtual_stages=virtual, sp=sp)
+        for zero, recompute in SAVINGS:
+            strategy = replace(cut, zero=zero if mesh.dp * mesh.cp > 1 else 0, recompute=recompute)
+            memory = tuple(training_memory(shape, strategy, training))
+            fits = peak(list(memory)).total <= limit
+            step = training_time(shape, strategy, training, cluster) if fits else None
+            candidate = TrainingCandidate(strategy, memory, limit, step, apart)
+            if best is None or _better(candidate, best):
+                best = candidate
+            if fits:
+                break
+    return best
+
+
+def _better(one: TrainingCandidate, other: TrainingCandidate) -> bool:
+    if one.fits != other.fits:
+        return one.fits
+    if one.fits:
+        return one.tokens_per_s > other.tokens_per_s
+    return one.peak.total < other.peak.total
+
+
+def most_saving(
+    shape: ModelShape, cluster: Cluster, training: Training
+) -> TrainingCandidate | None:
+    """Some candidate that fits, however slow; None where there is none. Far fewer are tried."""
+    limit = usable_bytes(cluster.gpu)
+    for mesh in meshes(shape, cluster, training.sequence, nodes_of_tp=1):
+        if training.global_batch % mesh.dp:
+            continue
+        cut = replace(mesh, sp=mesh.tp > 1, recompute="layers")
+        strategy = replace(cut, zero=3 if mesh.dp * mesh.cp > 1 else 0)
+        memory = tuple(training_memory(shape, strategy, training))
+        if peak(list(memory)).total <= limit:
+            step = training_time(shape, strategy, training, cluster)
+            return TrainingCandidate(strategy, memory, limit, step, "")
+    return None
