@@ -2,7 +2,8 @@
 
 The cuts are those of :mod:`pyparallel.cut` and :mod:`pyparallel.models.stage`, called, not copied, so
 what is counted here is what the modules allocate: uneven parts, replicated KV heads, norms and biases
-behind a reduction on every rank, a tied head that is the embedding where one stage has both.
+behind a reduction on every rank, a tied head that is the embedding where one stage has both. Where a
+function takes ``tp``, a tuple of shares (:mod:`pyparallel.cut.shares`) is tp ranks of those.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from pyparallel.cut.shard import HeadLayout, features, part_sizes
+from pyparallel.cut.shard import HeadLayout, features
+from pyparallel.cut.shares import Parts, part_sizes, shares_of
 from pyparallel.layers.vocab_parallel_embedding import vocab_sharding
 from pyparallel.models.stage import partition, stages_of_rank
 from pyparallel.planner.shape import ModelShape
@@ -70,7 +72,7 @@ class StageShard:
 
 
 @lru_cache(maxsize=4096)
-def layer_shard(shape: ModelShape, tp: int, rank: int, moe: bool = False) -> LayerShard:
+def layer_shard(shape: ModelShape, tp: Parts, rank: int, moe: bool = False) -> LayerShard:
     """What ``rank`` of ``tp`` holds of one layer; routed experts are cut by their features.
 
     Raises:
@@ -97,17 +99,17 @@ def layer_shard(shape: ModelShape, tp: int, rank: int, moe: bool = False) -> Lay
 
 
 @lru_cache(maxsize=1024)
-def _layout(shape: ModelShape, tp: int) -> HeadLayout:
+def _layout(shape: ModelShape, tp: Parts) -> HeadLayout:
     return HeadLayout.of(shape.heads, shape.kv_heads, tp)
 
 
 @lru_cache(maxsize=1024)
-def _cut(length: int, tp: int) -> tuple[int, ...]:
+def _cut(length: int, tp: Parts) -> tuple[int, ...]:
     return tuple(features(length, tp).sizes)
 
 
 @lru_cache(maxsize=1024)
-def _vocab(length: int, tp: int) -> tuple[int, ...]:
+def _vocab(length: int, tp: Parts) -> tuple[int, ...]:
     return tuple(vocab_sharding(length, tp).sizes)
 
 
@@ -166,13 +168,16 @@ def _by_threshold(costs: Sequence[float], head: float, stages: int) -> tuple[ran
 
 
 @lru_cache(maxsize=1024)
-def largest_rank(shape: ModelShape, tp: int) -> int:
+def largest_rank(shape: ModelShape, tp: Parts) -> int:
     """The tp rank that holds the most of a layer: not always the first where KV heads are replicated."""
-    return max(range(tp), key=lambda rank: layer_shard(shape, tp, rank, shape.experts > 0).total)
+    return max(
+        range(len(shares_of(tp))),
+        key=lambda rank: layer_shard(shape, tp, rank, shape.experts > 0).total,
+    )
 
 
 def stage_shard(
-    shape: ModelShape, tp: int, rank: int, stages: Sequence[int], layers: Sequence[range]
+    shape: ModelShape, tp: Parts, rank: int, stages: Sequence[int], layers: Sequence[range]
 ) -> StageShard:
     """What tp ``rank`` holds of ``stages``, where ``layers`` are those of all stages."""
     held = [layer for stage in stages for layer in layers[stage]]

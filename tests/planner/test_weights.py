@@ -56,6 +56,18 @@ def counted(model: Decoder) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("shares", [(3, 1), (5, 3, 1)])
+@pytest.mark.parametrize("seed", range(200, 206))
+def test_counts_of_unequal_shares_too(seed, shares):
+    config = random_config(seed) | {"num_attention_heads": 6, "num_key_value_heads": 2, "n_head": 6}
+    config |= {"n_embd": 48, "hidden_size": 48, "head_dim": 8}
+    decoder, shape = from_hugging_face(config), model_shape(config)
+    for rank in range(len(shares)):
+        group = Group(rank, len(shares), LocalCommunicator(), shares=shares)
+        expected = counted(Decoder(decoder, "meta", torch.bfloat16, group=group))
+        assert stage_shard(shape, shares, rank, [0], stage_layers(shape, 1)).total == expected
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_counts_are_what_the_modules_allocate(seed):
     config = random_config(seed)
