@@ -46,7 +46,9 @@ def ultrascale(content: Mapping[str, Any]) -> Reading:
             predicted = max(each.total - each.terms["overhead"] for each in memory) / GIB
             # The 1B rows are what the engine's constants were fitted on.
             fitted = row["model"] == "1B"
-            quantity = "peak memory, 1B" if fitted else "peak memory"
+            # With tp the inputs of column layers are kept gathered or not; the sweep doesn't say.
+            kept = "tp 1" if strategy.tp == 1 else "tp > 1"
+            quantity = f"peak memory{', 1B' if fitted else ''}, {kept}"
             reading.pairs.append(
                 Pair(quantity, predicted, row["mem_gb"], naive / GIB, "GiB", fitted, label)
             )
