@@ -1,14 +1,13 @@
-"""How much of a model each of unequal devices should hold: ``shares`` of ``init_mesh(tp=n,
-shares=...)``.
+"""How much of a model each of unequal devices should hold: ``shares`` of ``init_mesh``.
 
-A token waits for the slowest rank. Rank i with share s_i holds f_i = s_i / sum(s) of the matrices and
-of the KV cache, so a token takes::
+A token waits for the slowest rank. The modules' own cuts (:mod:`pyparallel.cut.shares`) say what rank i
+holds of the weights W and of the KV cache C, near s_i / sum(s) of both, heads in whole groups::
 
-    max_i  f_i (weights + cache) / bandwidth_i  +  reductions
+    t = max_i (W_i + C_i) / bandwidth_i  +  reductions
 
-which is least where f is as the bandwidths; but f_i (weights + cache) must fit the device, and KV heads
-are whole. Small whole shares are tried, all of them: the least time that fits wins, then the smallest
-numbers. Memory binds where the least time without it is another's.
+That is least where shares are as the bandwidths, but W_i + C_i must fit the device. Small whole shares
+are tried, all of them: the least time that fits wins, then the smallest numbers. Memory binds where
+the least time of all does not fit.
 """
 
 from __future__ import annotations
@@ -22,9 +21,10 @@ from pyparallel.limits import check_count
 from pyparallel.planner.communication import collective_seconds
 from pyparallel.planner.engines import PYPARALLEL
 from pyparallel.planner.hardware import Cluster, Gpu, Link, gpu_of, link_of
-from pyparallel.planner.memory import usable_bytes
+from pyparallel.planner.memory import usable_bytes, weight_bytes
 from pyparallel.planner.shape import ModelShape
 from pyparallel.planner.strategy import BYTES, Inference
+from pyparallel.planner.weights import layer_shard, stage_layers, stage_shard
 
 MOST_SHARE = 8
 MAX_DEVICES = 64
@@ -135,11 +135,11 @@ def propose_shares(
         link: that all of them share; default: the slowest of their own.
 
     Raises:
-        ValueError: more devices than KV heads to share out, or a model that they do not hold together.
+        ValueError: more devices than heads to share out, or a model that they do not hold together.
     """
-    if len(devices) > shape.kv_heads:
+    if len(devices) > shape.heads:
         raise ValueError(
-            f"--devices: expected at most {shape.kv_heads}, a KV head of {shape.name} for each, "
+            f"--devices: expected at most {shape.heads}, a head of {shape.name} for each, "
             f"got {len(devices)}"
         )
     joined = link or min(
@@ -152,9 +152,8 @@ def propose_shares(
             # Kinds beyond the fourth share as the last of them.
             by_kind = {kind: numbers[min(place, 3)] for place, kind in enumerate(kinds)}
             shares = tuple(by_kind[device] for device in devices)
-            if sum(shares) <= shape.kv_heads * MOST_SHARE:
-                tried.append(_shared(shape, devices, work, joined, shares))
-    fastest = min(tried, key=_order)
+            tried.append(_shared(shape, devices, work, joined, shares))
+    fastest = _best(tried)
     fitting = [each for each in tried if each.fits]
     equal = _shared(shape, devices, work, joined, (1,) * len(devices))
     if not fitting:
@@ -164,13 +163,15 @@ def propose_shares(
             f"--devices: expected devices that hold {shape.name} in {work.weight_dtype} together, "
             f"{needed / 2**30:.1f} GiB; they have {room / 2**30:.1f}"
         )
-    best = min(fitting, key=_order)
+    best = _best(fitting)
     return Proposal(tuple(devices), best, equal, "speed" if best == fastest else "memory")
 
 
-def _order(shared: Shared) -> tuple[float, int]:
-    # Times within 1 % are as good: the smallest numbers of them.
-    return round(math.log(shared.token_s) / 0.01), sum(shared.shares)
+def _best(tried: Sequence[Shared]) -> Shared:
+    """Of the least time, or within 1 % of it: the smallest numbers."""
+    least = min(each.token_s for each in tried)
+    close = (each for each in tried if each.token_s <= 1.01 * least)
+    return min(close, key=lambda each: (sum(each.shares), each.token_s))
 
 
 def _shared(
@@ -180,20 +181,18 @@ def _shared(
     link: Link,
     shares: tuple[int, ...],
 ) -> Shared:
-    whole = sum(shares)
-    # Attention's heads go in whole groups, the rest as finely as one likes.
-    groups = _whole_parts(shape.kv_heads, shares)
-    attention = shape.layers * shape.attention_matrices
-    matrices = shape.parameters() - attention
-    cache = work.batch * work.length * shape.kv_bytes_per_token(BYTES[work.kv_dtype])
+    layers = stage_layers(shape, 1)
+    each_head = 2 * shape.layers * shape.head_dim * BYTES[work.kv_dtype]
+    tokens = work.batch * work.length
     held, times = [], []
-    for device, share, heads in zip(devices, shares, groups, strict=True):
-        weights = (attention * heads / shape.kv_heads + matrices * share / whole) * BYTES[
-            work.weight_dtype
-        ]
-        own_cache = cache * heads / shape.kv_heads
-        held.append(weights + own_cache + PYPARALLEL.context_bytes + PYPARALLEL.group_bytes)
-        times.append((weights + own_cache) / (MEMORY_FRACTION * device.bandwidth))
+    for rank, device in enumerate(devices):
+        shard = stage_shard(shape, shares, rank, [0], layers)
+        weights = weight_bytes(shard, work.weight_dtype)
+        cache = tokens * each_head * layer_shard(shape, shares, rank).kv_heads
+        held.append(weights + cache + PYPARALLEL.context_bytes + PYPARALLEL.group_bytes)
+        # Of the embedding a token reads a row; a tied one is the head.
+        read = weights - 2.0 * shard.embedding * (not shape.tied) + cache
+        times.append(read / (MEMORY_FRACTION * device.bandwidth))
     cluster = Cluster(devices[0], len(devices), len(devices), link, link)
     num_bytes = work.batch * shape.hidden * 2
     reduction = collective_seconds("all_reduce", num_bytes, len(devices), cluster, model="law")
@@ -203,17 +202,3 @@ def _shared(
         tuple(usable_bytes(device) for device in devices),
         max(times) + 2 * shape.layers * reduction,
     )
-
-
-def _whole_parts(units: int, shares: tuple[int, ...]) -> list[int]:
-    """Units in proportion to the shares, each at least one, the largest rests rounded up."""
-    whole = sum(shares)
-    exact = [units * share / whole for share in shares]
-    found = [max(1, math.floor(each)) for each in exact]
-    while sum(found) > units:
-        most = max(range(len(found)), key=lambda place: found[place] - exact[place])
-        found[most] -= 1
-    order = sorted(range(len(found)), key=lambda place: found[place] - exact[place])
-    for place in itertools.islice(itertools.cycle(order), units - sum(found)):
-        found[place] += 1
-    return found
