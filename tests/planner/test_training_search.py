@@ -6,6 +6,7 @@ import pytest
 
 from pyparallel.planner.hardware import cluster_of
 from pyparallel.planner.plans import training_search as module
+from pyparallel.planner.plans.search import TIE
 from pyparallel.planner.plans.training import named
 from pyparallel.planner.plans.training_search import TrainingCandidate, most_saving, training_search
 from pyparallel.planner.shape import model_shape
@@ -20,7 +21,8 @@ def searched(model: str, gpus: int, batch: int, sequence: int = 8192) -> list[Tr
 def test_the_best_is_the_fastest_that_fits() -> None:
     found = searched("llama-3.1-70b", 64, 64)
     fitting = [each for each in found if each.fits]
-    assert found[0].tokens_per_s == max(each.tokens_per_s for each in fitting if not each.apart)
+    fastest = max(each.tokens_per_s for each in fitting)
+    assert found[0].tokens_per_s >= (1 - TIE) * fastest
     for each in found:
         assert each.fits == (each.peak.total <= each.limit_bytes)
         assert each.strategy.ranks == 64
@@ -31,10 +33,12 @@ def test_a_small_model_is_not_recomputed_and_a_large_one_is() -> None:
     assert searched("llama-3.1-405b", 1024, 512)[0].strategy.recompute == "layers"
 
 
-def test_cp_is_put_aside_until_it_is_needed() -> None:
-    found = searched("llama-3.1-8b", 8, 8, 65_536)
-    assert any(each.strategy.cp > 1 for each in found)
-    assert found[0].strategy.cp == 1
+def test_cp_where_a_batch_is_too_small_for_the_gpus() -> None:
+    # 32 sequences of 128k tokens on 1024 GPUs: 32 replicas at most, which wait in a pipeline of 4.
+    best = searched("llama-3.1-405b", 1024, 32, 131_072)[0]
+    assert best.strategy.cp > 1
+    # Sequences of 8k give no rank enough tokens.
+    assert searched("llama-3.1-405b", 1024, 512)[0].strategy.cp == 1
 
 
 def test_no_schedule_that_was_left_out_is_faster() -> None:

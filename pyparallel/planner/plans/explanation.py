@@ -8,7 +8,7 @@ from pyparallel.planner.engine_rates import EngineRates
 from pyparallel.planner.hardware import Cluster, with_gpus
 from pyparallel.planner.inference_time import Terms
 from pyparallel.planner.memory import RankMemory
-from pyparallel.planner.plans.search import TIE, TP_ACROSS_NODES, Candidate, search
+from pyparallel.planner.plans.search import TIE, TP_ACROSS_NODES, Candidate, evaluate, search
 from pyparallel.planner.shape import ModelShape
 from pyparallel.planner.strategy import Inference, Strategy
 
@@ -55,10 +55,12 @@ def memory_reason(memory: RankMemory, limit: float, stages: int) -> str:
         return f"fits: {gib(memory.total)} of {gib(limit)} a rank"
     name = overflowing(memory, limit)
     size = memory.terms[name]
-    alone = "alone take" if size > limit else "take"
+    alone = "alone " if size > limit else ""
+    # Weights, activations, logits; a cache, an optimizer.
+    one = "" if name.endswith("s") else "s"
     return (
         f"does not fit: rank{place} needs {gib(memory.total)} of {gib(limit)}; "
-        f"{name} overflow{'s' if not name.endswith('s') else ''} ({alone} {gib(size)})"
+        f"{name} overflow{one} ({alone}take{one} {gib(size)})"
     )
 
 
@@ -153,16 +155,17 @@ def _like(candidates: list[Candidate], strategy: Strategy, *, cp: int) -> Candid
 
 
 def next_best(candidates: list[Candidate]) -> str:
-    """The second plan and what it costs."""
-    best, others = candidates[0], [each for each in candidates[1:] if each.fits]
-    if not others:
-        return "no other plan fits"
-    second = next((each for each in others if not each.apart), others[0])
-    ratio = best.tokens_per_s / second.tokens_per_s
-    said = f"{cuts(second.strategy)}: {compared(ratio)} the best"
-    if second.max_tokens_per_s > 1.02 * best.max_tokens_per_s:
+    """The second plan and what it costs; and what is faster but put aside."""
+    best = candidates[0]
+    others = [each for each in candidates[1:] if each.fits]
+    second = next((each for each in others if not each.apart), None)
+    said = "no other plan fits"
+    if second is not None:
+        ratio = best.tokens_per_s / second.tokens_per_s
+        said = f"{cuts(second.strategy)}: {compared(ratio)} the best"
         share = second.max_tokens_per_s / best.max_tokens_per_s
-        said += f", but {share:.2f}x its tokens/s when there are always more requests"
+        if share > 1 + TIE:
+            said += f", but {share:.2f}x its tokens/s when there are always more requests"
     aside = max(
         (each for each in others if each.apart), key=lambda each: each.tokens_per_s, default=None
     )
@@ -184,8 +187,9 @@ def what_would_change(
     half = cluster.gpus // 2 if cluster.nodes == 1 else nodes
     lower = "fp8" if work.weight_dtype in ("bf16", "fp16", "fp32") else "int4"
     longer = min(shape.max_positions - work.output, 8 * work.prompt)
+    more = 64 if work.batch < 16 else 4 * work.batch
     asked = [
-        (f"a batch of {64 * work.batch}", cluster, replace(work, batch=64 * work.batch)),
+        (f"a batch of {more}", cluster, replace(work, batch=more)),
         (f"weights in {lower}", cluster, replace(work, weight_dtype=lower)),
     ]
     if longer > work.prompt:
@@ -195,9 +199,13 @@ def what_would_change(
     said = []
     for name, place, other in asked:
         found = search(shape, place, other, engine, nodes_of_tp=1)
-        if not found or not found[0].fits:
-            reason = memory_reason(found[0].peak, found[0].limit_bytes, 1) if found else "no plan"
-            said.append(f"{name}: {reason}")
+        if not found[0].fits:
+            # Of these GPUs the plan itself is what one would run on.
+            mesh = replace(best.strategy, sp=False)
+            tried = evaluate(shape, place, mesh, other, engine) if place == cluster else found[0]
+            stages = tried.strategy.pp
+            reason = memory_reason(tried.peak, tried.limit_bytes, stages)
+            said.append(f"{name}: {cuts(tried.strategy)} {reason}")
         elif _axes(found[0].strategy) != _axes(best.strategy):
             said.append(f"{name}: {cuts(found[0].strategy)}")
     return said or ["none of: " + ", ".join(name for name, _, _ in asked)]

@@ -66,7 +66,7 @@ class TrainingPlan:
             f"{step.total:.3g} s",
             f"{100 * step.mfu:.1f} %",
             f"{step.tokens_per_s:.4g}",
-            candidate.apart,
+            "",
         )
 
     def reason(self, candidate: TrainingCandidate) -> str:
@@ -132,8 +132,6 @@ def training_reason(candidate: TrainingCandidate, best: TrainingCandidate) -> st
         return said
     said += f"; {candidate.step.total:.3g} s a step, MFU {100 * candidate.step.mfu:.0f} %, "
     said += _lost(candidate)
-    if candidate.apart:
-        said += f"; put aside: {candidate.apart}"
     if candidate is not best:
         said += f"; {compared(best.tokens_per_s / candidate.tokens_per_s)} the best"
     return said

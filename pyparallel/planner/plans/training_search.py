@@ -2,9 +2,9 @@
 
 On each mesh dp x pp x cp x tp, tp inside a node, all micro-batches and numbers of stages a rank are
 tried, each with the first of these savings that fits, for each costs more time than the one before:
-optimizer states over dp (ZeRO 1); attention computed again; all but the layers' inputs computed again;
-the same two with weights over dp too (ZeRO 3, FSDP). The mesh's fastest stands for it. cp is put aside
-unless nothing else fits.
+optimizer states over dp (ZeRO 1); attention computed again; weights over dp too (ZeRO 3, FSDP); all
+but the layers' inputs computed again, with ZeRO 1 and 3. The mesh's fastest stands for it. Two that
+differ by less than 2 % are as good: of them the one with fewer context ranks, then fewer stages.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pyparallel.planner.hardware import Cluster
 from pyparallel.planner.memory import RankMemory, peak, usable_bytes
 from pyparallel.planner.memory_training import training_memory
 from pyparallel.planner.plans.candidates import meshes, schedules
-from pyparallel.planner.plans.search import CP_WITHOUT_NEED
+from pyparallel.planner.plans.search import TIE
 from pyparallel.planner.shape import ModelShape
 from pyparallel.planner.strategy import Strategy, Training
 from pyparallel.planner.training_time import StepTime, training_time
@@ -32,14 +32,12 @@ class TrainingCandidate:
         memory: of each stage's fullest rank.
         limit_bytes: what a rank may have.
         step: None where it does not fit.
-        apart: why it is put after others, whatever its time; "" where it is not.
     """
 
     strategy: Strategy
     memory: tuple[RankMemory, ...]
     limit_bytes: float
     step: StepTime | None
-    apart: str
 
     @property
     def fits(self) -> bool:
@@ -67,11 +65,15 @@ def training_search(
         if best is not None:
             found.append(best)
     fitting = [each for each in found if each.fits]
-    if not any(not each.apart for each in fitting):
-        fitting = [replace(each, apart="") for each in fitting]
-    fitting.sort(key=lambda each: (each.apart, -each.tokens_per_s))
+    fitting.sort(key=lambda each: -each.tokens_per_s)
+    ordered: list[TrainingCandidate] = []
+    while fitting:
+        least = fitting[0].tokens_per_s * (1 - TIE)
+        run = [each for each in fitting if each.tokens_per_s >= least]
+        fitting = fitting[len(run) :]
+        ordered += sorted(run, key=lambda each: (each.strategy.cp, each.strategy.pp))
     rest = sorted((each for each in found if not each.fits), key=lambda each: each.peak.total)
-    return fitting + rest
+    return ordered + rest
 
 
 def best_of_mesh(
@@ -79,7 +81,6 @@ def best_of_mesh(
 ) -> TrainingCandidate | None:
     """The fastest schedule that fits, or the smallest that does not; None: no batch divides."""
     limit = usable_bytes(cluster.gpu)
-    apart = CP_WITHOUT_NEED if mesh.cp > 1 else ""
     best: TrainingCandidate | None = None
     for micro_batch, virtual, sp in schedules(shape, training, mesh):
         cut = replace(mesh, micro_batch=micro_batch, virtual_stages=virtual, sp=sp)
@@ -88,7 +89,7 @@ def best_of_mesh(
             memory = tuple(training_memory(shape, strategy, training))
             fits = peak(list(memory)).total <= limit
             step = training_time(shape, strategy, training, cluster) if fits else None
-            candidate = TrainingCandidate(strategy, memory, limit, step, apart)
+            candidate = TrainingCandidate(strategy, memory, limit, step)
             if best is None or _better(candidate, best):
                 best = candidate
             if fits:
@@ -117,5 +118,5 @@ def most_saving(
         memory = tuple(training_memory(shape, strategy, training))
         if peak(list(memory)).total <= limit:
             step = training_time(shape, strategy, training, cluster)
-            return TrainingCandidate(strategy, memory, limit, step, "")
+            return TrainingCandidate(strategy, memory, limit, step)
     return None
