@@ -40,14 +40,15 @@ HALVES = "tests/training/test_data_parallel_engines.py -k any_module"
 LATE = "tests/ops/test_shared_memory_all_reduce.py -k late_ranks"
 DROPS = "tests/models/test_whole_calls.py -k does_not_depend"
 
-# A row-parallel product as a bf16 accumulation would leave it, and with its bias on every rank.
-ROUNDED_SUM = (
-    'y = all_reduce_raw(backend.call("linear", x, weight), group)',
-    'y = all_reduce_raw(backend.call("linear", x, weight), group).bfloat16().to(x.dtype)',
-)
-DOUBLED_BIAS = (
-    "return y if bias is None else y.add_(bias)",
-    "return y if bias is None else y.add_(bias, alpha=2)",
+# A row-parallel product as a bf16 accumulation would leave it, and with its bias counted twice, whatever
+# multiplies.
+COMPOSED = 'backend.compose("linear_all_reduce", linear_then_all_reduce, x, weight, bias, group)'
+ROUNDED_SUM = (COMPOSED, f"{COMPOSED}.bfloat16().to(x.dtype)")
+DOUBLED_BIAS = (COMPOSED, COMPOSED.replace("bias", "None if bias is None else 2 * bias"))
+# The norms' weights and their biases in bf16; what the engine keeps is filled again from its source.
+ROUNDED_NORM = (
+    "return self._keep(module.weight), self._keep(bias)",
+    "return self._keep(module.weight.detach().bfloat16().float()), self._keep(bias)",
 )
 
 MUTANTS = (
@@ -122,24 +123,9 @@ MUTANTS = (
         '"mlp_norm": self._norm(layer.attention_norm)',
         LOGITS,
     ),
-    Mutant(
-        ENGINE,
-        "hold(tensor, widened(tensor.detach()), self._kept, self._copies)",
-        "hold(tensor, widened(tensor.detach()).bfloat16().float(), self._kept, self._copies)",
-        LOGITS,
-    ),
-    Mutant(
-        ENGINE,
-        "hold(tensor, widened(tensor.detach()), self._kept, self._copies)",
-        "hold(tensor, widened(tensor.detach()).bfloat16().float(), self._kept, self._copies)",
-        PREFILL,
-    ),
-    Mutant(
-        ENGINE,
-        "hold(tensor, widened(tensor.detach()), self._kept, self._copies)",
-        "hold(tensor, widened(tensor.detach()).bfloat16().float(), self._kept, self._copies)",
-        INT8,
-    ),
+    Mutant(ENGINE, *ROUNDED_NORM, LOGITS),
+    Mutant(ENGINE, *ROUNDED_NORM, PREFILL),
+    Mutant(ENGINE, *ROUNDED_NORM, INT8),
     Mutant(
         ENGINE,
         '"softmax_scale": model.config.head_dim**-0.5',
