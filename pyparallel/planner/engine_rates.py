@@ -8,9 +8,13 @@ time.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from pyparallel.checkpoint.schema import shown
+from pyparallel.limits import check_real
 from pyparallel.planner.communication import Kernel
 from pyparallel.planner.fits import read_fits, system_of
+from pyparallel.planner.names import read_toml
 from pyparallel.planner.strategy import check_choice
 
 
@@ -84,6 +88,33 @@ def engine_rates_of(name: str, gpu: str, *, as_unknown: bool = False) -> EngineR
         calibrated_on=entry["calibrated_on"] if known else "",
         reserves=entry["reserves"],
     )
+
+
+def engine_of_file(path: Path) -> EngineRates | None:
+    """The [engine] of a TOML file of one's own device, as ``pyparallel plan --calibrate`` writes it.
+
+    None without such a table. Its fractions are 1 where it has none: a measured device's rates are those
+    that kernels reach.
+
+    Raises:
+        ValueError: no TOML, another field, or a number out of range.
+    """
+    table = read_toml(path).get("engine")
+    if table is None:
+        return None
+    where = f"{path}: [engine]"
+    if not isinstance(table, dict):
+        raise ValueError(f"{where}: expected a table, got {shown(table)}")
+    numbers = {"memory_fraction": 1.0, "flops_fraction": 1.0}
+    for name, value in table.items():
+        if name not in Constants.__dataclass_fields__:
+            known = ", ".join(Constants.__dataclass_fields__)
+            raise ValueError(f"{where}: {shown(name)}: expected one of {known}")
+        numbers[name] = check_real(f"{where}: {name}", value, least=0.0)
+    for name in Constants.__dataclass_fields__:
+        if name not in numbers:
+            raise ValueError(f"{where}: {name}: expected a number, but it is not there")
+    return EngineRates("measured", Constants(**numbers), "nccl", path.name, True)
 
 
 def constants_of(numbers: list[float]) -> Constants:

@@ -26,7 +26,11 @@ from pyparallel.planner.weights import largest_rank, layer_shard, stage_layers
 
 # Weights of these types are multiplied in their own; others are widened to bf16 first.
 MULTIPLIED = ("fp8", "fp4")
-ACTIVATION_BYTES = 2
+
+
+def activation_bytes(work: Inference) -> int:
+    """Of one number between the matmuls, and of the head and the embedding, which stay unquantized."""
+    return 4 if work.weight_dtype == "fp32" else 2
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,11 @@ def pass_works(
     kv_bytes = 2 * shard.kv_heads * shape.head_dim * BYTES[work.kv_dtype]
     kv_read = sequences * (context + tokens) / cp * kv_bytes / gpu.bandwidth
     kernel = kernel if decodes else "nccl"
-    exchanged = _layer_communication(shape, cluster, strategy, rows, decodes, kernel, kv_bytes)
+    wide = activation_bytes(work)
+    residual = rows * shape.hidden * wide
+    exchanged = _layer_communication(
+        shape, cluster, strategy, rows, residual, decodes, kernel, kv_bytes
+    )
     layers = stage_layers(shape, strategy.pp)
     found = []
     for index, stage in enumerate(layers):
@@ -149,13 +157,13 @@ def pass_works(
         head = -(-shape.vocab // tp) * shape.hidden if last else 0
         # Only the last token of a prompt is given logits.
         head_rows = sequences
-        message = rows * shape.hidden * ACTIVATION_BYTES / (tp if strategy.sp else 1)
-        embedding = _reduction(shape, cluster, strategy, rows, kernel) if first else 0.0
+        message = residual / (tp if strategy.sp else 1)
+        embedding = _reduction(cluster, strategy, residual, kernel) if first else 0.0
         found.append(
             StageWork(
                 read=read / gpu.bandwidth,
                 compute=2 * rows * multiplied / rate,
-                head_read=head * ACTIVATION_BYTES / gpu.bandwidth,
+                head_read=head * wide / gpu.bandwidth,
                 head_compute=2 * head_rows * head / plain_rate,
                 kv_read=len(stage) * kv_read,
                 attend=len(stage) * attend,
@@ -180,11 +188,8 @@ def _layer_weights(shape: ModelShape, tp: int, moe: bool, rows: float) -> tuple[
     return shard.attention + shared + touched, shard.attention + shared + each * shape.top_k
 
 
-def _reduction(
-    shape: ModelShape, cluster: Cluster, strategy: Strategy, rows: float, kernel: Kernel
-) -> float:
+def _reduction(cluster: Cluster, strategy: Strategy, num_bytes: float, kernel: Kernel) -> float:
     """One reduction of the residual stream over tp; with sp its two halves move the same bytes."""
-    num_bytes = rows * shape.hidden * ACTIVATION_BYTES
     return collective_seconds("all_reduce", num_bytes, strategy.tp, cluster, kernel=kernel)
 
 
@@ -193,12 +198,13 @@ def _layer_communication(
     cluster: Cluster,
     strategy: Strategy,
     rows: float,
+    residual: float,
     decodes: bool,
     kernel: Kernel,
     kv_bytes: float,
 ) -> float:
     """Two reductions over tp; over cp the others' keys and values, or the parts of one answer."""
-    total = 2 * _reduction(shape, cluster, strategy, rows, kernel)
+    total = 2 * _reduction(cluster, strategy, residual, kernel)
     if strategy.cp == 1:
         return total
     apart = max(1, min(strategy.cp, cluster.gpus_per_node // strategy.tp))
