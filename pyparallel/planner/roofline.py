@@ -1,12 +1,13 @@
 """Seconds of one operation on one GPU: what it computes, what it moves, and what each call costs.
 
-    t = max(flops / (e F), bytes / (b W)) + 3 us
+    t = flops / (e F) + bytes / (b W) + 3 us
 
 F: the best rate that products of the type were seen to reach (of :class:`Gpu`), W: the memory's
 bandwidth; e and b are fits (``data/fits/training.toml``): the share of F that products in a model reach,
-and of W that elementwise kernels reach. A product's time is a constant and a line in its FLOPs, so small
-ones reach less of F. Flash attention has an e of its own. A layer takes no less than the host needs to
-launch it.
+and of W that elementwise kernels reach. The two are added, not the larger taken: a tile waits for its
+first operands and writes its results last, and added they fit both calibrations better. So thin and
+small products reach less of F. Flash attention has an e of its own. A layer takes no less than the host
+needs to launch it.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def matmul_seconds(m: float, n: float, k: float, gpu: Gpu, rates: Rates, dtype: 
     size = {"fp32": 4.0, "fp8": 1.0, "fp4": 0.5}.get(dtype, 2.0)
     compute = 2 * m * n * k / (rates.matmul * gpu.best_flops(dtype))
     moved = size * (m * k + k * n) + max(2.0, min(size, 4.0)) * m * n
-    return max(compute, moved / (rates.bandwidth * gpu.bandwidth)) + OP_SECONDS
+    return compute + moved / (rates.bandwidth * gpu.bandwidth) + OP_SECONDS
 
 
 def attention_seconds(
