@@ -71,7 +71,7 @@ def mpt(content: Mapping[str, Any], reading: Reading) -> Iterator[Case]:
             strategy,
             Training(row["global_batch"], row["seq"], dtype=precision, gradient_dtype="bf16"),
             cluster_of(gpu, row["gpus"]),
-            engine_of("pyparallel"),
+            engine_of("llm-foundry"),
             row["global_batch"] * row["seq"] / row["tokens_s"],
             quantity=f"step time, {gpu} {precision}",
         )

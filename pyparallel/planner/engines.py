@@ -29,6 +29,7 @@ class Engine:
         fragmentation: the share of activations that the allocator loses.
         state_slack: the share of weights, gradients and optimizer states that it loses.
         tensor_hidden: with sp, tp's messages run under products.
+        attention_share: what its attention reaches of what a GPU's calibrated one does.
         flash: attention's scores are never written to memory.
         window_cached: layers with a window cache no more than that.
     """
@@ -48,6 +49,7 @@ class Engine:
     fragmentation: float = 0.0
     state_slack: float = 0.0
     tensor_hidden: bool = True
+    attention_share: float = 1.0
     flash: bool = True
     window_cached: bool = False
 

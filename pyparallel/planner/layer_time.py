@@ -12,7 +12,7 @@ which runs under a product. Messages of cp: keys and values, sent round, hidden 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pyparallel.planner.communication import collective_seconds
 from pyparallel.planner.engines import Engine
@@ -124,7 +124,8 @@ def _attention(
         if shape.window and shape.windowed_layers and shape.window < length:
             share = shape.windowed_layers / shape.layers
             seen = (1 - share) * length / 2 + share * shape.window
-        cut = (tokens, seen, heads, shape.head_dim, gpu, rates)
+        slower = replace(rates, attention=rates.attention * engine.attention_share)
+        cut = (tokens, seen, heads, shape.head_dim, gpu, slower)
         return attention_seconds(*cut), attention_backward_seconds(*cut), 0.0
     # Two products a head of [S, D] by [D, S]; heads are a batch of them.
     batch = strategy.micro_batch * heads
