@@ -79,9 +79,11 @@ def layer_time(
     between = tokens / strategy.sequence_shards
     # A norm and a residual add twice: 2 + 3 passes over a t H; rotation of q and k; the activation.
     once = 2.0 * (10 * between * shape.hidden + tokens * (2 * (query + kv) + wide + features))
-    if dtype in ("fp8", "fp4"):
-        # Each product's input is written twice, for forward and transposed, by what makes it.
-        once += 2.0 * tokens * (2 * shape.hidden + query + features)
+    # Each product's input is written twice, for forward and transposed: of 8 bits by what makes it; of
+    # 4 bits it is read for its largest value, then read again and written.
+    once += (
+        {"fp8": 2.0, "fp4": 5.0}.get(dtype, 0.0) * tokens * (2 * shape.hidden + query + features)
+    )
     moved = moved_seconds(once, gpu, rates, calls=8) + written
     # Backward reads both sides of what forward read and wrote.
     elementwise = moved + 2 * moved
