@@ -98,11 +98,12 @@ def layer_time(
     ring = _ring_seconds(shape, strategy, tokens, cluster, kv)
     context = max(0.0, ring - forward) + max(0.0, 2 * ring - backward)
     attention = forward + backward
-    share = 2 if training.frozen else 3
-    once = matmuls / share + forward + moved + tensor / 2 + max(0.0, ring - forward)
-    passes = [once, matmuls + attention + elementwise + tensor + context - once]
+    # What the GPU is busy with in each pass. Messages that are waited for hide no launches: the next
+    # kernel is launched when they are done.
+    once = matmuls / (2 if training.frozen else 3) + forward + moved
+    passes = [once, matmuls + attention + elementwise - once]
     if strategy.recompute == "layers":
-        passes.append(recompute)
+        passes.append(once)
     launch = sum(max(0.0, rates.host_s - busy) for busy in passes)
     return LayerTime(matmuls, attention, elementwise, recompute, tensor, context, launch)
 
