@@ -87,6 +87,16 @@ def sc21(content: Mapping[str, Any], reading: Reading) -> Iterator[Case]:
 def seqpar(content: Mapping[str, Any], reading: Reading) -> Iterator[Case]:
     """Table 5 of arXiv:2205.05198: layers recomputed without sp, attention recomputed with it."""
     del reading
+    scaled = content["dp_scaling"]
+    (row,) = (row for row in content["rows"] if row["model"] == scaled["model"])
+    yield Case(
+        gpt(row),
+        _megatron(row | {"dp": scaled["dp"]}, sp=True, recompute="attention"),
+        Training(row["global_batch"] * scaled["dp"], row["seq"], dtype="fp16"),
+        cluster_of("a100", scaled["gpus"]),
+        engine_of("megatron-2021"),
+        scaled["iter_s"],
+    )
     for row in content["rows"]:
         for key, sp, recompute in (
             ("iter_s_full_recompute_no_sp", False, "layers"),
