@@ -14,6 +14,7 @@ FORMATTED = $(shell find csrc tests/native -path '*/build' -prune -o \
 .PHONY: faults train-demo bench bench-collectives bench-decode bench-prefill bench-context_parallel_attention
 .PHONY: bench-sequence_parallel_linear bench-activation_memory bench-pipeline
 .PHONY: bench-linear_all_reduce bench-hugging_face_generate bench-decode_cost bench-planner bench-shares
+.PHONY: pictures
 
 install: $(VENV)/.ready
 
@@ -79,6 +80,10 @@ tsan asan mutants:
 # The Triton kernels broken on purpose, in a copy of the tree.
 mutants-kernels: install
 	$(BIN)/python -m tests.kernels.mutants
+
+# The documents' pictures of how models are cut.
+pictures: install
+	$(BIN)/python -m pyparallel.drawing.pictures docs/pictures
 
 # Timings; each prints machine, versions and command, and writes JSON under .benchmarks.
 bench: bench-collectives bench-decode bench-prefill

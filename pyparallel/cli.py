@@ -1,4 +1,4 @@
-"""The command line: ``pyparallel generate``, ``train``, ``export``, ``plan``, ``doctor``, ``kernels``.
+"""The command line: ``pyparallel generate``, ``train``, ``export``, ``plan``, ``draw`` and others.
 
 Each command is a module of :mod:`pyparallel.commands` with ``add_arguments(parser)`` and ``run(args)``.
 Exit status: 0; 1 where ranks failed, a check did not hold or the system refused; 2 for a mistake in what
@@ -28,6 +28,7 @@ COMMANDS = {
     "train": "fine-tune a model on text, cut over the ranks of this machine",
     "export": "write a checkpoint, sharded or GGUF, as one Hugging Face folder",
     "plan": "which strategies a model wants on a cluster, how fast, and why",
+    "draw": "a picture of what each rank holds, and of the messages of one layer",
     "doctor": "what this machine and this build offer",
     "kernels": "compile the Triton kernels ahead of time and show what they take",
 }

@@ -35,6 +35,7 @@ PYTHON_FLOORS = (
     ("saving",),
     ("decoding",),
     ("planner",),
+    ("drawing",),
     ("commands", "cli", "__main__"),
     # The public names, and what tests of parallel code need.
     ("", "testing"),

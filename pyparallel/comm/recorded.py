@@ -22,38 +22,44 @@ class RecordedCommunicator(Communicator):
     Attributes:
         calls: how often each (operation, bytes) was called; bytes are those of the dense side, the
             reduced tensor or the gathered one, and of a message what is sent.
+        in_turn: the same, one after another.
     """
 
     def __init__(self, name: str, rank: int, size: int) -> None:
         self.name, self.rank, self.size = name, rank, size
         self.calls: Counter[tuple[str, int]] = Counter()
+        self.in_turn: list[tuple[str, int]] = []
+
+    def _note(self, operation: str, num_bytes: int) -> None:
+        self.calls[operation, num_bytes] += 1
+        self.in_turn.append((operation, num_bytes))
 
     def _all_reduce(self, tensor: Tensor, op: str) -> None:
-        self.calls["all_reduce", _bytes(tensor)] += 1
+        self._note("all_reduce", _bytes(tensor))
 
     def _all_gather(self, output: Tensor, input: Tensor, counts: list[int]) -> None:
-        self.calls["all_gather", _bytes(output)] += 1
+        self._note("all_gather", _bytes(output))
 
     def _reduce_scatter(self, output: Tensor, input: Tensor, counts: list[int], op: str) -> None:
-        self.calls["reduce_scatter", _bytes(input)] += 1
+        self._note("reduce_scatter", _bytes(input))
 
     def _all_to_all(
         self, output: Tensor, input: Tensor, received: list[int], sent: list[int]
     ) -> None:
-        self.calls["all_to_all", _bytes(input)] += 1
+        self._note("all_to_all", _bytes(input))
 
     def _broadcast(self, tensor: Tensor, src: int) -> None:
-        self.calls["broadcast", _bytes(tensor)] += 1
+        self._note("broadcast", _bytes(tensor))
 
     def _send(self, tensor: Tensor, dst: int, tag: int) -> None:
-        self.calls["send", _bytes(tensor)] += 1
+        self._note("send", _bytes(tensor))
 
     def _recv(self, tensor: Tensor, src: int, tag: int) -> None:
         # The sender's rank notes the message.
         pass
 
     def _barrier(self) -> None:
-        self.calls["barrier", 0] += 1
+        self._note("barrier", 0)
 
     def _close(self) -> None:
         pass
