@@ -39,6 +39,8 @@ OTHERS = {
     "trtllm": "h200_sxm",
     "trtllm_bench": "h200_sxm",
 }
+# SGLang schedules prefills before decode steps.
+PREFILLS_FIRST = ("sglang",)
 LEAST_ROWS = 30
 START = (0.8, 0.8, 20.0, 1000.0, 10.0)
 STEPS = 1500
@@ -47,7 +49,9 @@ MOST = 0.5
 
 def engine(name: str, constants: Constants) -> EngineRates:
     """An engine of these constants, whatever its fitted ones are."""
-    return EngineRates(name, constants, KERNELS[name], "", name.startswith("trtllm"))
+    return EngineRates(
+        name, constants, KERNELS[name], "", name.startswith("trtllm"), name in PREFILLS_FIRST
+    )
 
 
 def fit(rows: Sequence[Served], quantity: Callable[[Served, EngineRates], float]) -> list[float]:
@@ -99,6 +103,7 @@ def _entry(name: str, rows: Mapping[str, Sequence[Served]]) -> dict[str, Any]:
         "calibrated_on": LOAD if load else SERVING,
         "kernel": KERNELS[name],
         "reserves": name.startswith("trtllm"),
+        "prefills_first": name in PREFILLS_FIRST,
         "constants": {system: fit(each, quantity) for system, each in rows.items()},
         "others": together(rows),
         "without": {

@@ -46,6 +46,7 @@ class EngineRates:
         calibrated_on: the file of measurements that the constants are fitted to; "" for a GPU that is
             not in it, whose constants are those of all GPUs that are, fitted together.
         reserves: a request is admitted only when the KV cache has room for its whole answer.
+        prefills_first: all prompts that wait are read before any answer goes on.
     """
 
     name: str
@@ -53,6 +54,7 @@ class EngineRates:
     kernel: Kernel
     calibrated_on: str
     reserves: bool
+    prefills_first: bool = False
 
 
 # Whose constants a plan uses unless it is told otherwise: the engine most GPUs were measured with.
@@ -87,6 +89,7 @@ def engine_rates_of(name: str, gpu: str, *, as_unknown: bool = False) -> EngineR
         kernel=entry["kernel"],
         calibrated_on=entry["calibrated_on"] if known else "",
         reserves=entry["reserves"],
+        prefills_first=entry["prefills_first"],
     )
 
 

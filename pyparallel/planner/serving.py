@@ -4,14 +4,17 @@ Three ways to be asked:
 
 * :func:`answer_batch`: a batch of prompts that come and are answered together, as ``generate`` does.
 * :func:`serve`: clients who ask again as soon as they are answered, each request joining the running
-  batch (continuous batching). A token then waits for the others' prefills as well: in the time that one
-  request makes its O tokens, each of the other C - 1 is prefilled once::
+  batch (continuous batching). A token then waits for the prefills of others as well. While one request
+  makes its O tokens, of the other C - 1 those are prefilled that are not waiting for their first token
+  themselves, the share O tpot / (ttft + O tpot)::
 
-      tpot = decode step (C) + (C - 1) / O x prefill
-      ttft = prefill x (1 + 0.076 (C - 1)) + 0.074 s
+      tpot = decode step (C) + (C - 1) prefill tpot / (ttft + O tpot)
+      ttft = prefill (1 + w (C - 1)) + 0.074 s
 
-  where the two numbers are fitted to ``infer_serving_dense_tp_sweeps.json``, all engines and GPUs
-  together: how often a prompt finds another before it, and what a server does to a request.
+  w: how often a prompt finds another before it. An engine that reads all prompts it has before it goes
+  on answering makes its clients come in waves, so half of them: 0.5. For others 0.076, which like the
+  0.074 s that a server takes for a request is fitted to ``infer_serving_dense_tp_sweeps.json``, all of
+  them and all GPUs together.
 * :func:`serve_all`: more requests than fit, all at once: as many run as the KV cache has room for.
 """
 
@@ -31,6 +34,7 @@ MAX_SEQUENCES = 2048
 PREFILL_TOKENS = 8192
 # Of ``ttft`` in a closed loop; see above.
 WAITS = 0.076
+WAITS_IN_WAVES = 0.5
 REQUEST_S = 0.074
 
 
@@ -86,8 +90,12 @@ def serve(
     slowest = pass_terms(
         _prefill_works(shape, cluster, strategy, work, engine, 1), engine.constants
     )
-    tpot = alone + (running - 1) / work.output * slowest[1].total
-    ttft = first * (1 + WAITS * (concurrency - 1)) + REQUEST_S
+    waits = WAITS_IN_WAVES if engine.prefills_first else WAITS
+    ttft = first * (1 + waits * (concurrency - 1)) + REQUEST_S
+    # O t^2 + (ttft - O alone - (C - 1) prefill) t - alone ttft = 0.
+    others = (running - 1) * slowest[1].total
+    half = (work.output * alone + others - ttft) / 2
+    tpot = (half + math.sqrt(half**2 + work.output * alone * ttft)) / work.output
     rate = running / (tpot + first / work.output)
     return Speed(ttft, tpot, rate, prefill, step, running, concurrency > running)
 

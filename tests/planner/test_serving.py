@@ -41,9 +41,19 @@ def test_a_client_waits_for_the_others_prefills() -> None:
     )
     assert one.tpot_s == pytest.approx(one.step.total)
     assert one.ttft_s == pytest.approx(one.prefill.total + REQUEST_S)
-    assert many.tpot_s == pytest.approx(many.step.total + 8 / 128 * many.prefill.total)
+    # The others' prefills, but for those of clients that wait themselves.
+    answered = 128 * many.tpot_s / (many.ttft_s + 128 * many.tpot_s)
+    expected = many.step.total + 8 / 128 * many.prefill.total * answered
+    assert many.tpot_s == pytest.approx(expected)
     assert many.ttft_s == pytest.approx((1 + 8 * WAITS) * many.prefill.total + REQUEST_S)
     assert not many.queued
+
+
+def test_clients_of_an_engine_that_reads_all_prompts_first_come_in_waves() -> None:
+    sglang = engine_rates_of("sglang", CLUSTER.gpu.name)
+    speed = serve(SHAPE, CLUSTER, Strategy(tp=2), WORK, sglang, concurrency=9)
+    # Half of the eight others' prompts are before one's own.
+    assert speed.ttft_s == pytest.approx(5 * speed.prefill.total + REQUEST_S)
 
 
 def test_clients_that_the_cache_has_no_room_for_wait() -> None:
@@ -51,7 +61,8 @@ def test_clients_that_the_cache_has_no_room_for_wait() -> None:
     assert full.queued
     assert full.running == pytest.approx(10)
     ten = serve(SHAPE, CLUSTER, Strategy(), WORK, RATES, concurrency=10)
-    assert full.tpot_s == pytest.approx(ten.tpot_s)
+    # Fewer of 64 clients answer at once, since more of them wait.
+    assert ten.step.total < full.tpot_s <= ten.tpot_s
     # One that reserves a whole answer's room lets fewer in.
     trt = engine_rates_of("trtllm", CLUSTER.gpu.name)
     fewer = serve(SHAPE, CLUSTER, Strategy(), WORK, trt, concurrency=64, kv_tokens=10 * 1088)
