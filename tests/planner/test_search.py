@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pyparallel.planner.engine_rates import engine_rates_of
 from pyparallel.planner.hardware import cluster_of
+from pyparallel.planner.memory import peak
+from pyparallel.planner.memory_inference import inference_memory
 from pyparallel.planner.plans.candidates import divisors, meshes
 from pyparallel.planner.plans.search import TIE, Candidate, search
 from pyparallel.planner.shape import model_shape
-from pyparallel.planner.strategy import Inference
+from pyparallel.planner.strategy import Inference, Strategy
 
 
 def ranked(
@@ -65,6 +69,7 @@ def test_cp_where_nothing_else_fits() -> None:
     # all 130,000 tokens, 13 GB, does not fit beside them.
     found = ranked("llama-3.1-8b", "a10g", 4, 1, prompt=130_000, output=512)
     assert axes(found[0]) == {"pp": 2, "cp": 2}
+    assert found[0].apart == ""
     assert not any(each.fits for each in found if each.strategy.cp == each.strategy.tp == 1)
     # A node of four needs none.
     assert axes(ranked("llama-3.1-8b", "a10g", 4, prompt=130_000, output=512)[0]) == {"tp": 4}
@@ -94,6 +99,12 @@ def test_the_largest_batch_fits_and_one_more_does_not() -> None:
     assert 1 < most < 512
     # 16 GB of weights; 128 KiB a token, 4096 tokens a sequence: 0.5 GiB each.
     assert most == pytest.approx((80 - 15 - 4) * 2, rel=0.1)
+    work = Inference(prompt=4000, output=96)
+    for batch, fits in ((most, True), (most + 1, False)):
+        memory = inference_memory(
+            model_shape("llama-3.1-8b"), Strategy(), replace(work, batch=batch), chunk=4000
+        )
+        assert (peak(memory).total <= whole.limit_bytes) == fits
 
 
 def test_more_memory_or_fewer_bits_never_fit_less() -> None:
