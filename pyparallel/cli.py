@@ -1,4 +1,4 @@
-"""The command line: ``pyparallel generate``, ``train``, ``export``, ``plan``, ``draw`` and others.
+"""The command line: ``pyparallel`` and one of :data:`COMMANDS`.
 
 Each command is a module of :mod:`pyparallel.commands` with ``add_arguments(parser)`` and ``run(args)``.
 Exit status: 0; 1 where ranks failed, a check did not hold or the system refused; 2 for a mistake in what

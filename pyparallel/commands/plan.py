@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pyparallel.commands.dry_run import StageCheck
     from pyparallel.planner.plans.inference import InferencePlan
     from pyparallel.planner.plans.shares import Proposal
     from pyparallel.planner.plans.training import TrainingPlan
@@ -18,7 +20,7 @@ SHOWN = 8
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", required=True, metavar="NAME", help="a shipped name, or a config.json's path")
+    add("--model", metavar="NAME", help="a shipped name, or a config.json's path")
     add("--gpu", metavar="NAME", help="a shipped name, or a TOML file of one's own")
     add("--gpus", type=int, default=1, metavar="N", help="in all; default 1")
     add("--gpus-per-node", type=int, metavar="N", help="default: as the GPU is usually built")
@@ -48,6 +50,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sequence", type=int, metavar="N", help="tokens of each in --train; default 8192")
     add("--optimizer", default="adamw", help="of --train: adamw, momentum, sgd; default adamw")
     add("--plot", type=Path, metavar="FILE", help="pictures of the best: .png, .svg or .html")
+    add("--draw", type=Path, metavar="FILE", help="what each rank of the best holds, as SVG")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="build the best plan's modules without storage, and count their bytes and collectives",
+    )
+    add(
+        "--calibrate",
+        type=Path,
+        metavar="FILE",
+        help="measure --gpus CPU ranks of this machine (ten seconds) into a TOML file for --gpu",
+    )
     add("--json", action="store_true", help="print one JSON object instead of text")
 
 
@@ -55,6 +69,10 @@ def run(args: argparse.Namespace) -> int:
     from pyparallel.planner.plan import plan
     from pyparallel.planner.plans.plots import check_plot, write_plot
 
+    if args.calibrate is not None:
+        return _calibrate(args)
+    if args.model is None:
+        raise ValueError("--model: expected a model's name, or a config.json's path")
     if (args.gpu is None) == (args.devices is None):
         raise ValueError("--gpu: expected a GPU's name, or --devices instead, one of the two")
     if args.devices is not None:
@@ -80,11 +98,54 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.plot:
         write_plot(found, args.plot)
+    if args.draw:
+        _draw(found, args.draw)
+    checks = None
+    if args.dry_run:
+        from pyparallel.commands.dry_run import dry_run
+
+        checks = dry_run(found, train=args.train)
     if args.json:
-        print(json.dumps(found.as_dict()))
+        told = {"dry_run": [each.as_dict() for each in checks]} if checks else {}
+        print(json.dumps(found.as_dict() | told))
     else:
         show(found)
+        if checks:
+            _show_dry_run(checks)
+    return int(not all(each.agrees for each in checks or ()))
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from pyparallel.commands.calibrate import calibrate, write
+
+    found = calibrate(args.gpus)
+    write(found, args.calibrate)
+    if args.json:
+        print(json.dumps(asdict(found)))
+    else:
+        print(f"{args.calibrate}: {found.ranks} ranks of {found.threads} threads; give it as --gpu")
     return 0
+
+
+def _draw(found: InferencePlan | TrainingPlan, path: Path) -> None:
+    from pyparallel.drawing import draw
+
+    length = getattr(found.work, "sequence", None) or found.work.prompt
+    path.write_text(draw(found.shape, found.best.strategy, tokens=length), encoding="utf-8")
+
+
+def _show_dry_run(checks: Sequence[StageCheck]) -> None:
+    print("\ndry run, planned and counted on the modules:")
+    rows = [("stage", "layers", "weights", "counted", "KV cache", "counted", "collectives")]
+    for each in checks:
+        calls = each.calls.values()
+        same = sum(planned == counted for planned, counted in calls)
+        held = each.cache or ("-", "-")
+        numbers = (each.stage, each.layers, *each.weights, *held)
+        rows.append((*map(str, numbers), f"{same} of {len(calls)} phases alike"))
+    print_aligned(rows)
+    if not all(each.agrees for each in checks):
+        print("they differ: --json has every number")
 
 
 def _run_devices(args: argparse.Namespace) -> int:
@@ -93,8 +154,9 @@ def _run_devices(args: argparse.Namespace) -> int:
     from pyparallel.planner.plans.shares import parse_devices, propose_shares
     from pyparallel.planner.shape import model_shape
 
-    if args.train or args.plot:
-        raise ValueError("--devices: expected neither --train nor --plot beside it")
+    if args.train or args.plot or args.draw or args.dry_run:
+        told = "--train, --plot, --draw or --dry-run"
+        raise ValueError(f"--devices: expected no {told} beside it")
     shape = model_shape(args.model)
     batch = 1 if args.batch is None else args.batch
     work = check_work(shape, batch, args.prompt, args.output, args.dtype, args.kv_dtype)

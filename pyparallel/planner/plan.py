@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pyparallel.limits import check_count
-from pyparallel.planner.engine_rates import DEFAULT_ENGINE, engine_rates_of
+from pyparallel.planner.engine_rates import DEFAULT_ENGINE, engine_of_file, engine_rates_of
 from pyparallel.planner.hardware import cluster_of
 from pyparallel.planner.plans.inference import InferencePlan, plan_inference
 from pyparallel.planner.plans.training import TrainingPlan, plan_training
@@ -47,7 +47,8 @@ def plan(
         batch: sequences that are answered together over all GPUs (default 1), each of ``prompt`` tokens,
             ``output`` more made; or those of a step (default: 4 Mi tokens).
         dtype, kv_dtype: of weights, and of the KV cache (default: 16 bits).
-        engine: whose measured rates the times of answers are taken from: vllm, sglang, trtllm.
+        engine: whose measured rates the times of answers are taken from: vllm, sglang, trtllm; a TOML
+            file's own, where it has an [engine].
         train: plan a step of ``optimizer`` on sequences of ``sequence`` tokens (default 8192) instead.
 
     Raises:
@@ -63,7 +64,9 @@ def plan(
             f"sequence: expected none without train, got {sequence}; use prompt and output"
         )
     work = check_work(shape, 1 if batch is None else batch, prompt, output, dtype, kv_dtype)
-    return plan_inference(shape, cluster, work, engine_rates_of(engine, cluster.gpu.name))
+    rates = engine_of_file(Path(gpu)) if Path(gpu).suffix == ".toml" else None
+    rates = rates or engine_rates_of(engine, cluster.gpu.name)
+    return plan_inference(shape, cluster, work, rates)
 
 
 def _training(
