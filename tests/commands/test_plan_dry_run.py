@@ -89,8 +89,8 @@ def test_a_measured_machine_is_planned_for(tmp_path: Path, capsys, monkeypatch) 
     assert main([*asked, "--dtype", "fp32", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["best"]["tp"] == 2 and path.name in told["notes"][0]
-    # By hand, of the rank with 6 of 9 heads and 2 of 3 KV heads, at 10 GB/s: 2/3 of attention's
-    # 26.5 M weights and half of the other 108 M, 4 bytes each; 1088 cached tokens of 30 layers; the layers'
+    # By hand, of the rank with 6 of 9 heads and 2 of 3 KV heads, at 10 GB/s: 2/3 of attention's 26.5 M
+    # weights and half of the other 108 M, 4 bytes each; 1088 cached tokens of 30 layers; the layers'
     # 10 us; 61 sums of 0.4 x 4 us.
     weights = (26.5e6 * 2 / 3 + 108e6 / 2) * 4
     cached = 1088 * 30 * 2 * 2 * 64 * 4
