@@ -187,7 +187,8 @@ def oom_points(content: Mapping[str, Any]) -> Reading:
             engine=engine,
             weight_dtype=dtype,
             utilization=utilization,
-            step_tokens=min(row.get("max_len", 8192), 32768),
+            # Beyond 32k tokens prompts are read in chunks.
+            step_tokens=row.get("max_len", 8192) if row.get("max_len", 0) <= 32768 else 2048,
         )
         if "kv_gib" in row:
             left = utilization * gpu.memory_bytes - floor
