@@ -28,6 +28,10 @@ from pyparallel.planner.shape import ModelShape
 from pyparallel.planner.strategy import BYTES, Strategy, Training
 from pyparallel.planner.weights import largest_rank, layer_shard
 
+# Bytes that operands of 8 or 4 bits cost each number of a product's input: written twice, for forward
+# and transposed, by what makes it; of 4 bits, also read for its largest value, then read again.
+QUANTIZED = {"fp8": 2.0, "fp4": 5.0}
+
 
 @dataclass(frozen=True)
 class LayerTime:
@@ -57,55 +61,55 @@ def layer_time(
     """Seconds of a layer on the tp rank that holds the most of it."""
     gpu, dtype = cluster.gpu, training.dtype
     tokens = strategy.micro_batch * training.sequence / strategy.cp
-    moe_share = shape.moe_layers / shape.layers
-    rank = largest_rank(shape, strategy.tp)
-    shard = layer_shard(shape, strategy.tp, rank, False) if moe_share < 1 else None
-    expert = layer_shard(shape, strategy.tp, rank, True) if moe_share else None
-    some = shard or expert
-    features = (1 - moe_share) * (shard.ffn if shard else 0)
-    visited = shape.top_k * shape.expert_ffn + shape.shared_ffn
-    features += moe_share * visited / strategy.tp
-    query, kv = some.query_heads * shape.head_dim, some.kv_heads * shape.head_dim
-
-    def product(n: float, k: float) -> float:
-        # Frozen weights have no gradients: backward is of the inputs alone.
-        forward = matmul_seconds(tokens, n, k, gpu, rates, dtype)
-        return forward * (2 if training.frozen else 3)
-
+    query, kv, features = _widths(shape, strategy)
     wide = (shape.mlp_matrices - 1) * features
-    matmuls = product(query + 2 * kv, shape.hidden) + product(shape.hidden, query)
-    matmuls += product(wide, shape.hidden) + product(shape.hidden, features)
+    products = sum(
+        matmul_seconds(tokens, n, k, gpu, rates, dtype)
+        for n, k in (
+            (query + 2 * kv, shape.hidden),
+            (shape.hidden, query),
+            (wide, shape.hidden),
+            (shape.hidden, features),
+        )
+    )
+    # Frozen weights have no gradients: backward is of the inputs alone.
+    matmuls = products * (2 if training.frozen else 3)
     forward, backward, written = _attention(shape, strategy, training, cluster, engine, rates)
     between = tokens / strategy.sequence_shards
     # A norm and a residual add twice: 2 + 3 passes over a t H; rotation of q and k; the activation.
-    once = 2.0 * (10 * between * shape.hidden + tokens * (2 * (query + kv) + wide + features))
-    # Each product's input is written twice, for forward and transposed: of 8 bits by what makes it; of
-    # 4 bits it is read for its largest value, then read again and written.
-    once += (
-        {"fp8": 2.0, "fp4": 5.0}.get(dtype, 0.0) * tokens * (2 * shape.hidden + query + features)
-    )
-    moved = moved_seconds(once, gpu, rates, calls=8) + written
+    num_bytes = 2.0 * (10 * between * shape.hidden + tokens * (2 * (query + kv) + wide + features))
+    num_bytes += QUANTIZED.get(dtype, 0.0) * tokens * (2 * shape.hidden + query + features)
+    moved = moved_seconds(num_bytes, gpu, rates, calls=8) + written
     # Backward reads both sides of what forward read and wrote.
     elementwise = moved + 2 * moved
-    message = rates.messages * _tensor_message(shape, strategy, training, tokens, cluster)
     hidden = rates.overlap if strategy.sp and engine.tensor_hidden else 0.0
-    tensor = 4 * message * (1 - hidden)
-    recompute = 0.0
-    if strategy.recompute == "layers":
-        recompute = matmuls / 3 + forward + moved + 2 * message * (1 - hidden)
-    elif strategy.recompute == "attention" and not engine.flash:
-        recompute = forward + written
-    ring = _ring_seconds(shape, strategy, tokens, cluster, kv)
+    message = _tensor_message(shape, strategy, training, tokens, cluster)
+    waited = 2 * rates.messages * message * (1 - hidden)
+    ring = _ring_seconds(strategy, tokens, cluster, kv)
     context = max(0.0, ring - forward) + max(0.0, 2 * ring - backward)
-    attention = forward + backward
     # What the GPU is busy with in each pass. Messages that are waited for hide no launches: the next
     # kernel is launched when they are done.
-    once = matmuls / (2 if training.frozen else 3) + forward + moved
-    passes = [once, matmuls + attention + elementwise - once]
+    first = products + forward + moved
+    passes = [first, matmuls + forward + backward + elementwise - first]
+    recompute = 0.0
     if strategy.recompute == "layers":
-        passes.append(once)
+        recompute = first + waited
+        passes.append(first)
+    elif strategy.recompute == "attention" and not engine.flash:
+        recompute = forward + written
     launch = sum(max(0.0, rates.host_s - busy) for busy in passes)
-    return LayerTime(matmuls, attention, elementwise, recompute, tensor, context, launch)
+    attention = forward + backward
+    return LayerTime(matmuls, attention, elementwise, recompute, 2 * waited, context, launch)
+
+
+def _widths(shape: ModelShape, strategy: Strategy) -> tuple[int, int, float]:
+    """The rank's features of queries, of keys (or values), and of the average layer's MLP."""
+    rank = largest_rank(shape, strategy.tp)
+    share = shape.moe_layers / shape.layers
+    shard = layer_shard(shape, strategy.tp, rank, share == 1)
+    visited = (shape.top_k * shape.expert_ffn + shape.shared_ffn) / strategy.tp
+    features = (1 - share) * shard.ffn + share * visited
+    return shard.query_heads * shape.head_dim, shard.kv_heads * shape.head_dim, features
 
 
 def _attention(
@@ -152,9 +156,7 @@ def _tensor_message(
     return reduced + collective_seconds("all_gather", gathered, strategy.tp, cluster)
 
 
-def _ring_seconds(
-    shape: ModelShape, strategy: Strategy, tokens: float, cluster: Cluster, kv: float
-) -> float:
+def _ring_seconds(strategy: Strategy, tokens: float, cluster: Cluster, kv: int) -> float:
     """Keys and values sent to cp - 1 others in turn."""
     if strategy.cp == 1:
         return 0.0

@@ -53,7 +53,7 @@ def data_seconds(
         hidden_under: seconds of one micro-batch on the slowest rank.
     """
     parts = strategy.dp * strategy.cp
-    if parts == 1 or training.frozen:
+    if parts == 1 or (training.frozen and strategy.zero < 3):
         return 0.0
     inside = min(parts, max(1, cluster.gpus_per_node // strategy.tp))
     shard = max(shards, key=lambda each: each.total)
@@ -65,7 +65,8 @@ def data_seconds(
         return rates.messages * alone
 
     if strategy.zero == 3:
-        each = 2 * seconds("all_gather", weights) + seconds("reduce_scatter", gradients)
+        each = 2 * seconds("all_gather", weights)
+        each += 0.0 if training.frozen else seconds("reduce_scatter", gradients)
         exposed = max(each - rates.overlap * hidden_under, (1 - rates.overlap) * each)
         return micro_batches * exposed
     forward, backward = hidden_under / 3, hidden_under * 2 / 3

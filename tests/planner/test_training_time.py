@@ -103,6 +103,10 @@ def test_frozen_weights_save_their_gradients():
     head = 1 / 3
     assert frozen.terms["matmuls"] < whole.terms["matmuls"] * (2 / 3 + head)
     assert frozen.terms["optimizer"] == frozen.terms["data parallel"] == 0.0
+    # Sharded weights are gathered all the same, but nothing is reduced.
+    gathered = step(Strategy(dp=64, zero=3), Training(64, 8192, frozen=True))
+    reduced = step(Strategy(dp=64, zero=3), Training(64, 8192))
+    assert 0 < gathered.terms["data parallel"] < reduced.terms["data parallel"]
 
 
 def test_messages_by_hand():
