@@ -7,8 +7,11 @@ from typing import Any
 
 from pyparallel.checkpoint.schema import Key, check_keys, shown
 from pyparallel.layers.parallel_mlp import GATED
+from pyparallel.limits import check_count
 from pyparallel.models.config import DecoderConfig, UnknownArchitectureError, from_hugging_face
 
+# More than any decoder has; layers are listed and spread over stages one by one.
+MAX_LAYERS = 512
 _SIZE = Key("int", 1)
 _COUNT = Key("int", 0)
 _OPTIONAL = Key("int", 1, null=True)
@@ -54,6 +57,9 @@ def config_fields(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     Raises:
         ValueError: another model type, or a key of another type or range; the message names it.
     """
+    for key in ("num_hidden_layers", "n_layer"):
+        if key in config:
+            check_count(f"{name}: {key}", config[key], MAX_LAYERS)
     try:
         return _own(from_hugging_face(config), name)
     except UnknownArchitectureError as error:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from pyparallel.cut.shard import HeadLayout, features
-from pyparallel.cut.shares import Parts, part_sizes, shares_of
+from pyparallel.cut.shares import Parts, part_sizes
 from pyparallel.layers.vocab_parallel_embedding import vocab_sharding
 from pyparallel.models.stage import partition, stages_of_rank
 from pyparallel.planner.shape import ModelShape
@@ -100,7 +100,9 @@ def layer_shard(shape: ModelShape, tp: Parts, rank: int, moe: bool = False) -> L
 
 @lru_cache(maxsize=1024)
 def _layout(shape: ModelShape, tp: Parts) -> HeadLayout:
-    return HeadLayout.of(shape.heads, shape.kv_heads, tp)
+    # Before a list as long as tp is made.
+    most = min(tp, shape.heads + 1) if isinstance(tp, int) else tp
+    return HeadLayout.of(shape.heads, shape.kv_heads, most)
 
 
 @lru_cache(maxsize=1024)
@@ -138,7 +140,7 @@ def stage_layers(shape: ModelShape, stages: int, balance: str = "compute") -> tu
     first, last = table + shape.learned_positions * shape.hidden, table
     if balance == "even":
         return _by_number(shape.layers, stages)
-    if balance == "threshold":
+    if balance == "threshold" and stages <= 2 * shape.layers:
         return _by_threshold(costs, last, stages)
     ends = {"first": first if balance == "memory" else 0.0, "last": last}
     return tuple(partition(costs, stages, **ends))
@@ -171,7 +173,7 @@ def _by_threshold(costs: Sequence[float], head: float, stages: int) -> tuple[ran
 def largest_rank(shape: ModelShape, tp: Parts) -> int:
     """The tp rank that holds the most of a layer: not always the first where KV heads are replicated."""
     return max(
-        range(len(shares_of(tp))),
+        range(len(_layout(shape, tp).query)),
         key=lambda rank: layer_shard(shape, tp, rank, shape.experts > 0).total,
     )
 

@@ -111,6 +111,7 @@ def test_config_of_experts():
     ("change", "message"),
     [
         ({"model_type": "mamba"}, "model_type: expected one of llama.*got 'mamba'"),
+        ({"num_hidden_layers": 2**31 - 1}, "num_hidden_layers: expected at most 512"),
         ({"hidden_size": -1}, "hidden_size: expected an integer from 1"),
         ({"num_key_value_heads": 4}, "kv_heads: expected a divisor of 6 heads, got 4"),
         ({"model_type": "mixtral", "num_local_experts": 4}, "num_experts_per_tok"),

@@ -13,7 +13,13 @@ from pyparallel.models.config import from_hugging_face
 from pyparallel.models.decoder import Decoder
 from pyparallel.models.stage import stages_of
 from pyparallel.planner.shape import model_shape
-from pyparallel.planner.weights import layer_shard, rank_stages, stage_layers, stage_shard
+from pyparallel.planner.weights import (
+    largest_rank,
+    layer_shard,
+    rank_stages,
+    stage_layers,
+    stage_shard,
+)
 
 
 def random_config(seed: int) -> dict:
@@ -127,3 +133,9 @@ def test_stages_by_number_or_by_cost():
         stage_layers(shape, 2, "odd")
     with pytest.raises(ValueError, match="use at most tp=128"):
         layer_shard(shape, 129, 0)
+    # Refused before anything as long as that is made.
+    with pytest.raises(ValueError, match="use at most tp=128"):
+        largest_rank(shape, 2**31)
+    for balance in ("compute", "even", "threshold"):
+        with pytest.raises(ValueError, match="stages: expected 1 to 126"):
+            stage_layers(shape, 2**31, balance)
