@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pyparallel.checkpoint.format import regular_file
 from pyparallel.checkpoint.schema import shown
 
 if sys.version_info >= (3, 11):
@@ -31,7 +32,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         ValueError: it can't be read, is larger than 1 MiB, or is no TOML; the message names it.
     """
     try:
-        if path.stat().st_size > MAX_BYTES:
+        if regular_file(path) > MAX_BYTES:
             raise ValueError(f"{path}: expected a TOML file of at most {MAX_BYTES} bytes")
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

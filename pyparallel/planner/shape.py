@@ -5,12 +5,12 @@ Legend: H hidden, D head_dim, N heads, G kv_heads, F ffn, V vocab, L layers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyparallel.checkpoint.format import read_json
 from pyparallel.planner.config_fields import config_fields
 from pyparallel.planner.names import find, shipped
 
@@ -145,15 +145,7 @@ def model_shape(model: str | Path | Mapping[str, Any]) -> ModelShape:
     path = Path(model)
     if path.is_dir() or path.suffix == ".json" or isinstance(model, Path):
         path = path / "config.json" if path.is_dir() else path
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-        except (ValueError, RecursionError):
-            raise ValueError(f"{path}: expected the JSON of a config.json") from None
-        if not isinstance(content, dict):
-            raise ValueError(f"{path}: expected an object, as a config.json is")
-        return ModelShape(**config_fields(content, path.parent.name or "config"))
+        return ModelShape(**config_fields(read_json(path), path.parent.name or "config"))
     known = shipped("models")
     name = find("model", str(model), known)
     entry = {key: value for key, value in known[name].items() if key not in ("aliases", "source")}

@@ -125,9 +125,9 @@ def test_a_config_that_is_none_is_refused(change, message):
 
 def test_a_file_that_is_no_config_is_refused(tmp_path):
     place = tmp_path / "config.json"
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="no such file"):
         model_shape(place)
     for text in ("[1]", "{", "[" * 100000):
         place.write_text(text)
-        with pytest.raises(ValueError, match="expected"):
+        with pytest.raises(ValueError, match="JSON"):
             model_shape(place)
