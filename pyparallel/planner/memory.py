@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from pyparallel.planner.engines import Engine
 from pyparallel.planner.hardware import Gpu
@@ -71,33 +72,27 @@ def fits(memory: list[RankMemory], gpu: Gpu) -> bool:
     return peak(memory).total <= limit_bytes(gpu)
 
 
-def stage_shards(
-    shape: ModelShape,
-    strategy: Strategy,
-    engine: Engine,
-    *,
-    layers: tuple[range, ...] | None = None,
-) -> list[StageShard]:
+def stage_shards(shape: ModelShape, strategy: Strategy, engine: Engine) -> tuple[StageShard, ...]:
     """For each pp rank, what its largest tp rank holds.
-
-    Args:
-        layers: of each stage; by default as ``engine`` spreads them.
 
     Raises:
         ValueError: more stages than layers, or more tp ranks than heads.
     """
-    stages = strategy.pp * strategy.virtual_stages
-    spread = layers or stage_layers(shape, stages, engine.balance)
-    return [
-        stage_shard(
-            shape,
-            strategy.tp,
-            largest_rank(shape, strategy.tp),
-            rank_stages(strategy.pp, place, strategy.virtual_stages),
-            spread,
-        )
-        for place in range(strategy.pp)
-    ]
+    cut = strategy.tp, strategy.pp, strategy.virtual_stages
+    return _stage_shards(shape, *cut, engine.balance)
+
+
+# A search asks for the same cuts with every micro-batch, ZeRO and recomputation.
+@lru_cache(maxsize=1024)
+def _stage_shards(
+    shape: ModelShape, tp: int, pp: int, virtual_stages: int, balance: str
+) -> tuple[StageShard, ...]:
+    layers = stage_layers(shape, pp * virtual_stages, balance)
+    rank = largest_rank(shape, tp)
+    return tuple(
+        stage_shard(shape, tp, rank, rank_stages(pp, place, virtual_stages), layers)
+        for place in range(pp)
+    )
 
 
 def weight_bytes(shard: StageShard, dtype: str) -> float:

@@ -41,37 +41,36 @@ def training_memory(
     """
     micro_batches = training.micro_batches(strategy)
     tokens = strategy.micro_batch * training.sequence / strategy.cp
+    size, kept = _itemsize(training.dtype), layer_bytes(shape, strategy, training.dtype, engine)
+    hidden, slack = size * shape.hidden, 1 + engine.fragmentation
+    held, again = kept, 0.0
+    if strategy.recompute == "layers":
+        held, again = hidden / strategy.sequence_shards, kept
+    working = working_bytes(shape, strategy, training.dtype)
+    table = engine.table_gradients * 2 * -(-shape.vocab // strategy.tp) * shape.hidden
+    # The gathered input of a column layer, and hidden states to and from the neighbours.
+    sent = strategy.sp + 2 * (strategy.pp > 1) / strategy.sequence_shards
+    buffers = engine.workspace_bytes + tokens * hidden * sent
+    overhead = overhead_bytes(strategy, engine)
+    shards = stage_shards(shape, strategy, engine)
+    # Most stages of a long pipeline are alike.
+    states = {shard: state_terms(shard, strategy, training, engine) for shard in set(shards)}
     found = []
-    for place, shard in enumerate(stage_shards(shape, strategy, engine)):
-        terms = state_terms(shape, shard, strategy, training, engine)
-        kept = layer_bytes(shape, strategy, training.dtype, engine)
-        held = kept
-        if strategy.recompute == "layers":
-            held = _itemsize(training.dtype) * shape.hidden / strategy.sequence_shards
-        layers_at_once = shard.layers * in_flight(strategy, place, micro_batches)
-        activations = tokens * held * layers_at_once
-        if strategy.recompute == "layers" and shard.layers:
-            activations += tokens * kept
-        activations += tokens * working_bytes(shape, strategy, training.dtype)
-        terms["activations"] = activations * (1 + engine.fragmentation)
-        each = _itemsize(training.dtype) + engine.logit_bytes
-        terms["logits"] = tokens * shard.vocab * each * (1 + engine.fragmentation)
-        if shard.embedding or shard.vocab:
-            rows = -(-shape.vocab // strategy.tp)
-            terms["gradients"] += engine.table_gradients * 2 * rows * shape.hidden
-        terms["buffers"] = engine.workspace_bytes + (
-            tokens
-            * shape.hidden
-            * _itemsize(training.dtype)
-            * (strategy.sp + 2 * (strategy.pp > 1) / strategy.sequence_shards)
-        )
-        terms["overhead"] = overhead_bytes(strategy, engine)
+    for place, shard in enumerate(shards):
+        terms = dict(states[shard])
+        at_once = shard.layers * in_flight(strategy, place, micro_batches)
+        activations = held * at_once + again * (shard.layers > 0) + working
+        terms["activations"] = tokens * activations * slack
+        terms["logits"] = tokens * shard.vocab * (size + engine.logit_bytes) * slack
+        terms["gradients"] += table if shard.embedding or shard.vocab else 0.0
+        terms["buffers"] = buffers
+        terms["overhead"] = overhead
         found.append(RankMemory(place, terms))
     return found
 
 
 def state_terms(
-    shape: ModelShape, shard: StageShard, strategy: Strategy, training: Training, engine: Engine
+    shard: StageShard, strategy: Strategy, training: Training, engine: Engine
 ) -> dict[str, float]:
     """Weights, gradients and optimizer states, shared out over dp x cp as ZeRO says.
 

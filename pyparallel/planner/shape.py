@@ -68,6 +68,10 @@ class ModelShape:
                 f"kv_heads: expected a divisor of {self.heads} heads, got {self.kv_heads}"
             )
 
+    def __hash__(self) -> int:
+        # Shapes are keys of what is computed once for each; all their fields would cost more than that.
+        return hash((self.name, self.hidden, self.layers, self.vocab))
+
     @property
     def mlp_matrices(self) -> int:
         """Matrices of one MLP: gate, up and down, or up and down."""

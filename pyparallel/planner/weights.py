@@ -100,8 +100,8 @@ def layer_shard(shape: ModelShape, tp: Parts, rank: int, moe: bool = False) -> L
 
 @lru_cache(maxsize=1024)
 def _layout(shape: ModelShape, tp: Parts) -> HeadLayout:
-    # Before a list as long as tp is made.
-    most = min(tp, shape.heads + 1) if isinstance(tp, int) else tp
+    # Before a list as long as tp is made: nothing has so many heads.
+    most = min(tp, 1 << 16) if isinstance(tp, int) else tp
     return HeadLayout.of(shape.heads, shape.kv_heads, most)
 
 
@@ -140,7 +140,7 @@ def stage_layers(shape: ModelShape, stages: int, balance: str = "compute") -> tu
     first, last = table + shape.learned_positions * shape.hidden, table
     if balance == "even":
         return _by_number(shape.layers, stages)
-    if balance == "threshold" and stages <= 2 * shape.layers:
+    if balance == "threshold" and stages <= 8 * shape.layers:
         return _by_threshold(costs, last, stages)
     ends = {"first": first if balance == "memory" else 0.0, "last": last}
     return tuple(partition(costs, stages, **ends))
