@@ -16,8 +16,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from bench.planner.training_case import Case
-from bench.planner.training_rows import ROWS
 from bench.planner.truth import Reading, load
+from bench.planner.truth_training import ROWS
 from pyparallel.planner.roofline import Rates
 from pyparallel.planner.training_time import training_time
 
@@ -25,11 +25,13 @@ from pyparallel.planner.training_time import training_time
 CALIBRATION = {
     "A100": ("train_vtrain_single_a100.json", 7),
     "H100": ("train_dgxc_nemo_llama31_h100.json", 1),
+    "GB200": ("train_megatron_bridge_perf.json", 1),
 }
 # No row of vTrain's has flash attention, and none of NeMo's is so small that the host is what counts.
 FITTED = {
     "A100": ("matmul", "bandwidth", "host_s", "overlap", "messages"),
     "H100": ("matmul", "attention", "bandwidth", "overlap", "messages"),
+    "GB200": ("matmul", "attention", "bandwidth", "overlap", "messages"),
 }
 # The least and the most of each constant.
 BOUNDS = {

@@ -117,6 +117,7 @@ def bridge(content: Mapping[str, Any], reading: Reading) -> Iterator[Case]:
             engine_of("megatron"),
             tokens / (row["tokens_s_gpu"] * row["gpus"]),
             quantity=f"step time, {gpu} {dtype}",
+            calibrated=gpu == "GB200" and dtype == "fp8",
         )
 
 

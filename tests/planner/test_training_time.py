@@ -145,7 +145,7 @@ def test_constants_say_what_they_were_fitted_on():
     for name, entry in shipped("fits/training").items():
         assert entry["fitted"], name
         assert sum(key not in ("fitted",) for key in entry) <= 5
-    assert rates_of("H100-SXM5-80GB") != rates_of("MI300X") == rates_of("B200-SXM-180GB")
+    assert rates_of("H100-SXM5-80GB") != rates_of("MI300X") == rates_of("L40S")
 
 
 def test_published_steps_within_the_planners_own_error():
