@@ -2,8 +2,9 @@
 
     pytest -s --benchmark-enable bench/decoding/shares.py
 
-First each rank decodes alone on its core, at once with the other: these rates give the proposal. Then
-the rivals take turns, all beside the same busy process; each has shown that it says the same tokens.
+First each rank decodes alone on its core, at once with the other: from these rates the planner makes its
+proposal. Then the rivals take turns, all beside the same busy process; each has shown that it says the
+same tokens.
 """
 
 from __future__ import annotations
@@ -17,19 +18,21 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bench.contestants import PROMPT, ours
+from bench.contestants import PROMPT, ours, weight_bytes_read
 from bench.decoding.busy_core import busy_core
 from bench.rivals import MODEL, Contest, Rival, machine, print_table
+from pyparallel.checkpoint.source import open_checkpoint
 from pyparallel.comm.exchange import gather_objects
-from pyparallel.cut.shares import part_sizes
 from pyparallel.decoding.cpu_decoder import CPUDecoder
 from pyparallel.mesh import init_mesh
-from pyparallel.models.load import load
+from pyparallel.models.load import decoder_config, load
+from pyparallel.planner.hardware import Gpu, Link
+from pyparallel.planner.plans.shares import MEMORY_FRACTION, propose_shares
+from pyparallel.planner.shape import model_shape
+from pyparallel.planner.strategy import Inference
 
 ROUNDS = 7
 REQUESTS = {"decode": ("decode", 32), "prefill": ("prefill", 512)}
-# Finer than the units of this model's heads and blocks, coarser than what a rate is sure of.
-MOST_PARTS = 12
 
 
 def rates(model: str, dtype: str) -> Callable[[Any], list[float]]:
@@ -49,17 +52,20 @@ def rates(model: str, dtype: str) -> Callable[[Any], list[float]]:
     return turn
 
 
-def proposal(measured: list[float]) -> tuple[int, ...]:
-    """The smallest whole numbers whose slowest rank is within 2 % of the best to be had."""
-    exact = [round(rate * 1000) for rate in measured]
-    found = []
-    for parts in range(len(exact), MOST_PARTS + 1):
-        shares = tuple(part_sizes(parts, exact))
-        found.append(
-            (max(s / parts / r for s, r in zip(shares, measured, strict=True)), parts, shares)
-        )
-    best = min(found)[0]
-    return next(shares for slowest, _, shares in found if slowest <= 1.02 * best)
+def proposal(measured: list[float], dtype: str) -> tuple[int, ...]:
+    """What the planner proposes for devices of these rates (`pyparallel plan --devices`)."""
+    config = decoder_config(open_checkpoint(MODEL))
+    read = weight_bytes_read(config, getattr(torch, dtype))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(measured)
+    # Of a bandwidth the planner takes what devices reach; a rate is reached.
+    devices = [
+        Gpu(f"core {place}", "cpu", memory, rate * read / MEMORY_FRACTION, 1e11)
+        for place, rate in enumerate(measured)
+    ]
+    kind = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
+    work = Inference(1, len(PROMPT), 32, kind, kind)
+    link = Link("shared memory", 1e-6, 1e10)
+    return propose_shares(model_shape("SmolLM2-135M"), devices, work, link=link).best.shares
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -72,7 +78,7 @@ def test_half_a_core(benchmark: Any, dtype: str) -> None:
         with Contest([probe]):
             probe.turn(16)
             measured = probe.turn(64)[1]
-        shares = proposal(measured)
+        shares = proposal(measured, dtype)
         equal = Rival("tp=2, equal shares", ours, (name, dtype), ranks=2)
         proposed = Rival(f"tp=2, shares {shares}", ours, (name, dtype, None, None, shares), ranks=2)
         alone = Rival("tp=1, on the free core", ours, (name, dtype))
