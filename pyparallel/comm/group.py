@@ -35,7 +35,8 @@ class Group:
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
             raise ValueError(f"rank: expected 0 <= rank < size={self.size}, got {self.rank}")
-        shares = check_shares("shares", self.shares or (1,) * self.size, self.size)
+        equal = (1,) * self.size
+        shares = check_shares("shares", self.shares, self.size) if self.shares else equal
         object.__setattr__(self, "shares", shares)
         object.__setattr__(self, "handle", next(_handles))
         _by_handle[self.handle] = self
