@@ -9,53 +9,79 @@ if command_start.is_command():
 import torch  # noqa: F401  isort: skip
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from pyparallel.backend import use
-from pyparallel.comm.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
 from pyparallel.comm.communicator import PeerError
-from pyparallel.comm.group import Group
-from pyparallel.decoding.generate import generate
 from pyparallel.launch import RankError, launch
-from pyparallel.layers import (
-    ColumnParallelLinear,
-    ParallelAttention,
-    ParallelLMHead,
-    ParallelMLP,
-    QKVParallelLinear,
-    RowParallelLinear,
-    SequenceParallelDropout,
-    SequenceParallelLayerNorm,
-    SequenceParallelRMSNorm,
-    VocabParallelEmbedding,
-)
-from pyparallel.mesh import Mesh, init_mesh
-from pyparallel.models.load import load, load_stages
-from pyparallel.models.parallelize import parallelize
-from pyparallel.ops.next_token import Sampling
-from pyparallel.ops.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
-from pyparallel.training.batch import split_batch
-from pyparallel.training.loss import count_targets, cross_entropy, mean_loss
 
 if TYPE_CHECKING:
+    from pyparallel.comm.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
+    from pyparallel.comm.group import Group
+    from pyparallel.decoding.generate import generate
+    from pyparallel.layers import (
+        ColumnParallelLinear,
+        ParallelAttention,
+        ParallelLMHead,
+        ParallelMLP,
+        QKVParallelLinear,
+        RowParallelLinear,
+        SequenceParallelDropout,
+        SequenceParallelLayerNorm,
+        SequenceParallelRMSNorm,
+        VocabParallelEmbedding,
+    )
+    from pyparallel.mesh import Mesh, init_mesh
+    from pyparallel.models.load import load, load_stages
+    from pyparallel.models.parallelize import parallelize
+    from pyparallel.ops.next_token import Sampling
+    from pyparallel.ops.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
     from pyparallel.planner.plan import plan
     from pyparallel.saving.export import export
     from pyparallel.saving.save import restore, save
+    from pyparallel.training.batch import split_batch
     from pyparallel.training.data import data_parallel
     from pyparallel.training.grad_norm import clip_grad_norm_, grad_norm
+    from pyparallel.training.loss import count_targets, cross_entropy, mean_loss
     from pyparallel.training.pipeline import Pipeline
 
-# Imported when they are first asked for: torch's checkpoints and FSDP, on which they stand, take longer
-# to import than the rest of the library.
+# Imported when they are first asked for: who plans needs no modules, and who serves no optimizer. The
+# module of each name; `launch` is not among them, since its module has its name.
 _LATER = {
-    "Pipeline": "training.pipeline",
-    "clip_grad_norm_": "training.grad_norm",
-    "data_parallel": "training.data",
-    "export": "saving.export",
-    "grad_norm": "training.grad_norm",
+    **dict.fromkeys(
+        ("all_gather", "all_reduce", "all_to_all", "reduce_scatter"), "comm.collectives"
+    ),
+    "Group": "comm.group",
+    "generate": "decoding.generate",
+    **dict.fromkeys(
+        (
+            "ColumnParallelLinear",
+            "ParallelAttention",
+            "ParallelLMHead",
+            "ParallelMLP",
+            "QKVParallelLinear",
+            "RowParallelLinear",
+            "SequenceParallelDropout",
+            "SequenceParallelLayerNorm",
+            "SequenceParallelRMSNorm",
+            "VocabParallelEmbedding",
+        ),
+        "layers",
+    ),
+    **dict.fromkeys(("Mesh", "init_mesh"), "mesh"),
+    **dict.fromkeys(("load", "load_stages"), "models.load"),
+    "parallelize": "models.parallelize",
+    "Sampling": "ops.next_token",
+    "vocab_parallel_cross_entropy": "ops.vocab_parallel_cross_entropy",
     "plan": "planner.plan",
-    "restore": "saving.save",
-    "save": "saving.save",
+    "export": "saving.export",
+    **dict.fromkeys(("restore", "save"), "saving.save"),
+    "split_batch": "training.batch",
+    "data_parallel": "training.data",
+    **dict.fromkeys(("clip_grad_norm_", "grad_norm"), "training.grad_norm"),
+    **dict.fromkeys(("count_targets", "cross_entropy", "mean_loss"), "training.loss"),
+    "Pipeline": "training.pipeline",
 }
 
 __all__ = [
@@ -102,9 +128,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    if name in _LATER:
+        found = getattr(import_module(f"pyparallel.{_LATER[name]}"), name)
+    elif not name.startswith("_") and find_spec(f"pyparallel.{name}"):
+        # `pyparallel.layers` is there without an import of its own.
+        return import_module(f"pyparallel.{name}")
+    else:
         raise AttributeError(f"module 'pyparallel' has no attribute {name!r}")
-    found = getattr(import_module(f"pyparallel.{_LATER[name]}"), name)
     globals()[name] = found
     return found
 

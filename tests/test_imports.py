@@ -25,6 +25,31 @@ def test_slow_imports_wait_until_they_are_needed() -> None:
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
+def test_planning_imports_no_modules_of_models() -> None:
+    later = (
+        *LATER,
+        "gguf",
+        "safetensors",
+        "pyparallel.layers",
+        "pyparallel.models",
+        "pyparallel.mesh",
+    )
+    program = (
+        f"import sys, pyparallel; pyparallel.plan; "
+        f"print([name for name in {later!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_modules_are_there_without_an_import_of_their_own() -> None:
+    program = (
+        "import pyparallel; pyparallel.layers.ColumnParallelLinear, pyparallel.reference.linear; "
+        "assert callable(pyparallel.launch) and not hasattr(pyparallel, 'nothing_of_this_name')"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_every_public_name_is_there() -> None:
     for name in pyparallel.__all__:
         assert getattr(pyparallel, name) is not None

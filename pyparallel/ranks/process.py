@@ -19,7 +19,18 @@ from pathlib import Path
 
 from pyparallel.ranks.server import STATUS, clear_close_on_exec
 
-PRELOAD = ("torch", "torch.distributed", "pyparallel.launch")
+# What nearly every program of ranks imports, where the launcher itself may have had no need of it.
+PRELOAD = (
+    "torch",
+    "torch.distributed",
+    "pyparallel.launch",
+    "pyparallel.decoding.generate",
+    "pyparallel.layers",
+    "pyparallel.mesh",
+    "pyparallel.models.load",
+    "pyparallel.models.parallelize",
+    "pyparallel.training.loss",
+)
 # What takes long to import, and ranks are likely to need where the launcher has imported it.
 PRELOAD_TOO = ("pyparallel.saving.save", "pyparallel.training.data", "pyparallel.training.pipeline")
 # How often a process that does not answer is looked at.
