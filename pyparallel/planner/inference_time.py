@@ -19,6 +19,7 @@ from functools import lru_cache
 
 from pyparallel.planner.communication import Kernel, collective_seconds
 from pyparallel.planner.engine_rates import Constants
+from pyparallel.planner.engines import PYPARALLEL
 from pyparallel.planner.hardware import Cluster
 from pyparallel.planner.shape import ModelShape
 from pyparallel.planner.strategy import BYTES, Inference, Strategy
@@ -143,7 +144,7 @@ def pass_works(
     exchanged = _layer_communication(
         shape, cluster, strategy, rows, residual, decodes, kernel, kv_bytes
     )
-    layers = stage_layers(shape, strategy.pp)
+    layers = stage_layers(shape, strategy.pp, PYPARALLEL.balance)
     found = []
     for index, stage in enumerate(layers):
         experts = sum(shape.is_moe(layer) for layer in stage)

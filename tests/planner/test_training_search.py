@@ -68,9 +68,9 @@ def test_a_thousand_gpus_are_few_evaluations(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "training_memory", count("memory", memory))
     monkeypatch.setattr(module, "training_time", count("time", time))
     searched("llama-3.1-405b", 1024, 512)
-    # 0.2 to 0.4 ms each: half a second of a CPU.
-    assert counts["memory"] < 1400
-    assert counts["time"] < 300
+    # 0.2 to 0.4 ms each: a fifth of a second of a CPU.
+    assert counts["memory"] < 520
+    assert counts["time"] < 160
     # Of a schedule the first saving that fits is timed, no other.
     counts["time"] = 0
     searched("llama-3.1-8b", 8, 64)

@@ -50,7 +50,7 @@ def meshes(
 
 def schedules(
     shape: ModelShape, training: Training, mesh: Strategy
-) -> Iterator[tuple[int, int, int]]:
+) -> Iterator[tuple[int, int, bool]]:
     """Micro-batch, stages of a rank, and whether sp is on, that training on a mesh may have."""
     if training.global_batch % mesh.dp:
         return
@@ -64,5 +64,5 @@ def schedules(
             # Interleaved 1F1B works through micro-batches in groups of pp.
             if virtual > 1 and (each // micro_batch) % mesh.pp:
                 break
-            for sp in (1, 0) if mesh.tp > 1 else (0,):
-                yield micro_batch, virtual, sp
+            # sp moves the bytes that tp does without it, hides some of them, and keeps less.
+            yield micro_batch, virtual, mesh.tp > 1

@@ -15,6 +15,7 @@ not fit; dp when there are more sequences than tp makes use of.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from pyparallel.planner.engine_rates import EngineRates
@@ -29,6 +30,8 @@ from pyparallel.planner.strategy import Inference, Strategy
 # Why the recipe puts a candidate aside.
 CP_WITHOUT_NEED = "cp without need"
 TP_ACROSS_NODES = "tp across nodes"
+# Numbers of stages that fit and are tried, of the same tp and cp: more only add messages.
+MOST_STAGES_TRIED = 3
 # Times that differ by less are not told apart.
 TIE = 0.02
 
@@ -84,11 +87,14 @@ def search(
     nodes_of_tp: int = 2,
 ) -> list[Candidate]:
     """All candidates for ``work.batch`` sequences over the whole cluster, the best first."""
-    found = [
-        evaluate(shape, cluster, mesh, work, engine)
-        for mesh in meshes(shape, cluster, work.prompt, nodes_of_tp=nodes_of_tp)
-    ]
-    return ranked(found, work)
+    found: list[Candidate] = []
+    fitting: Counter[tuple[int, int]] = Counter()
+    for mesh in meshes(shape, cluster, work.prompt, nodes_of_tp=nodes_of_tp):
+        cut = mesh.tp, mesh.cp
+        if fitting[cut] < MOST_STAGES_TRIED:
+            found.append(evaluate(shape, cluster, mesh, work, engine))
+            fitting[cut] += found[-1].fits
+    return ranked(found)
 
 
 def evaluate(
@@ -146,7 +152,7 @@ def _apart(cluster: Cluster, mesh: Strategy) -> str:
     return CP_WITHOUT_NEED if mesh.cp > 1 else ""
 
 
-def ranked(candidates: list[Candidate], work: Inference) -> list[Candidate]:
+def ranked(candidates: list[Candidate]) -> list[Candidate]:
     """The best first; see the recipe above."""
     fitting = [each for each in candidates if each.fits]
     rest = [each for each in candidates if not each.fits]

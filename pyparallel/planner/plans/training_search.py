@@ -1,10 +1,11 @@
 """Every candidate for training, with its memory and the time of its step, the best one first.
 
-On each mesh dp x pp x cp x tp, tp inside a node, all micro-batches and numbers of stages a rank are
-tried, each with the first of these savings that fits, for each costs more time than the one before:
-optimizer states over dp (ZeRO 1); attention computed again; weights over dp too (ZeRO 3, FSDP); all
-but the layers' inputs computed again, with ZeRO 1 and 3. The mesh's fastest stands for it. Two that
-differ by less than 2 % are as good: of them the one with fewer context ranks, then fewer stages.
+On each mesh dp x pp x cp x tp, tp inside a node and with sp, all micro-batches and numbers of stages a
+rank are tried, each with the first of these savings that fits, for each costs more time than the one
+before: optimizer states over dp (ZeRO 1); weights over dp too (ZeRO 3, FSDP); all but the layers' inputs
+computed again, with ZeRO 1 and 3. Flash attention keeps no scores that could be computed again. The
+mesh's fastest stands for it. Two that differ by less than 2 % are as good: of them the one with fewer
+context ranks, then fewer stages.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from pyparallel.planner.strategy import Strategy, Training
 from pyparallel.planner.training_time import StepTime, training_time
 
 # Zero and recompute, the cheapest first.
-SAVINGS = ((1, "none"), (1, "attention"), (3, "none"), (1, "layers"), (3, "layers"))
+SAVINGS = ((1, "none"), (3, "none"), (1, "layers"), (3, "layers"))
+# What no recomputation makes smaller.
+STATES = ("weights", "gradients", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,10 @@ def best_of_mesh(
     best: TrainingCandidate | None = None
     for micro_batch, virtual, sp in schedules(shape, training, mesh):
         cut = replace(mesh, micro_batch=micro_batch, virtual_stages=virtual, sp=sp)
+        hopeless: set[int] = set()
         for zero, recompute in SAVINGS:
+            if zero in hopeless:
+                continue
             strategy = replace(cut, zero=zero if mesh.dp * mesh.cp > 1 else 0, recompute=recompute)
             memory = tuple(training_memory(shape, strategy, training))
             fits = peak(list(memory)).total <= limit
@@ -94,6 +100,8 @@ def best_of_mesh(
                 best = candidate
             if fits:
                 break
+            if max(sum(each.terms[name] for name in STATES) for each in memory) > limit:
+                hopeless.add(zero)
     return best
 
 
