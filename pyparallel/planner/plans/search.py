@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 from pyparallel.planner.engine_rates import EngineRates
 from pyparallel.planner.hardware import Cluster
-from pyparallel.planner.memory import RankMemory, peak, usable_bytes
+from pyparallel.planner.memory import RankMemory, limit_bytes, peak
 from pyparallel.planner.memory_inference import inference_memory
 from pyparallel.planner.plans.candidates import meshes
 from pyparallel.planner.serving import MAX_SEQUENCES, Speed, answer_batch, serve_all
@@ -103,7 +103,7 @@ def evaluate(
     """Memory and speed of one mesh; sp is turned on where the prefill fits with it alone."""
     batch = -(-work.batch // mesh.dp)
     replica = replace(work, batch=batch)
-    limit = usable_bytes(cluster.gpu)
+    limit = limit_bytes(cluster.gpu)
     strategy = mesh
     memory = inference_memory(shape, strategy, replica)
     if mesh.tp > 1 and peak(memory).total > limit:

@@ -21,7 +21,7 @@ from pyparallel.limits import check_count
 from pyparallel.planner.communication import collective_seconds
 from pyparallel.planner.engines import PYPARALLEL
 from pyparallel.planner.hardware import Cluster, Gpu, Link, gpu_of, link_of
-from pyparallel.planner.memory import usable_bytes, weight_bytes
+from pyparallel.planner.memory import limit_bytes, weight_bytes
 from pyparallel.planner.shape import ModelShape
 from pyparallel.planner.strategy import BYTES, Inference
 from pyparallel.planner.weights import layer_shard, stage_layers, stage_shard
@@ -157,7 +157,7 @@ def propose_shares(
     fitting = [each for each in tried if each.fits]
     equal = _shared(shape, devices, work, joined, (1,) * len(devices))
     if not fitting:
-        room = sum(usable_bytes(device) for device in devices)
+        room = sum(limit_bytes(device) for device in devices)
         needed = sum(equal.memory_bytes)
         raise ValueError(
             f"--devices: expected devices that hold {shape.name} in {work.weight_dtype} together, "
@@ -199,6 +199,6 @@ def _shared(
     return Shared(
         shares,
         tuple(held),
-        tuple(usable_bytes(device) for device in devices),
+        tuple(limit_bytes(device) for device in devices),
         max(times) + 2 * shape.layers * reduction,
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from pyparallel.planner.hardware import Cluster
-from pyparallel.planner.memory import RankMemory, peak, usable_bytes
+from pyparallel.planner.memory import RankMemory, limit_bytes, peak
 from pyparallel.planner.memory_training import training_memory
 from pyparallel.planner.plans.candidates import meshes, schedules
 from pyparallel.planner.plans.search import TIE
@@ -83,7 +83,7 @@ def best_of_mesh(
     shape: ModelShape, cluster: Cluster, training: Training, mesh: Strategy
 ) -> TrainingCandidate | None:
     """The fastest schedule that fits, or the smallest that does not; None: no batch divides."""
-    limit = usable_bytes(cluster.gpu)
+    limit = limit_bytes(cluster.gpu)
     best: TrainingCandidate | None = None
     for micro_batch, virtual, sp in schedules(shape, training, mesh):
         cut = replace(mesh, micro_batch=micro_batch, virtual_stages=virtual, sp=sp)
@@ -117,7 +117,7 @@ def most_saving(
     shape: ModelShape, cluster: Cluster, training: Training
 ) -> TrainingCandidate | None:
     """Some candidate that fits, however slow; None where there is none. Far fewer are tried."""
-    limit = usable_bytes(cluster.gpu)
+    limit = limit_bytes(cluster.gpu)
     for mesh in meshes(shape, cluster, training.sequence, nodes_of_tp=1):
         if training.global_batch % mesh.dp:
             continue
