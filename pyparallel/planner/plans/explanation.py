@@ -109,7 +109,7 @@ def why_best(shape: ModelShape, cluster: Cluster, candidates: list[Candidate]) -
             f"{2 * shape.layers} reductions stay {place}"
         )
     if strategy.pp > 1:
-        said.append(f"pp {strategy.pp}: {_why_not_fewer_stages(candidates)}")
+        said.append(f"pp {strategy.pp}: {_why_not_fewer_stages(cluster, candidates)}")
     if strategy.cp > 1:
         without = _like(candidates, strategy, cp=1)
         reason = memory_reason(without.peak, without.limit_bytes, 1) if without else "long prompts"
@@ -126,7 +126,7 @@ def why_best(shape: ModelShape, cluster: Cluster, candidates: list[Candidate]) -
     return said
 
 
-def _why_not_fewer_stages(candidates: list[Candidate]) -> str:
+def _why_not_fewer_stages(cluster: Cluster, candidates: list[Candidate]) -> str:
     best = candidates[0]
     fewer = [
         each
@@ -140,7 +140,10 @@ def _why_not_fewer_stages(candidates: list[Candidate]) -> str:
         if closest is None:
             return "nothing else uses all GPUs"
         reason = memory_reason(closest.peak, closest.limit_bytes, closest.strategy.pp)
-        return f"with tp alone inside a node the model {reason}"
+        strategy = closest.strategy
+        if (strategy.tp, strategy.pp, strategy.cp) == (cluster.gpus_per_node, 1, 1):
+            return f"with tp alone inside a node the model {reason}"
+        return f"with fewer stages, {cuts(strategy)} {reason}"
     fastest = max(fitting, key=lambda each: each.tokens_per_s)
     ratio = best.tokens_per_s / fastest.tokens_per_s
     return f"{cuts(fastest.strategy)} fits too, at {compared(ratio)} this"
