@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from bench.planner.truth import Pair
 
@@ -19,6 +20,7 @@ class Choice:
     Attributes:
         hit: share of groups whose pick is within :data:`TIE` of the best.
         regret: mean of (time of the pick / best time - 1); of a rate, best rate / rate of the pick - 1.
+        of_three: median of what the best of the first three picks costs.
     """
 
     file: str
@@ -27,6 +29,7 @@ class Choice:
     hit: float
     regret: float
     worst_regret: float
+    of_three: float
     floor_hit: float
     floor_regret: float
 
@@ -50,13 +53,16 @@ def choice_of(file: str, pairs: Sequence[Pair]) -> Choice | None:
         hit=sum(each <= TIE for each in ours) / count,
         regret=sum(ours) / count,
         worst_regret=max(ours),
+        of_three=median(regret(group, lambda pair: pair.predicted, picks=3) for group in rivals),
         floor_hit=sum(each <= TIE for each in floors) / count,
         floor_regret=sum(floors) / count,
     )
 
 
-def regret(group: Sequence[Pair], guess: Callable[[Pair], float]) -> float:
-    """What the pick by ``guess`` costs over the best of the group, as a share."""
-    if group[0].unit == "s":
-        return min(group, key=guess).measured / min(pair.measured for pair in group) - 1
-    return max(pair.measured for pair in group) / max(group, key=guess).measured - 1
+def regret(group: Sequence[Pair], guess: Callable[[Pair], float], *, picks: int = 1) -> float:
+    """What the best of the first ``picks`` by ``guess`` costs over the best of the group, as a share."""
+    times = group[0].unit == "s"
+    picked = sorted(group, key=guess, reverse=not times)[:picks]
+    if times:
+        return min(pair.measured for pair in picked) / min(pair.measured for pair in group) - 1
+    return max(pair.measured for pair in group) / max(pair.measured for pair in picked) - 1

@@ -44,6 +44,12 @@ def test_a_pick_costs_what_the_best_would_have_saved() -> None:
     assert choice is not None
     assert (choice.groups, choice.hit, choice.floor_hit) == (2, 0.5, 0.5)
     assert choice.regret == pytest.approx((0.2 + 0.02) / 2)
+    # Of three picks the best is among two rivals always, and among four not.
+    assert choice.of_three == 0.0
+    many = [pair(rank, 10 - rank, 1, "c") for rank in range(1, 5)]
+    choice = choice_of("a.json", many)
+    assert choice is not None
+    assert (choice.regret, choice.of_three) == (pytest.approx(9 / 6 - 1), pytest.approx(7 / 6 - 1))
     # By rate: the pick makes 80, the best 100.
     rates = [pair(9, 80, 1, "a", "tokens/s"), pair(8, 100, 2, "a", "tokens/s")]
     choice = choice_of("a.json", rates)
