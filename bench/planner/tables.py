@@ -105,7 +105,7 @@ def print_tables(
         ],
     )
     _print_table(
-        "Picking the best of rivals, in percent; hit: within 3 % of it; of 3: the best of three picks, median.",
+        "Picking the best of rivals, in percent; hit: within 3 %; of 3: three picks' best, median.",
         (
             "file",
             "quantity",
