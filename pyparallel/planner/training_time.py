@@ -120,6 +120,8 @@ def _rank_terms(
         "launches": count * layer.launch,
         "pipeline messages": message,
     }
+    # The embedding's output is reduced forward, the gradient of the head's input backward.
+    terms["tensor parallel"] += layer.tensor / 4 * ((shard.embedding > 0) + (shard.vocab > 0))
     if shard.vocab:
         matmul, moved = head_seconds(shape, strategy, training, cluster, rates, shard.vocab)
         terms["matmuls"] += matmul
