@@ -12,7 +12,7 @@ from pyparallel.checkpoint.source import open_checkpoint
 from pyparallel.commands.flags import add_shares, check_numbers
 from pyparallel.mesh import AXES
 
-SCHEDULES = ("1f1b", "gpipe")
+SCHEDULES = ("1f1b", "gpipe", "interleaved")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokens", type=int, default=4096, metavar="S", help="of a sequence (default 4096)")
     add("--micro-batch", type=int, default=1, metavar="B", help="sequences at once (default 1)")
     add("--micro-batches", type=int, metavar="M", help="of a step of --pp; default: 2 a rank")
-    add("--schedule", choices=SCHEDULES, default="1f1b", help="of the pipeline")
+    add("--schedule", choices=SCHEDULES, help="of the pipeline; default: 1f1b, or interleaved")
+    add("--chunks", type=int, default=1, metavar="V", help="pipeline stages a rank (default 1)")
     add("--out", metavar="FILE", help="the SVG to write; default: standard output")
     add("--json", action="store_true", help="print the numbers in it as one JSON object")
 
@@ -46,7 +47,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json and args.out is None:
         raise ValueError("--json: expected --out FILE beside it, since one output has room for one")
     sizes = {axis: getattr(args, axis) for axis in AXES}
-    strategy = Strategy(**sizes, sp=args.sp, micro_batch=args.micro_batch)
+    strategy = Strategy(
+        **sizes, sp=args.sp, micro_batch=args.micro_batch, virtual_stages=args.chunks
+    )
     is_gguf = Path(args.model).suffix.lower() == ".gguf"
     model = decoder_config(open_checkpoint(args.model)) if is_gguf else model_shape(args.model)
     options: dict[str, Any] = {"shares": args.shares or (), "tokens": args.tokens}

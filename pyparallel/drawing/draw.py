@@ -112,17 +112,17 @@ def draw(
     shares: Shares = (),
     tokens: int = 4096,
     micro_batches: int | None = None,
-    schedule: str = "1f1b",
+    schedule: str | None = None,
 ) -> str:
     """The picture, SVG as text, of what :func:`facts_of` reads.
 
     Args:
-        strategy: dp, pp, cp, tp and sp; ``micro_batch`` sequences a message.
+        strategy: dp, pp, cp, tp, sp and the virtual stages; ``micro_batch`` sequences a message.
         name: of the model; by default the shape's, or the config's family.
         shares: of the tp ranks; by default equal.
         tokens: of a sequence.
         micro_batches: of a step of the pipeline; by default twice its ranks.
-        schedule: "1f1b" or "gpipe".
+        schedule: "1f1b" or "gpipe"; of several virtual stages a rank "interleaved".
 
     Raises:
         ValueError: a model of experts; more ranks than heads, layers or tokens allow, or than can be
@@ -155,13 +155,14 @@ def draw(
 
 
 def _pipeline_block(
-    facts: Facts, strategy: Strategy, micro_batches: int | None, schedule: str
+    facts: Facts, strategy: Strategy, micro_batches: int | None, schedule: str | None
 ) -> Block:
     count = 2 * strategy.pp if micro_batches is None else micro_batches
     check_count("micro_batches", count, MOST_STEPS, why=" in a picture")
-    stages = stages_of(facts.config, strategy.pp)
+    schedule = schedule or ("interleaved" if strategy.virtual_stages > 1 else "1f1b")
+    stages = stages_of(facts.config, strategy.pp * strategy.virtual_stages)
     layer = sum(m.numbers for m in facts.matrices if m.module.startswith("layers."))
     tokens = strategy.micro_batch * facts.decoder.own_tokens(facts.tokens)
     handed = tokens * facts.config.hidden_size * facts.decoder.head.dtype.itemsize
     costs = stage_costs(facts.config, stages, layer)
-    return timeline_block(stages, costs, count, schedule, human_bytes(handed))
+    return timeline_block(stages, costs, strategy.pp, count, schedule, human_bytes(handed))

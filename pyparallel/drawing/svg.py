@@ -55,6 +55,12 @@ def colour(rank: int) -> str:
     return "#" + "".join(f"{level:02x}" for level in levels)
 
 
+def paler(fill: str, part: float) -> str:
+    """A colour #rrggbb, ``part`` of the way to white."""
+    levels = (int(fill[place : place + 2], 16) for place in (1, 3, 5))
+    return "#" + "".join(f"{round(level + (255 - level) * part):02x}" for level in levels)
+
+
 def rect(
     x: float,
     y: float,

@@ -158,6 +158,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         assert named(out.read_text())["query/1"]
     assert main(["draw", "--model", "llama-3.1-8b", "--pp", "2"]) == 0
     assert "Pipeline: 1f1b" in capsys.readouterr().out
+    assert main(["draw", "--model", "llama-3.1-8b", "--pp", "2", "--chunks", "4"]) == 0
+    assert "Pipeline: interleaved, 4 micro-batches, 4 chunks" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -176,6 +178,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         (["--pp", "2", "--micro-batches", "0"], "micro_batches: expected at least 1, got 0"),
         (["--model", "mixtral-8x7b"], "model: expected a dense model to draw, got Mixtral-8x7B"),
         (["--model", "lama-3.1-8b"], "did you mean Llama-3.1-8B"),
+        (["--pp", "2", "--schedule", "interleaved"], "chunks: expected 2 or more a rank"),
+        (["--pp", "2", "--chunks", "2", "--micro-batches", "3"], "use 4"),
         (["--json"], "--json: expected --out FILE beside it"),
     ],
 )
