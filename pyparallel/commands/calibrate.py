@@ -1,8 +1,9 @@
 """Measures this machine's CPU ranks as the planner wants them: rates, links, and what a layer costs.
 
     memory rate     a vector times matrices that no cache holds, on all ranks at once
-    matmul rate     1024 rows times a matrix, likewise
-    layer_s         decode steps of models too small to read or compute anything: the slope over layers
+    matmul rate     a prompt of 512 tokens through four wide layers, likewise
+    layer_s         decode steps of models too small to read or compute anything: the slope over layers;
+                    staged_layer_s where they lie on the ranks as stages
     step_s          what is left of a step without layers
     sequence_s      of each sequence more in such a step
     alpha           what a layer's two sums over the ranks add to layer_s, for each
@@ -29,6 +30,7 @@ from pyparallel.launch import launch
 from pyparallel.mesh import init_mesh
 from pyparallel.models.config import from_hugging_face
 from pyparallel.models.decoder import Decoder
+from pyparallel.models.stage import stages_of
 from pyparallel.native.cpu.ops import linear
 from pyparallel.planner.communication import LINK_FRACTION
 
@@ -47,7 +49,8 @@ class Calibration:
     Attributes:
         bandwidth: bytes a second that a matmul of one row reads.
         fp32_flops, bf16_flops: of matmuls of many rows.
-        layer_s, step_s, sequence_s: of a decode step beside its bytes.
+        layer_s, step_s, sequence_s: of a decode step beside its bytes; staged_layer_s: a layer of a
+            model that is cut over stages.
         alpha_s, bytes_per_s: of the link between ranks, as ``planner.communication`` counts them.
     """
 
@@ -60,6 +63,7 @@ class Calibration:
     layer_s: float
     step_s: float
     sequence_s: float
+    staged_layer_s: float
     alpha_s: float
     bytes_per_s: float
 
@@ -87,7 +91,7 @@ def write(found: Calibration, path: Path) -> None:
         f'[intra]\nname = "shared memory"\nalpha_s = {found.alpha_s:.4g}\n'
         f"bytes_per_s = {found.bytes_per_s:.4g}\n\n"
         f"[engine]\nlayer_s = {found.layer_s:.4g}\nstep_s = {found.step_s:.4g}\n"
-        f"sequence_s = {found.sequence_s:.4g}\n",
+        f"sequence_s = {found.sequence_s:.4g}\nstaged_layer_s = {found.staged_layer_s:.4g}\n",
         encoding="utf-8",
     )
 
@@ -103,6 +107,11 @@ def _measure(ranks: int) -> Calibration:
     sums = max(0.0, (cut_many - cut_few) / 10 - layer_s)
     alpha_s = sums / 2 / (0.4 * (ranks + 2)) if ranks > 1 else 0.0
     sequence_s = max(0.0, (_step_s(2, alone, batch=8) - few) / 7)
+    staged_layer_s = layer_s
+    if ranks > 1:
+        stages = init_mesh(pp=ranks).pp
+        many, few = (_step_s(n * ranks, alone, stages=stages) for n in (6, 1))
+        staged_layer_s = max(0.0, (many - few) / (5 * ranks))
     return Calibration(
         ranks=ranks,
         threads=torch.get_num_threads(),
@@ -113,6 +122,7 @@ def _measure(ranks: int) -> Calibration:
         layer_s=layer_s,
         step_s=step_s,
         sequence_s=sequence_s,
+        staged_layer_s=staged_layer_s,
         alpha_s=alpha_s,
         bytes_per_s=_link_rate(mesh.tp) if ranks > 1 else 1.0,
     )
@@ -139,10 +149,14 @@ def _read_rate(group: Group) -> float:
     return READ_BYTES / _seconds(lambda: [linear(x, weight) for weight in weights], group)
 
 
-@torch.inference_mode()
 def _matmul_rate(dtype: torch.dtype, group: Group) -> float:
-    x, weight = (torch.randn(1024, 1024).to(dtype) for _ in range(2))
-    return 4 * 2 * 1024**3 / _seconds(lambda: [linear(x, weight) for _ in range(4)], group)
+    """FLOPs a second of reading a prompt, attention's included."""
+    layers, tokens = 4, 512
+    model = _model(layers, Group.single(), dtype, hidden=1024, heads=16)
+    prompt = [number % 128 for number in range(tokens)]
+    seconds = _seconds(lambda: generate(model, [prompt], max_new_tokens=1, stop_ids=()), group)
+    weights = sum(p.numel() for name, p in model.named_parameters() if "embedding" not in name)
+    return (2 * weights * tokens + layers * 2 * tokens**2 * 1024) / seconds
 
 
 def _link_rate(group: Group) -> float:
@@ -152,29 +166,46 @@ def _link_rate(group: Group) -> float:
     return wire / seconds / LINK_FRACTION
 
 
-def _step_s(layers: int, group: Group, *, batch: int = 1) -> float:
+def _step_s(layers: int, group: Group, *, batch: int = 1, stages: Group | None = None) -> float:
     """Seconds of a decode step of a model that has next to nothing to read."""
-    config = from_hugging_face(
-        {
-            "model_type": "llama",
-            "vocab_size": 128,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": layers,
-            "num_attention_heads": 2 * group.size,
-            "num_key_value_heads": group.size,
-            "head_dim": 32,
-            "max_position_embeddings": 256,
-            "rms_norm_eps": 1e-5,
-            "hidden_act": "silu",
-            "tie_word_embeddings": True,
-        }
-    )
-    model = Decoder(config, "cpu", torch.float32, group=group).eval()
-    for parameter in model.parameters():
-        torch.nn.init.constant_(parameter, 0.01)
+    model = _model(layers, group, torch.float32, hidden=64, heads=2 * group.size, stages=stages)
     made = [
         generate(model, [PROMPT] * batch, max_new_tokens=STEPS, stop_ids=())
         for _ in range(ROUNDS + 1)
     ]
     return statistics.median(one.decode_s / one.steps for one in made[1:])
+
+
+def _model(
+    layers: int,
+    group: Group,
+    dtype: torch.dtype,
+    *,
+    hidden: int,
+    heads: int,
+    stages: Group | None = None,
+) -> Decoder:
+    """A Llama of these sizes; over ``stages`` this rank's part."""
+    config = from_hugging_face(
+        {
+            "model_type": "llama",
+            "vocab_size": 128,
+            "hidden_size": hidden,
+            "intermediate_size": 11 * hidden // 4,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads // 2,
+            "head_dim": max(32, hidden // heads),
+            "max_position_embeddings": 1024,
+            "rms_norm_eps": 1e-5,
+            "hidden_act": "silu",
+            "tie_word_embeddings": True,
+        }
+    )
+    stages = stages or Group.single()
+    stage = stages_of(config, stages.size)[stages.rank]
+    model = Decoder(config, "cpu", dtype, group=group, stage=stage).eval()
+    model.pipeline = stages
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, 0.01)
+    return model

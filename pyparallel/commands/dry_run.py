@@ -94,8 +94,7 @@ def dry_run(plan: InferencePlan | TrainingPlan, *, train: bool) -> list[StageChe
             config, batch=batch, prompt=work.prompt, output=work.output, **options
         )
     found = []
-    layers = tuple(each.stage.layers for each in counted)
-    shards = stage_shards(shape, strategy, PYPARALLEL, layers=layers)
+    shards = stage_shards(shape, strategy, PYPARALLEL)
     for place, shard in enumerate(shards):
         held = [
             counted[stage] for stage in rank_stages(strategy.pp, place, strategy.virtual_stages)

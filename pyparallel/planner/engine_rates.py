@@ -7,7 +7,7 @@ time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from pyparallel.checkpoint.schema import shown
@@ -28,6 +28,8 @@ class Constants:
         layer_s: seconds of a layer beside its bytes and its flops.
         step_s: seconds of a pass of one stage on the host.
         sequence_s: seconds of each sequence of a decode step: sampling, scheduling, detokenizing.
+        staged_layer_s: ``layer_s`` where the model is cut over stages, if that is another; measured on
+            a device of one's own, never fitted.
     """
 
     memory_fraction: float
@@ -35,6 +37,7 @@ class Constants:
     layer_s: float
     step_s: float
     sequence_s: float
+    staged_layer_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,8 @@ def engine_of_file(path: Path) -> EngineRates | None:
             known = ", ".join(Constants.__dataclass_fields__)
             raise ValueError(f"{where}: {shown(name)}: expected one of {known}")
         numbers[name] = check_real(f"{where}: {name}", value, least=0.0)
-    for name in Constants.__dataclass_fields__:
-        if name not in numbers:
+    for name, field in Constants.__dataclass_fields__.items():
+        if name not in numbers and field.default is MISSING:
             raise ValueError(f"{where}: {name}: expected a number, but it is not there")
     return EngineRates("measured", Constants(**numbers), "nccl", path.name, True)
 

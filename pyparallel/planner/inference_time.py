@@ -14,7 +14,7 @@ pass of T tokens reads E (1 - (1 - k/E)^T) of E experts, where each token visits
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from pyparallel.planner.communication import Kernel, collective_seconds
@@ -99,6 +99,8 @@ def stage_terms(work: StageWork, constants: Constants) -> Terms:
 
 def pass_terms(works: Sequence[StageWork], constants: Constants) -> tuple[Terms, Terms]:
     """Of a whole pass, one stage after the other, and of its slowest stage."""
+    if len(works) > 1 and constants.staged_layer_s is not None:
+        constants = replace(constants, layer_s=constants.staged_layer_s)
     whole, slowest = Terms(), Terms()
     for work in works:
         terms = stage_terms(work, constants)

@@ -23,6 +23,7 @@ CPU = calibrate.Calibration(
     layer_s=1e-5,
     step_s=2e-5,
     sequence_s=1e-6,
+    staged_layer_s=4e-4,
     alpha_s=1e-6,
     bytes_per_s=5e9,
 )
@@ -89,6 +90,9 @@ def test_a_measured_machine_is_planned_for(tmp_path: Path, capsys, monkeypatch) 
     assert main([*asked, "--dtype", "fp32", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["best"]["tp"] == 2 and path.name in told["notes"][0]
+    # A layer of a stage costs 390 us more, 30 times.
+    of = {(each["tp"], each["pp"]): each["tpot_s"] for each in told["candidates"]}
+    assert of[1, 2] > 30 * CPU.staged_layer_s
     # By hand, of the rank with 6 of 9 heads and 2 of 3 KV heads, at 10 GB/s: 2/3 of attention's 26.5 M
     # weights and half of the other 108 M, 4 bytes each; 1088 cached tokens of 30 layers; the layers'
     # 10 us; 61 sums of 0.4 x 4 us.
