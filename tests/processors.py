@@ -1,7 +1,7 @@
 """The numerical tests as other processors would run them: a table, and exit status 1 where one fails.
 
     python -m tests.processors            every setting of this machine, with ten seeds in turn
-    python -m tests.processors --short    three settings
+    python -m tests.processors --short    three settings, without the sweeps over whole models
 
 A setting is an environment that makes torch, MKL, oneDNN or this library take another instruction set
 than the widest this machine has, or another number of threads; a seed makes every random input of
@@ -68,6 +68,13 @@ NUMERICAL = (
     "training/test_sequence_parallel.py::test_as_dense[2-llama]",
     "saving/test_sharded_checkpoint.py::test_training_goes_on",
     "ops/test_vocab_parallel_cross_entropy.py::test_as_dense[3]",
+)
+# A third of the time, each with smaller relatives in the list: left out by --short.
+SWEEPS = (
+    "models/test_decoder.py::test_equals_transformers[2]",
+    "models/test_parallelize.py::test_equals_dense[2]",
+    "models/test_parallelize_context.py::test_equals_dense",
+    "test_orders.py",
 )
 SEEDS = tuple(range(10))
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile")
@@ -164,7 +171,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", help="settings whose name holds this")
     parser.add_argument("pytest", nargs="*", help="what pytest gets besides")
     args = parser.parse_args(arguments)
-    tests = [f"tests/{name}" for name in NUMERICAL]
+    left_out = SWEEPS if args.short else ()
+    tests = [f"tests/{name}" for name in NUMERICAL if name not in left_out]
     wanted = short() if args.short else seeded(settings())
     if args.only:
         wanted = [setting for setting in wanted if args.only in setting.name]
