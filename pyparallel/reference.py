@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyparallel.autocast import as_written
+
 GATES = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 ACTIVATIONS = {**GATES, "relu": F.relu}
 
@@ -20,6 +22,7 @@ def _wide(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None or t.dtype == torch.float64 else t.float() for t in tensors]
 
 
+@as_written
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``y[..., M] = x[..., K] weight[M, K]^T + bias[M]``."""
     wide_x, wide_weight, wide_bias = _wide(x, weight, bias)
@@ -93,6 +96,7 @@ def attention_mask(
     return seen if window is None else seen & (behind < window)
 
 
+@as_written
 def attention(
     q: Tensor,
     k: Tensor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyparallel import backend
+from pyparallel import autocast, backend
 from pyparallel.comm.collectives import copy_to_group
 from pyparallel.comm.group import Group
 
@@ -61,4 +61,7 @@ class HeadRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = copy_to_group(self.weight, self.group)
+        if autocast.is_on():
+            # Heads come from a matmul, in its dtype; torch's norm takes one dtype.
+            x = x.to(weight.dtype)
         return backend.call("rms_norm", x, weight, self.eps)

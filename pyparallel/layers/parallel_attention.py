@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pyparallel import backend
+from pyparallel import autocast, backend
 from pyparallel.comm.group import Group
 from pyparallel.comm.sequence import shard_sizes
 from pyparallel.layers.context_kv_cache import ContextKVCache
@@ -208,6 +208,8 @@ class ParallelAttention(nn.Module):
     ) -> Tensor:
         if cache is not None:
             k, v = cache.write(k, v, span)
+        if autocast.is_on():
+            q, k, v = autocast.lowered(q, k, v)
         if self.dropout and span.seed is not None:
             layout, rank = self.qkv_proj.layout, self.qkv_proj.group.rank
             mask = mask if span.mask is None else span.mask if mask is None else span.mask & mask

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyparallel import backend
+from pyparallel import autocast, backend
 from pyparallel.comm.group import Group
 from pyparallel.cut.shard import features, fuse
 from pyparallel.layers.column_parallel_linear import ColumnParallelLinear
@@ -132,6 +132,9 @@ class ParallelMLP(nn.Module):
         plain = plain and type(up) is ColumnParallelLinear and not is_touched(up)
         if not plain or self.activation not in GATED or up.packed is not None:
             return None
-        arguments = x, up.weight, GATED[self.activation], up.group
+        weight = up.weight
+        if autocast.is_on():
+            x, weight = autocast.lowered(x, weight)
+        arguments = x, weight, GATED[self.activation], up.group
         run = backend.offered("gated_mlp", *arguments)
         return None if run is None else run(*arguments)

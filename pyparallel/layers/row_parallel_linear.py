@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyparallel import backend
+from pyparallel import autocast, backend
 from pyparallel.comm.collectives import all_reduce_raw, split
 from pyparallel.comm.group import Group
 from pyparallel.comm.sequence import sequence_sizes
@@ -101,7 +101,8 @@ class RowParallelLinear(ShardedModule):
         backend has a kernel for that."""
         plain = self.bias is None and self.input_is_parallel and not self.sequence_parallel
         plain = plain and not is_touched(self) and not is_touched(norm)
-        one_dtype = x.dtype == residual.dtype == self.dtype
+        # Autocast multiplies in another dtype than it adds and norms in.
+        one_dtype = x.dtype == residual.dtype == self.dtype and not autocast.is_on()
         if plain and one_dtype and type(norm) is RMSNorm and norm.weight is not None:
             rest = residual, norm.weight, norm.epsilon(x), self.group
             run = backend.offered("all_reduce_residual_rms_norm", residual, *rest)

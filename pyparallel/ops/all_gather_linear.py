@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from pyparallel import backend
+from pyparallel import autocast, backend
 from pyparallel.comm.collectives import all_gather_raw, reduce_scatter_raw
 from pyparallel.comm.group import Group
 from pyparallel.ops.linear import bias_grad, linear_into
@@ -118,6 +118,8 @@ def all_gather_linear(
         x_shard_s: [..., S_r, K]. weight: [M_r, K]. bias: [M_r].
         sizes: every rank's S_r.
     """
+    if autocast.is_on():
+        x_shard_s, weight, bias = autocast.lowered(x_shard_s, weight, bias)
     if group.size == 1:
         return backend.call("linear", x_shard_s, weight, bias)
     return _AllGatherLinear.apply(x_shard_s, weight, bias, group, sizes)

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from pyparallel.autocast import as_written
 from pyparallel.ops.attention_with_lse import additive, torch_arguments, whole_mask
 
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -49,6 +50,7 @@ def run_torch(
     return tuple(gradient.transpose(1, 2) for gradient in gradients)
 
 
+@as_written
 def run_reference(
     q: Tensor,
     k: Tensor,

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from pyparallel import backend
+from pyparallel import autocast, backend
 from pyparallel.comm.collectives import all_reduce_raw
 from pyparallel.comm.group import Group
 from pyparallel.ops.linear import bias_grad
@@ -71,6 +71,8 @@ def column_parallel_linear(
     Args:
         x: [..., K], replicated. weight: [M_r, K]. bias: [M_r].
     """
+    if autocast.is_on():
+        x, weight, bias = autocast.lowered(x, weight, bias)
     if group.size == 1:
         return backend.call("linear", x, weight, bias)
     return _ColumnParallelLinear.apply(x, weight, bias, group)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from pyparallel import backend
+from pyparallel import autocast, backend
 from pyparallel.comm.collectives import all_gather_raw, reduce_scatter_raw
 from pyparallel.comm.group import Group
 from pyparallel.ops.linear import bias_grad, linear_into
@@ -123,6 +123,8 @@ def linear_reduce_scatter(
         x_shard_k: [..., S, K_r]. weight: [M, K_r]. bias: [M], the whole one.
         sizes: every rank's S_r.
     """
+    if autocast.is_on():
+        x_shard_k, weight, bias = autocast.lowered(x_shard_k, weight, bias)
     if group.size == 1:
         return backend.call("linear", x_shard_k, weight, bias)
     return _LinearReduceScatter.apply(x_shard_k, weight, bias, group, sizes)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from pyparallel import backend
+from pyparallel import autocast, backend
 from pyparallel.comm.collectives import all_reduce_raw
 from pyparallel.comm.group import Group
 from pyparallel.ops.linear import bias_grad
@@ -70,6 +70,8 @@ def row_parallel_linear(
     Args:
         x: [..., K_r], this rank's input features. weight: [M, K_r]. bias: [M], the whole one.
     """
+    if autocast.is_on():
+        x, weight, bias = autocast.lowered(x, weight, bias)
     if group.size == 1:
         return backend.call("linear", x, weight, bias)
     return _RowParallelLinear.apply(x, weight, bias, group)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyparallel import backend
+from pyparallel import autocast, backend
 from pyparallel.ops.attention import run_torch as torch_attention
 
 NAME = "pyparallel"
@@ -48,6 +48,8 @@ def own_attention(
 
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     filled = _filled_slots(query.shape[2], key.shape[2], attention_mask, causal)
+    if autocast.is_on():
+        query, key, value = autocast.lowered(query, key, value)
     plain = not dropout and not any(kwargs.get(k) for k in OTHER)
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     if plain and filled is not None:

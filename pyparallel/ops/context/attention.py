@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from pyparallel import autocast
 from pyparallel.comm.context import ContextShards
 from pyparallel.ops.context.choice import choose_for
 from pyparallel.ops.context.ring import ring_attention
@@ -31,6 +32,8 @@ def context_parallel_attention(
         ValueError: shapes that don't fit the shards, or an algorithm that can't run on them.
     """
     _check(q, k, v, shards)
+    if autocast.is_on():
+        q, k, v = autocast.lowered(q, k, v)
     options = {"causal": causal, "window": window, "scale": scale}
     algorithm = "ring" if shards.group.size == 1 else shards.algorithm
     if algorithm == "auto":

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyparallel import backend
+from pyparallel import autocast, backend
 from pyparallel.comm.collectives import all_gather_raw
 from pyparallel.comm.group import Group
 from pyparallel.ops.context.block_attention import wide
@@ -36,6 +36,8 @@ def context_parallel_decode(
         q: [B, S, N, D], the same on all ranks. k, v: [B, T_r, G, D], perhaps of no slots.
         mask: [B, 1 or N, S, T_r], true where a query sees a key; None where it sees all.
     """
+    if autocast.is_on():
+        q, k, v = autocast.lowered(q, k, v)
     o, lse = backend.call("attention_with_lse", q, k, v, scale=scale, mask=mask)
     part = torch.cat([o.to(wide(q.dtype)), lse.transpose(1, 2).unsqueeze(-1)], -1)
     parts = all_gather_raw(part.unsqueeze(0), group)
