@@ -6,9 +6,9 @@ Parameters are replicated over dp and over cp, whose ranks see other sequences a
 
 Torch's engines bucket the gradients and start their sums under backward. What is added here: the axis
 dp x cp, a sum in the place of torch's mean (a mean over ranks is wrong where they have other numbers of
-targets; see :mod:`pyparallel.training.loss`), and this library's engine under both, which sums in rank
-order in fp32 and rounds once. So parameters that are replicated over tp get the same bits on every rank
-of it, though the buckets around them, cut over tp, differ.
+targets; see :mod:`pyparallel.training.loss`) unless a mean is asked for, and this library's engine under
+both, which sums in rank order in fp32 and rounds once. So parameters that are replicated over tp get the
+same bits on every rank of it, though the buckets around them, cut over tp, differ.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def data_parallel(
     mesh: Mesh,
     *,
     engine: str = "ddp",
+    average: bool = False,
     bucket_cap_mb: float | None = None,
     find_unused_parameters: bool = False,
     reshard_after_forward: bool = True,
@@ -55,11 +56,17 @@ def data_parallel(
     """Let backward sum every gradient over the ranks of dp x cp; a call of all ranks.
 
     ``model`` is any module: a :class:`Decoder`, a model that :func:`parallelize` has cut, a pipeline's
-    stage. Its parameters and buffers become those of the first rank of dp x cp. The gradients are sums:
-    divide the loss by the number of targets of all ranks (:func:`pyparallel.cross_entropy`,
-    :func:`pyparallel.mean_loss`).
+    stage. Its parameters and buffers become those of the first rank of dp x cp.
+
+    **The gradients are sums, where those of torch's DDP and FSDP2 are means.** So the loss has to be
+    this rank's part of all ranks' mean, as :func:`pyparallel.cross_entropy` and
+    :func:`pyparallel.mean_loss` give it. A mean of the rank's own tokens, as a training loop for DDP
+    has it, gives gradients that are dp times too large; with ``average`` it gives DDP's.
 
     Args:
+        average: divide the sums by dp, for losses that are means over a rank's own sequences; as with
+            torch's DDP, not the mean over all tokens where ranks have other numbers of them. Not with
+            the losses above, nor under a :class:`pyparallel.Pipeline`, which computes one of them.
         engine: "ddp", every rank holds all of its parameters, gradients and optimizer states; "fsdp",
             FSDP2, it holds 1/(dp cp) of them, and the parameters of a layer are gathered for its
             forward and its backward. Layers are the children of the outermost ``nn.ModuleList``.
@@ -76,9 +83,16 @@ def data_parallel(
         FSDP gathers parameters in ``model(...)`` alone, so call the model and not its parts.
 
     Raises:
-        ValueError: an unknown engine or another engine's option; a model that is wrapped already, is
-            on the meta device, differs between ranks, or ties a layer's parameter to one outside of it.
+        ValueError: an unknown engine or another engine's option; ``average`` over several ranks of cp;
+            a model that is wrapped already, is on the meta device, differs between ranks, or ties a
+            layer's parameter to one outside of it.
     """
+    if average and mesh.cp.size > 1:
+        raise ValueError(
+            f"average: expected False over cp={mesh.cp.size} ranks, which hold parts of one sequence, "
+            f"so that gradients are sums over them; use pyparallel.cross_entropy or mean_loss, which "
+            f"divide by all ranks' targets"
+        )
     _check(model, engine, bucket_cap_mb, find_unused_parameters, reshard_after_forward, mp_policy)
     group = mesh.data
     _check_alike(model, group)
@@ -87,8 +101,10 @@ def data_parallel(
             first = broadcast_raw(tensor, group, src=0)
             if first is not tensor:
                 tensor.copy_(first)
+    divisor = mesh.dp.size if average else 1
     if engine == "fsdp":
-        return _fsdp(model, mesh, reshard_after_forward, mp_policy or MixedPrecisionPolicy())
+        policy = mp_policy or MixedPrecisionPolicy()
+        return _fsdp(model, mesh, divisor, reshard_after_forward, policy)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         return model
     wrapped = DistributedDataParallel(
@@ -100,7 +116,8 @@ def data_parallel(
         bucket_cap_mb=bucket_cap_mb,
         **{_SYNC_BUFFERS: False},
     )
-    wrapped.register_comm_hook(BucketSums(group), sum_bucket)
+    wrapped.register_comm_hook(BucketSums(group, divisor), sum_bucket)
+    wrapped.gradient_divisor = divisor
     return wrapped
 
 
@@ -159,7 +176,11 @@ def _check_alike(model: nn.Module, group: Group) -> None:
 
 
 def _fsdp(
-    model: nn.Module, mesh: Mesh, reshard_after_forward: bool, mp_policy: MixedPrecisionPolicy
+    model: nn.Module,
+    mesh: Mesh,
+    divisor: int,
+    reshard_after_forward: bool,
+    mp_policy: MixedPrecisionPolicy,
 ) -> nn.Module:
     layers = _layers(model)
     _check_ties(model, layers)
@@ -170,10 +191,11 @@ def _fsdp(
             reshard_after_forward=reshard_after_forward and module is not model,
             mp_policy=mp_policy,
         )
-        module.set_gradient_divide_factor(1.0)
+        module.set_gradient_divide_factor(float(divisor))
         module.set_force_sum_reduction_for_comms(True)
         module.set_custom_all_gather(GroupAllGather(mesh.data))
         module.set_custom_reduce_scatter(GroupReduceScatter(mesh.data))
+    model.gradient_divisor = divisor
     return model
 
 

@@ -17,10 +17,11 @@ BUCKET_BYTES = 25 << 20
 
 
 class BucketSums:
-    """The sums over a group that go on while backward does."""
+    """The sums over a group that go on while backward does; ``divisor``: what they are divided by."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, divisor: int = 1) -> None:
         self.group = group
+        self.divisor = divisor
         self._waiter: ThreadPoolExecutor | None = None
         self._stream: torch.cuda.Stream | None = None
 
@@ -35,7 +36,7 @@ class BucketSums:
 
         def wait() -> None:
             try:
-                future.set_result(pending.wait())
+                future.set_result(self._divided(pending.wait()))
             except Exception as error:
                 future.set_exception(error)
 
@@ -49,8 +50,11 @@ class BucketSums:
         self._stream.wait_stream(torch.cuda.current_stream(buffer.device))
         future: Future[Tensor] = Future(devices=[buffer.device])
         with torch.cuda.stream(self._stream):
-            future.set_result(all_reduce_raw(buffer, self.group))
+            future.set_result(self._divided(all_reduce_raw(buffer, self.group)))
         return future
+
+    def _divided(self, total: Tensor) -> Tensor:
+        return total if self.divisor == 1 else total.div_(self.divisor)
 
 
 def sum_bucket(sums: BucketSums, bucket: dist.GradBucket) -> Future[Tensor]:

@@ -14,7 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from pyparallel.comm.collectives import all_reduce_raw
+from pyparallel.comm.collectives import all_gather_raw, all_reduce_raw
 from pyparallel.mesh import Mesh
 from pyparallel.ops.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
 
@@ -65,13 +65,22 @@ def count_targets(
 ) -> Tensor:
     """How many targets of all ranks of dp x cp count, a scalar int64.
 
+    The sum over dp is always taken: ``targets`` are this replica's sequences, never the whole batch's.
+
     Args:
-        targets: this rank's, of its sequences and its part of them.
-        whole: they are of whole sequences, which all ranks of cp have alike; so a transformers model
-            takes its labels, of which ``labels[:, 1:]`` are the targets.
+        targets: of this replica's sequences; this rank's part of them along cp, as
+            ``model.shards(S).split`` cuts them.
+        whole: the sequences are not cut over cp: all its ranks have the same targets, which count once.
+            So a transformers model takes its labels, of which ``labels[:, 1:]`` are the targets. It says
+            nothing of the batch; without cp it changes nothing.
+
+    Raises:
+        RuntimeError: ``whole``, and ranks of cp have other targets, so that these are parts.
     """
     count = (targets != ignore_index).sum()
     if whole:
+        if mesh.cp.size > 1:
+            _check_whole(targets, mesh)
         return all_reduce_raw(count, mesh.dp) if mesh.dp.size > 1 else count
     return _sum(count, mesh)
 
@@ -125,6 +134,19 @@ def cross_entropy(
     if count is not None:
         return mean_loss(total, count, mesh, counted=True)
     return mean_loss(total, (targets != ignore_index).sum(), mesh)
+
+
+def _check_whole(targets: Tensor, mesh: Mesh) -> None:
+    """The ranks of cp have the same targets, by the sum of each times its place. Communication: one
+    all-gather of a number."""
+    places = torch.arange(1, targets.numel() + 1, device=targets.device)
+    told = all_gather_raw((targets.flatten() * places).sum().reshape(1), mesh.cp)
+    # Asynchronous: no device waits for it.
+    torch._assert_async(
+        (told == told[0]).all(),
+        f"whole: expected False for targets that are cut over cp={mesh.cp.size}, whose ranks have "
+        f"others; whole=True is for sequences that every rank of cp has whole",
+    )
 
 
 def _sum(x: Tensor, mesh: Mesh) -> Tensor:

@@ -198,6 +198,11 @@ class Stages:
                 f"pp={self.mesh.pp.size} for schedule={self.schedule!r}, got {held} of "
                 f"{sorted(counts)}; load them with load() or load_stages() on this mesh"
             )
+        if any(getattr(module, "gradient_divisor", 1) != 1 for module in self.modules):
+            raise ValueError(
+                "stages: expected data_parallel(..., average=False), since the pipeline's loss is the "
+                "mean over all replicas' targets already, got average=True"
+            )
         if self.splits and any(_is_fsdp(bare) for bare in self.bare):
             raise ValueError(
                 f"stages: expected no FSDP for schedule={self.schedule!r}, whose split backward loses "
