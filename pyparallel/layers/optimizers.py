@@ -23,7 +23,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pyparallel.comm.collectives import all_reduce_raw
 from pyparallel.comm.group import Group
-from pyparallel.layers.parameters import ShardedModule, living_modules
+from pyparallel.layers.living import add_optimizer, living_modules
+from pyparallel.layers.parameters import ShardedModule
 from pyparallel.mesh import mesh_of
 
 ELEMENTWISE = frozenset(
@@ -106,7 +107,10 @@ def check_optimizer(optimizer: Optimizer, args: Any = None, kwargs: Any = None) 
     Raises:
         ValueError: it names the optimizer and the parameter.
     """
-    if _trying or type(optimizer) in ELEMENTWISE:
+    if _trying:
+        return
+    add_optimizer(optimizer)
+    if type(optimizer) in ELEMENTWISE:
         return
     count = sum(len(group["params"]) for group in optimizer.param_groups)
     if _checked.get(optimizer) == count:

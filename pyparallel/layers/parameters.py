@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,15 +13,8 @@ from pyparallel.comm.collectives import all_reduce_raw
 from pyparallel.comm.group import Group
 from pyparallel.cut.quantize import PackedWeight, largest_of_rows, quantize_rows, weave_blocks_
 from pyparallel.cut.shard import Sharding
+from pyparallel.layers import living
 from pyparallel.layers.owner import check_replaceable
-
-# Every sharded module of this process, copies included.
-_living: weakref.WeakSet[ShardedModule] = weakref.WeakSet()
-
-
-def living_modules() -> list[ShardedModule]:
-    """All sharded modules that are in use."""
-    return [module for module in list(_living) if "_parameters" in vars(module)]
 
 
 class ShardedModule(nn.Module):
@@ -42,7 +34,7 @@ class ShardedModule(nn.Module):
 
     def __new__(cls, *args: Any, **options: Any) -> ShardedModule:
         module = super().__new__(cls)
-        _living.add(module)
+        living.add(module)
         return module
 
     def __init__(self, group: Group) -> None:

@@ -11,16 +11,15 @@ stage of a pipeline has a copy, on the stage that owns it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from pyparallel.comm.collectives import all_reduce_raw
-from pyparallel.comm.group import Group
-from pyparallel.cut.shard import Range, Sharding
+from pyparallel.cut.shard import Range
+from pyparallel.layers.total_norm import held_first, power_sum, reduced
 from pyparallel.mesh import Mesh
 from pyparallel.models.parallelize import named_shardings
 from pyparallel.models.stage import tied_copies
@@ -61,12 +60,12 @@ def grad_norm(
             (sharded if cut else replicated).append(piece)
     device = torch.device(mesh.device_mesh.device_type)
     op = "max" if math.isinf(norm_type) else "sum"
-    total = _power_sum(sharded, norm_type, device)
+    total = power_sum(sharded, norm_type, device)
     if any(isinstance(p, DTensor) for p in parameters):
-        total = _reduced(_reduced(total, mesh.cp, op), mesh.dp, op)
-    total = torch.stack([_power_sum(replicated, norm_type, device), total])
+        total = reduced(reduced(total, mesh.cp, op), mesh.dp, op)
+    total = torch.stack([power_sum(replicated, norm_type, device), total])
     total = total.amax() if op == "max" else total.sum()
-    total = _reduced(_reduced(total, mesh.tp, op), mesh.pp, op)
+    total = reduced(reduced(total, mesh.tp, op), mesh.pp, op)
     norm = total if op == "max" else total ** (1 / norm_type)
     wide = any(p.dtype == torch.float64 for p in parameters)
     return norm if wide else norm.float()
@@ -115,7 +114,7 @@ def _counted(model: nn.Module, mesh: Mesh) -> Iterator[tuple[Tensor, bool]]:
         if gradient is None or name in copies:
             continue
         gradient = gradient if gradient.dim() else gradient.unsqueeze(0)
-        dim, ranges = _held(shardings[name], gradient.shape, mesh.tp.rank)
+        dim, ranges = held_first(shardings[name], gradient.shape, mesh.tp.rank)
         cut = isinstance(gradient, DTensor)
         if cut:
             ranges = _within(name, gradient, mesh, dim, ranges)
@@ -137,24 +136,3 @@ def _within(name: str, gradient: DTensor, mesh: Mesh, dim: int, ranges: list[Ran
     low, high = offsets[dim], offsets[dim] + sizes[dim]
     inside = [(max(start, low), min(stop, high)) for start, stop in ranges]
     return [(start - low, stop - low) for start, stop in inside if start < stop]
-
-
-def _held(sharding: Sharding, shape: Sequence[int], rank: int) -> tuple[int, list[Range]]:
-    """The axis and the ranges of rank's shard, of ``shape``, that it is the first to hold."""
-    if sharding.dim is None:
-        return 0, [] if rank else [(0, shape[0])]
-    return sharding.dim, sharding.first_held(rank)
-
-
-def _power_sum(tensors: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
-    """The sum of the elements' absolute p-th powers, or their maximum, in fp64."""
-    tensors = [tensor for tensor in tensors if tensor.numel()]
-    if not tensors:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    norms = torch.stack(torch._foreach_norm(tensors, norm_type, dtype=wide)).double()
-    return norms.amax() if math.isinf(norm_type) else (norms**norm_type).sum()
-
-
-def _reduced(total: Tensor, group: Group, op: str) -> Tensor:
-    return all_reduce_raw(total, group, op=op) if group.size > 1 else total
