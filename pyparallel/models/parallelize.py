@@ -28,6 +28,7 @@ from pyparallel.models.swap.cuts import AttentionCut, Cut, cuts_of, is_conv1d
 from pyparallel.models.swap.local_attention import local_sizes, tell_local_heads
 from pyparallel.models.swap.own_attention import use_own_attention
 from pyparallel.models.swap.plans import parent_of
+from pyparallel.models.swap.save_pretrained import save_dense
 from pyparallel.models.swap.sequence_region import check_sequence, cut_sequence
 from pyparallel.models.swap.shared_parameter import always_sum_gradients
 from pyparallel.models.swap.stage import cut_stage, plan_stage
@@ -62,7 +63,8 @@ def parallelize(
     first one, since whatever is replicated (dropout, sampling) has to draw alike, and get it again when
     ``model.generate`` starts; dropout inside attention draws different numbers on each rank. Weights
     that differ between ranks, as a head's that was just made do, become the first one's, with a warning
-    that names them; ids of the first call that differ are a ValueError.
+    that names them; ids of the first call that differ are a ValueError. ``save_pretrained`` is a call of
+    all ranks, and writes the dense model.
 
     Plans of our own: GPT-2, GPT-NeoX, BERT, Phi-3, GLM. Every other type needs a ``base_model_tp_plan``
     in its config, as Llama, Mistral, Qwen2, Qwen3, Gemma and most dense decoders have; plans that cut
@@ -139,6 +141,7 @@ def parallelize(
         share_generator_state(group, torch.device(mesh.device_mesh.device_type))
     if stage is not None:
         cut_stage(model, stage)
+    save_dense(model)
     return model
 
 
