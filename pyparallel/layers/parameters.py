@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from pyparallel.cut.quantize import PackedWeight, largest_of_rows, quantize_rows
 from pyparallel.cut.shard import Sharding
 from pyparallel.layers import living
 from pyparallel.layers.owner import check_replaceable
+from pyparallel.layers.state_dicts import refuse_shards
 
 
 class ShardedModule(nn.Module):
@@ -45,6 +47,8 @@ class ShardedModule(nn.Module):
         self.weight_kind: str | None = None
         self.register_buffer("weight_scale", None)
         self._dtype: torch.dtype | None = None
+        if group.size > 1 and "torch.distributed.checkpoint" in sys.modules:
+            refuse_shards()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -138,6 +142,14 @@ class ShardedModule(nn.Module):
         if kind in ("orig", "g", "v") and base in self.shardings:
             self._refuse_derived(base)
         super().register_parameter(name, param)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        # Who asks for it may import torch's checkpoints afterwards.
+        if self.group.size > 1:
+            refuse_shards()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def __delattr__(self, name: str) -> None:
         # What torch does first where it makes a parameter from others.
