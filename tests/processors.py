@@ -38,6 +38,7 @@ NUMERICAL = (
     "layers/test_rotary_embedding.py",
     "layers/test_row_parallel_linear.py::test_errs_by_rounding_only[3]",
     "layers/test_sequence_parallel_norm.py::test_as_dense[2]",
+    "models/test_autocast.py::test_as_dense[2]",
     "models/test_context_decoder.py::test_logits_and_gradients_are_the_dense_ones[2-1]",
     "models/test_decoder.py::test_equals_transformers[2]",
     "models/test_decoder.py::test_bfloat16_is_as_near_as_the_dense_model",
