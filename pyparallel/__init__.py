@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pyparallel.comm.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
     from pyparallel.comm.group import Group
     from pyparallel.decoding.generate import generate
+    from pyparallel.decoding.stream import stream
     from pyparallel.layers import (
         ColumnParallelLinear,
         ParallelAttention,
@@ -54,6 +55,7 @@ _LATER = {
     ),
     "Group": "comm.group",
     "generate": "decoding.generate",
+    "stream": "decoding.stream",
     **dict.fromkeys(
         (
             "ColumnParallelLinear",
@@ -122,6 +124,7 @@ __all__ = [
     "restore",
     "save",
     "split_batch",
+    "stream",
     "use",
     "vocab_parallel_cross_entropy",
 ]

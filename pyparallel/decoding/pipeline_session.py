@@ -13,7 +13,7 @@ Legend: P stages, m micro-batches, B sequences of one, S the longest prompt of o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +21,13 @@ import torch
 from torch import Tensor
 
 from pyparallel.cut.shares import part_sizes
+from pyparallel.decoding.generation import Step
 from pyparallel.decoding.stage_link import StageLink
 from pyparallel.models.decoder import Decoder
 from pyparallel.ops.next_token import Sampling
+
+# Given (row, its new tokens), as Request.take.
+Take = Callable[[int, Sequence[int]], Step]
 
 
 @dataclass
@@ -84,6 +88,8 @@ class PipelineSession:
         if model.rows_apart:
             count = len(prompts)
         self.parts: list[_MicroBatch] = []
+        # Those whose last pass nobody has taken yet, the earliest first.
+        self._flying: list[_MicroBatch] = []
         start = 0
         for size in part_sizes(len(prompts), count):
             rows = range(start, start + size)
@@ -94,23 +100,29 @@ class PipelineSession:
         self.prefill_s = 0.0
         self.steps = 0
 
-    def run(
-        self,
-        sampling: Sampling,
-        stops: set[int],
-        on_token: Callable[[int, int], None] | None,
-    ) -> list[list[int]]:
-        """Every prompt's new tokens, on every rank."""
+    def run(self, sampling: Sampling, take: Take) -> Generator[Step, None, list[list[int]]]:
+        """Each token as this stage learns it; then every prompt's new tokens, on every rank."""
+        try:
+            return (yield from self._run(sampling, take))
+        except GeneratorExit:
+            # Tokens that nobody has heard yet would be taken for those of the next prompts.
+            if not self.model.stage.is_last:
+                for part in self._flying:
+                    self.link.hear(len(part.prompts))
+            raise
+
+    def _run(self, sampling: Sampling, take: Take) -> Generator[Step, None, list[list[int]]]:
         started = time.perf_counter()
         going = list(self.parts)
         for step in range(self.max_new_tokens + 1):
             for part in list(going):
                 if step:
-                    self._take(part, stops, on_token)
+                    yield from self._take(part, take)
                 if step == self.max_new_tokens or all(part.finished):
                     going.remove(part)
                     continue
                 self._pass(part, step, sampling)
+                self._flying.append(part)
             if step == 1:
                 self.prefill_s = time.perf_counter() - started
             if not going:
@@ -140,19 +152,18 @@ class PipelineSession:
         part.chosen = model.head.sample(hidden, sampling, draws, (texts, lengths))
         self.link.tell(part.chosen)
 
-    def _take(
-        self, part: _MicroBatch, stops: set[int], on_token: Callable[[int, int], None] | None
-    ) -> None:
+    def _take(self, part: _MicroBatch, take: Take) -> Generator[Step, None, None]:
         """Learn the tokens of a micro-batch's last pass."""
+        self._flying.remove(part)
         if not self.model.stage.is_last:
             part.chosen = self.link.hear(len(part.prompts))
         for place, token in enumerate(part.chosen.tolist()):
             if not part.finished[place]:
                 tokens = part.tokens[place]
                 tokens.append(token)
-                part.finished[place] = token in stops or len(tokens) == self.max_new_tokens
-                if on_token is not None:
-                    on_token(part.rows[place], token)
+                step = take(part.rows[place], tokens)
+                part.finished[place] = step.last
+                yield step
 
 
 # The stages' ops are asked from the table one by one.

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pyparallel.comm.context import check_length
 from pyparallel.comm.group import Group
 from pyparallel.decoding.decode_session import CausalLM
+from pyparallel.decoding.generation import Step
 from pyparallel.decoding.prompts import listed
+from pyparallel.decoding.text_stream import TextStream
+from pyparallel.decoding.texts import checked_stops, has_texts, ids_of, tokenizer_for
 from pyparallel.models.agreement import check_alike
 from pyparallel.models.generation import GenerationDefaults
 from pyparallel.ops.next_token import Sampling, whole_number
-
-OnToken = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,20 @@ class Request:
     """Prompts, and how they are to be continued; the fields are the arguments of ``generate``.
 
     Attributes:
-        first_row: the number of the first prompt in the caller's batch, which ``on_token`` is told.
+        first_row: the number of the first prompt in the caller's batch.
+        tokenizer: None where nobody asked for texts.
+        texts: of the caller's whole batch while they come; None where nobody looks at them.
     """
 
     prompts: Sequence[Sequence[int]]
     max_new_tokens: int
     sampling: Sampling
     stops: frozenset[int]
-    on_token: OnToken | None = None
     micro_batches: int | None = None
     first_row: int = 0
+    stop_strings: tuple[str, ...] = ()
+    tokenizer: Any = None
+    texts: tuple[TextStream, ...] | None = None
 
     def part(self, rows: range) -> Request:
         """The consecutive prompts ``rows``: they draw the numbers that they would draw in the whole."""
@@ -43,24 +48,38 @@ class Request:
             first_row=self.first_row + rows.start,
         )
 
-    def tell(self, row: int, token: int) -> None:
-        """Tell the caller of a token of prompt ``row`` of these."""
-        if self.on_token is not None:
-            self.on_token(self.first_row + row, token)
+    def take(self, row: int, tokens: Sequence[int]) -> Step:
+        """The last of ``tokens`` of prompt ``row`` of these, as it comes."""
+        place, token = self.first_row + row, tokens[-1]
+        said = self.texts is not None and self.texts[place].add(token)
+        last = said or token in self.stops or len(tokens) == self.max_new_tokens
+        return Step(place, token, last)
 
 
 def checked(
     model: CausalLM,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]] | Sequence[str],
     max_new_tokens: int,
     *,
     sampling: Sampling | None,
     stop_ids: Sequence[int] | None,
-    on_token: OnToken | None,
+    stop_strings: str | Sequence[str],
+    tokenizer: Any,
     replicas: Group | None,
     micro_batches: int | None,
+    streamed: bool = False,
 ) -> Request:
-    """The request, or the ValueError that ``generate`` documents, on all ranks alike."""
+    """The request, or the ValueError that ``generate`` documents, on all ranks alike.
+
+    Args:
+        streamed: texts are looked at while they come.
+    """
+    stop_strings = checked_stops(stop_strings)
+    are_texts = has_texts(prompts)
+    if are_texts or stop_strings or tokenizer is not None:
+        tokenizer = tokenizer_for(model, tokenizer)
+    if are_texts:
+        prompts = [ids_of(tokenizer, text) for text in prompts]
     prompts = listed(prompts)
     max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
     sampling = sampling_of(model, sampling, max_new_tokens)
@@ -74,7 +93,7 @@ def checked(
     groups = (model.group, context, getattr(model, "pipeline", None), replicas)
     check_alike(
         "prompts and options",
-        (prompts, max_new_tokens, sampling, sorted(stops)),
+        (prompts, max_new_tokens, sampling, sorted(stops), stop_strings),
         [group for group in groups if group is not None],
         next(model.parameters()).device,
     )
@@ -83,7 +102,19 @@ def checked(
     if context is not None:
         check_length(max(map(len, prompts)), context)
     check_micro_batches(micro_batches, len(prompts) if is_stage(model) else 1)
-    return Request(prompts, max_new_tokens, sampling, stops, on_token, micro_batches)
+    texts = None
+    if stop_strings or (streamed and tokenizer is not None):
+        texts = tuple(TextStream(tokenizer, stop_strings) for _ in prompts)
+    return Request(
+        prompts,
+        max_new_tokens,
+        sampling,
+        stops,
+        micro_batches,
+        stop_strings=stop_strings,
+        tokenizer=tokenizer,
+        texts=texts,
+    )
 
 
 def is_stage(model: CausalLM) -> bool:
