@@ -70,15 +70,6 @@ def load_tokenizer(path: str) -> Any:
         ) from None
 
 
-def encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
-    """A prompt's ids, in the model's chat template or as it is."""
-    if not chat:
-        return tokenizer(prompt)["input_ids"]
-    messages = [{"role": "user", "content": prompt}]
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    return list(encoded["input_ids"] if isinstance(encoded, dict) else encoded)
-
-
 def load_dense(path: str, dtype: torch.dtype) -> torch.nn.Module:
     """The dense transformers model of a checkpoint."""
     transformers = _transformers()

@@ -1,0 +1,127 @@
+"""The flags of ``pyparallel generate``, and what they may be together."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from pyparallel.checkpoint.gguf import GGUFCheckpoint
+from pyparallel.checkpoint.source import Checkpoint
+from pyparallel.commands.flags import add_shares, add_timeout
+from pyparallel.cut.shard import HeadLayout
+from pyparallel.models.config import DecoderConfig
+from pyparallel.models.load import WEIGHTS
+from pyparallel.models.stage import stages_of
+
+DTYPES = ("float32", "bfloat16", "float16")
+MAX_NEW_TOKENS = 64
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, metavar="PATH", help="a folder of safetensors, or a GGUF file")
+    add("--tokenizer", metavar="PATH", help="where the tokenizer is, if not with the model")
+    add("--prompt", action="append", help="text to continue; may be repeated")
+    add(
+        "--chat",
+        action="store_true",
+        help="put each prompt into the model's chat template; without a prompt, talk: each line of the "
+        "input is a question, and the answers are remembered. Ctrl-C ends an answer, and then the chat",
+    )
+    add("--system", metavar="TEXT", help="with --chat: what the model is told before it is asked")
+    add(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="text that ends an answer, and is no part of it; may be repeated",
+    )
+    _add_ranks(parser)
+    add(
+        "--max-new-tokens",
+        type=int,
+        metavar="K",
+        help=f"default: {MAX_NEW_TOKENS}, and in a chat of several questions 512 or half the context",
+    )
+    add("--dtype", choices=DTYPES, help="of weights and activations; default: the checkpoint's")
+    add(
+        "--weights",
+        choices=("dense", *WEIGHTS),
+        help="of the matrices. dense: in --dtype. int8: rounded, with a scale a row, to a quarter of "
+        "fp32's bytes. blocks: a GGUF's Q4_0, Q4_1 and Q8_0 tensors as they are stored: its own "
+        "numbers, with a seventh to a quarter of fp32's bytes to hold and read. Default: "
+        "blocks for a GGUF on the CPU, else dense",
+    )
+    asked = "; default: the model's generation_config.json, or"
+    add("--temperature", type=float, help=f"0: the likeliest token{asked} 0")
+    add("--top-k", type=int, help=f"0: all{asked} 0")
+    add("--top-p", type=float, help=f"1: all{asked} 1")
+    add("--seed", type=int, default=0, help="the same seed gives the same text at every --tp")
+    add("--threads", type=int, metavar="N", help="threads per rank; default: cores / ranks")
+    add_timeout(parser)
+    add("--check", action="store_true", help="run the dense model too, and compare")
+    add("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def _add_ranks(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks")
+    add_shares(parser)
+    add(
+        "--cp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="context-parallel ranks, each with its part of the prompt and the KV cache",
+    )
+    add(
+        "--dp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="replicas of the model, each with its part of the prompts; dp x tp x cp x pp ranks in all",
+    )
+    add(
+        "--pp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="pipeline-parallel ranks, each with its part of the layers",
+    )
+    add(
+        "--micro-batches",
+        type=int,
+        metavar="M",
+        help="parts the prompts are cut into, to keep several stages of --pp busy; default: N",
+    )
+
+
+def check_model(
+    args: argparse.Namespace, checkpoint: Checkpoint, config: DecoderConfig | None
+) -> None:
+    """Raise the ValueError of flags that this model can't be run with, before ranks start.
+
+    Args:
+        config: None for a model that transformers runs.
+    """
+    if config is not None:
+        HeadLayout.of(config.num_heads, config.num_kv_heads, args.shares or args.tp)
+        stages_of(config, args.pp)
+    for axis in ("cp", "pp"):
+        if config is None and getattr(args, axis) > 1:
+            raise ValueError(
+                f"--{axis}: expected 1 for a model that transformers runs, got {getattr(args, axis)}"
+            )
+    if config is None and args.weights not in (None, "dense"):
+        raise ValueError(
+            f"--weights: expected dense for a model that transformers runs, got {args.weights}"
+        )
+    if args.weights == "blocks" and not isinstance(checkpoint, GGUFCheckpoint):
+        raise ValueError(
+            "--weights: expected dense or int8 for a model in no GGUF file, got blocks"
+        )
+
+
+def asked_dtype(args: argparse.Namespace) -> torch.dtype | None:
+    """What ``--dtype`` names."""
+    return getattr(torch, args.dtype) if args.dtype else None
