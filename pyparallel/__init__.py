@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pyparallel.backend import use
 from pyparallel.comm.communicator import PeerError
 from pyparallel.launch import RankError, launch
+from pyparallel.version import __version__
 
 if TYPE_CHECKING:
     from pyparallel.comm.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
@@ -103,6 +104,7 @@ __all__ = [
     "SequenceParallelLayerNorm",
     "SequenceParallelRMSNorm",
     "VocabParallelEmbedding",
+    "__version__",
     "all_gather",
     "all_reduce",
     "all_to_all",

@@ -22,6 +22,7 @@ from typing import NoReturn
 from pyparallel.commands.start import drop, is_command, say
 from pyparallel.limits import check_environment
 from pyparallel.ranks.process import end_server
+from pyparallel.version import __version__
 
 COMMANDS = {
     "generate": "answer prompts with a model cut over the ranks of this machine",
@@ -75,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     parser = _Parser(prog="pyparallel", description=__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     check_environment()
     for name, text in COMMANDS.items():

@@ -19,7 +19,7 @@ MAX_VARIABLES = 9
 # Lowest first. A file imports from lower floors, or from its own without going in circles.
 PYTHON_FLOORS = (
     ("kernels", "_C"),
-    ("limits", "autocast", "reference", "backend"),
+    ("limits", "autocast", "reference", "backend", "version"),
     ("cut",),
     ("checkpoint",),
     ("native",),

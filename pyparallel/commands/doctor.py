@@ -14,6 +14,7 @@ from typing import Any
 from pyparallel import backend
 from pyparallel.native.cuda import extension as cuda_extension
 from pyparallel.native.triton import missing
+from pyparallel.version import __version__
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +38,8 @@ def examine() -> dict[str, Any]:
     return {
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in ("pyparallel", "torch", "triton", "transformers")},
+            "pyparallel": __version__,
+            **{name: _version(name) for name in ("torch", "triton", "transformers")},
         },
         "cpu": {
             "cores": len(os.sched_getaffinity(0)),

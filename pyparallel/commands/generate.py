@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 from typing import Any
 
 from pyparallel.checkpoint.source import Checkpoint, open_checkpoint
@@ -15,8 +16,9 @@ from pyparallel.commands.generate_flags import (
     asked_dtype,
     check_model,
 )
-from pyparallel.commands.generate_output import Printer, print_summary, summary
+from pyparallel.commands.generate_output import BatchBar, Printer, print_summary, summary
 from pyparallel.commands.generate_ranks import Job, answer_prompts
+from pyparallel.commands.prompt_texts import asked_texts
 from pyparallel.cut.shares import part_sizes
 from pyparallel.decoding.conversation import Conversation
 from pyparallel.decoding.request import check_micro_batches, check_prompts
@@ -33,11 +35,8 @@ __all__ = ["add_arguments", "run"]
 
 def run(args: argparse.Namespace) -> int:
     check_numbers(args, ("dp", "tp", "cp", "pp"))
-    talking = args.chat and not args.prompt
-    if not args.prompt and not talking:
-        raise ValueError("--prompt: expected at least one, or --chat to talk; got none")
-    texts = args.prompt or []
-    check_texts("--prompt", texts)
+    texts = asked_texts(args)
+    talking = args.chat and not texts
     check_texts("--stop", args.stop or ())
     check_texts("--system", [args.system or ""])
     stops = checked_stops(args.stop or ())
@@ -69,42 +68,51 @@ def run(args: argparse.Namespace) -> int:
     )
     if talking:
         return talk(args, job, tokenizer, config)
-    return _answer(args, job, tokenizer, config)
+    return _answer(args, texts, job, tokenizer, config)
 
 
 def _answer(
-    args: argparse.Namespace, job: Job, tokenizer: Any, config: DecoderConfig | None
+    args: argparse.Namespace,
+    texts: list[str],
+    job: Job,
+    tokenizer: Any,
+    config: DecoderConfig | None,
 ) -> int:
-    """Every ``--prompt``."""
+    """Every prompt, all at once."""
     if args.chat:
         system = {"system": args.system}
-        prompts = [Conversation(tokenizer, **system).ask(text, 0) for text in args.prompt]
+        prompts = [Conversation(tokenizer, **system).ask(text, 0) for text in texts]
     else:
-        prompts = [ids_of(tokenizer, text) for text in args.prompt]
+        prompts = [ids_of(tokenizer, text) for text in texts]
     _check_context(prompts, args.dp, args.cp)
     check_micro_batches(args.micro_batches, len(prompts) if args.pp > 1 else 1)
     if config is not None:
         check_prompts(prompts, job.max_new_tokens, config.vocab_size, config.max_positions)
-    shown = not args.json and len(prompts) == 1
-    printer = Printer(tokenizer, shown=shown, stop_strings=job.stop_strings)
-    ranks = launch(
-        answer_prompts,
-        args.dp * args.pp * args.cp * args.tp,
-        job,
-        prompts,
-        args.micro_batches,
-        args.check,
-        threads=args.threads,
-        timeout_s=args.timeout,
-        on_report=printer.show,
-    )
-    printer.end()
+    single = len(prompts) == 1
+    shown = not args.json and (single or sys.stderr.isatty())
+    if shown and not single:
+        printer = BatchBar(len(prompts) * job.max_new_tokens)
+    else:
+        printer = Printer(tokenizer, shown=shown, stop_strings=job.stop_strings)
+    with printer:
+        ranks = launch(
+            answer_prompts,
+            args.dp * args.pp * args.cp * args.tp,
+            job,
+            prompts,
+            args.micro_batches,
+            args.check,
+            shown,
+            threads=args.threads,
+            timeout_s=args.timeout,
+            on_report=printer.show,
+        )
     told = summary(tokenizer, ranks, job.stop_strings)
     if args.check:
         told |= compare(
             args.model, prompts, ranks[0], job.sampling, job.dtype, int8=args.weights == "int8"
         )
-    print_summary(told, args.prompt, as_json=args.json)
+    print_summary(told, texts, as_json=args.json)
     return 0 if told.get("matches_dense", True) else 1
 
 

@@ -15,14 +15,30 @@ from pyparallel.models.load import WEIGHTS
 from pyparallel.models.stage import stages_of
 
 DTYPES = ("float32", "bfloat16", "float16")
+SHORT_DTYPES = dict(zip(("fp32", "bf16", "fp16"), DTYPES, strict=True))
 MAX_NEW_TOKENS = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", required=True, metavar="PATH", help="a folder of safetensors, or a GGUF file")
+    add(
+        *("-m", "--model"),
+        required=True,
+        metavar="PATH",
+        help="a folder of safetensors, or a GGUF file",
+    )
     add("--tokenizer", metavar="PATH", help="where the tokenizer is, if not with the model")
-    add("--prompt", action="append", help="text to continue; may be repeated")
+    add(
+        *("-p", "--prompt"),
+        action="append",
+        help="text to continue; may be repeated. Without any: a prompt a line of standard input",
+    )
+    add(
+        "--prompt-file",
+        action="append",
+        metavar="PATH",
+        help="a file with a prompt a line, - for standard input; may be repeated",
+    )
     add(
         "--chat",
         action="store_true",
@@ -43,7 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help=f"default: {MAX_NEW_TOKENS}, and in a chat of several questions 512 or half the context",
     )
-    add("--dtype", choices=DTYPES, help="of weights and activations; default: the checkpoint's")
+    add(
+        "--dtype",
+        choices=(*DTYPES, *SHORT_DTYPES),
+        help="of weights and activations; default: the checkpoint's",
+    )
     add(
         "--weights",
         choices=("dense", *WEIGHTS),
@@ -124,4 +144,4 @@ def check_model(
 
 def asked_dtype(args: argparse.Namespace) -> torch.dtype | None:
     """What ``--dtype`` names."""
-    return getattr(torch, args.dtype) if args.dtype else None
+    return getattr(torch, SHORT_DTYPES.get(args.dtype, args.dtype)) if args.dtype else None

@@ -47,12 +47,17 @@ class Job:
 
 
 def answer_prompts(
-    job: Job, prompts: list[list[int]], micro_batches: int | None, check: bool
+    job: Job, prompts: list[list[int]], micro_batches: int | None, check: bool, reports: bool
 ) -> dict[str, Any]:
-    """Load this rank's share, continue all prompts, tell."""
+    """Load this rank's share, continue all prompts, tell.
+
+    Args:
+        reports: each replica's first rank reports its tokens as they come.
+    """
     mesh, model = _loaded(job)
     first = mesh.world.rank == 0
-    on_token = (lambda row, token: report(token)) if first and len(prompts) == 1 else None
+    leads = mesh.tp.rank == mesh.cp.rank == mesh.pp.rank == 0
+    on_token = (lambda row, token: report(token)) if reports and leads else None
     made = generate(
         model,
         prompts,
@@ -68,6 +73,7 @@ def answer_prompts(
         "tokens": made.tokens,
         "prefill_s": made.prefill_s,
         "decode_tokens_per_s": made.decode_tokens_per_s,
+        "batch_tokens_per_s": made.batch_tokens_per_s,
         **_held(model),
     }
     if check:
