@@ -13,6 +13,7 @@ from pyparallel.comm.communicator import Communicator, Work
 from pyparallel.comm.cuda.engine import NcclCommunicator
 from pyparallel.comm.hierarchical import HierarchicalCommunicator
 from pyparallel.comm.local_engine import LocalCommunicator
+from pyparallel.comm.recorded import RecordedCommunicator
 from pyparallel.comm.shared.engine import SharedMemoryCommunicator
 from pyparallel.comm.torch_engine import TorchCommunicator
 
@@ -20,6 +21,7 @@ ENGINES = (
     HierarchicalCommunicator,
     LocalCommunicator,
     NcclCommunicator,
+    RecordedCommunicator,
     SharedMemoryCommunicator,
     TorchCommunicator,
 )
