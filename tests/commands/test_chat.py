@@ -155,6 +155,8 @@ class Terminal:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # Whoever started the tests in the background ignores Ctrl-C, and so would this.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         os.close(slave)
 
@@ -162,8 +164,11 @@ class Terminal:
         """What came on the screen up to ``shown``."""
         deadline = time.monotonic() + 90
         while shown not in self.screen:
-            ready, _, _ = select.select([self._end], [], [], deadline - time.monotonic())
-            assert ready, self.screen[-500:]
+            left = max(0.0, deadline - time.monotonic())
+            ready, _, _ = select.select([self._end], [], [], left)
+            if not ready or left == 0.0:
+                self.process.kill()
+                raise AssertionError(self.screen[-500:])
             try:
                 self.screen += os.read(self._end, 1 << 16).decode()
             except OSError:
