@@ -179,8 +179,8 @@ MUTANTS = (
     # The first of the parameters does not count.
     Mutant(
         "pyparallel/training/grad_norm.py",
-        "torch.stack([_power_sum(replicated, norm_type, device), total])",
-        "torch.stack([_power_sum(replicated[1:], norm_type, device), total])",
+        "torch.stack([power_sum(replicated, norm_type, device), total])",
+        "torch.stack([power_sum(replicated[1:], norm_type, device), total])",
         DATA,
     ),
     Mutant(
