@@ -23,7 +23,7 @@ def config_of(shape: ModelShape) -> DecoderConfig:
     """
     if shape.experts:
         raise ValueError(
-            f"model: expected a dense model to draw, got {shape.name} with {shape.experts} experts a "
+            f"model: expected a dense model, got {shape.name} with {shape.experts} experts a "
             f"layer, of which there are no modules yet"
         )
     return DecoderConfig(

@@ -65,7 +65,7 @@ def test_a_difference_is_told_and_is_an_error(capsys, monkeypatch) -> None:
     ("more", "message"),
     [
         (("--dtype", "fp8"), "--dry-run: expected --dtype fp32, bf16, fp16, got fp8"),
-        (("--model", "mixtral-8x7b", "--gpus", "8"), "expected a dense model to draw"),
+        (("--model", "mixtral-8x7b", "--gpus", "8"), "expected a dense model"),
     ],
 )
 def test_what_cannot_be_counted_is_refused(more, message, capsys) -> None:

@@ -176,7 +176,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         (["--tokens", "99999999999"], "tokens: expected at most 16777216"),
         (["--micro-batch", "99999999"], "micro_batch x tokens: expected at most 268435456"),
         (["--pp", "2", "--micro-batches", "0"], "micro_batches: expected at least 1, got 0"),
-        (["--model", "mixtral-8x7b"], "model: expected a dense model to draw, got Mixtral-8x7B"),
+        (["--model", "mixtral-8x7b"], "model: expected a dense model, got Mixtral-8x7B"),
         (["--model", "lama-3.1-8b"], "did you mean Llama-3.1-8B"),
         (["--pp", "2", "--schedule", "interleaved"], "chunks: expected 2 or more a rank"),
         (["--pp", "2", "--chunks", "2", "--micro-batches", "3"], "use 4"),
