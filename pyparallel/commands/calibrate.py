@@ -97,7 +97,7 @@ def write(found: Calibration, path: Path) -> None:
 
 
 def _measure(ranks: int) -> Calibration:
-    mesh, alone = init_mesh(tp=ranks), Group.single()
+    mesh, alone = init_mesh(tp=ranks, device_type="cpu"), Group.single()
     few, many = (_step_s(layers, alone) for layers in (2, 12))
     # On a machine that does other work as well, differences may come out below nothing.
     layer_s = max(0.0, (many - few) / 10)
@@ -109,7 +109,7 @@ def _measure(ranks: int) -> Calibration:
     sequence_s = max(0.0, (_step_s(2, alone, batch=8) - few) / 7)
     staged_layer_s = layer_s
     if ranks > 1:
-        stages = init_mesh(pp=ranks).pp
+        stages = init_mesh(pp=ranks, device_type="cpu").pp
         many, few = (_step_s(n * ranks, alone, stages=stages) for n in (6, 1))
         staged_layer_s = max(0.0, (many - few) / (5 * ranks))
     return Calibration(

@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
     from pyparallel.planner.plan import plan
     from pyparallel.planner.plans.plots import check_plot, write_plot
 
+    for name in ("calibrate", "draw"):
+        _check_folder(f"--{name}", getattr(args, name))
     if args.calibrate is not None:
         return _calibrate(args)
     if args.model is None:
@@ -113,6 +115,12 @@ def run(args: argparse.Namespace) -> int:
         if checks:
             _show_dry_run(checks)
     return int(not all(each.agrees for each in checks or ()))
+
+
+def _check_folder(name: str, path: Path | None) -> None:
+    """Before anything takes its time."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise ValueError(f"{name}: expected a folder that is there, got {path.parent}")
 
 
 def _calibrate(args: argparse.Namespace) -> int:

@@ -81,6 +81,16 @@ def test_the_best_is_drawn(tmp_path: Path, capsys) -> None:
     assert ElementTree.parse(path).getroot().tag.endswith("svg")
 
 
+@pytest.mark.parametrize("name", ["--calibrate", "--draw"])
+def test_a_file_that_can_not_be_written_is_told_first(
+    name, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(calibrate, "calibrate", lambda ranks: pytest.fail("measured"))
+    path = tmp_path / "nowhere" / "file"
+    assert main(["plan", "--model", "smollm2-135m", "--gpu", "l4", name, str(path)]) == 2
+    assert f"{name}: expected a folder that is there" in capsys.readouterr().err
+
+
 def test_a_measured_machine_is_planned_for(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(calibrate, "calibrate", lambda ranks: CPU)
     path = tmp_path / "cpu.toml"
