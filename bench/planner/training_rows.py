@@ -38,6 +38,21 @@ def gpt(row: Mapping[str, Any], vocab: int = 51200) -> ModelShape:
     )
 
 
+def nemo_strategy(row: Mapping[str, Any]) -> Strategy:
+    """A row of NeMo's recipes: sp wherever tp is, and a distributed optimizer."""
+    cp = row.get("cp", 1)
+    return Strategy(
+        dp=row.get("dp", row["gpus"] // (row["tp"] * row["pp"] * cp)),
+        pp=row["pp"],
+        cp=cp,
+        tp=row["tp"],
+        sp=row["tp"] > 1,
+        micro_batch=row["micro_batch"],
+        virtual_stages=row.get("vp") or 1,
+        zero=1,
+    )
+
+
 def dgxc(content: Mapping[str, Any], reading: Reading) -> Iterator[Case]:
     """NeMo's recipes: bf16 gradients, a distributed optimizer, nothing computed again."""
     for row in [*content["rows"], *content["finetune"]]:
@@ -45,21 +60,10 @@ def dgxc(content: Mapping[str, Any], reading: Reading) -> Iterator[Case]:
             reading.unused["FSDP of MaxText, another engine"] += 1
             continue
         shape, gpu = model_shape(row["model"]), row.get("gpu", "H100")
-        cp = row.get("cp", 1)
-        strategy = Strategy(
-            dp=row.get("dp", row["gpus"] // (row["tp"] * row["pp"] * cp)),
-            pp=row["pp"],
-            cp=cp,
-            tp=row["tp"],
-            sp=row["tp"] > 1,
-            micro_batch=row["micro_batch"],
-            virtual_stages=row.get("vp") or 1,
-            zero=1,
-        )
         precision = row["precision"]
         yield Case(
             replace(shape, layers=row.get("layers") or shape.layers),
-            strategy,
+            nemo_strategy(row),
             Training(row["global_batch"], row["seq"], dtype=precision, gradient_dtype="bf16"),
             cluster_of(gpu, row["gpus"]),
             engine_of("megatron"),

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from bench.planner.training_rows import nemo_strategy
 from bench.planner.truth import Pair, Reading
 from bench.planner.ultrascale import rows_of, shape_of, strategy_of, training_of
 from pyparallel.planner.engines import engine_of
@@ -75,17 +76,7 @@ def dgxc(content: Mapping[str, Any]) -> Reading:
     """The two peaks that NeMo's recipes print."""
     reading, engine = Reading(), engine_of("megatron")
     for row in content["measured_memory"]:
-        shape = model_shape(row["model"])
-        cp = row.get("cp", 1)
-        strategy = Strategy(
-            dp=row.get("dp", row["gpus"] // (row["tp"] * row["pp"] * cp)),
-            pp=row["pp"],
-            cp=cp,
-            tp=row["tp"],
-            sp=row["tp"] > 1,
-            micro_batch=row["micro_batch"],
-            zero=1,
-        )
+        shape, strategy = model_shape(row["model"]), nemo_strategy(row)
         # What is allocated after a step is 2 + 2 + 12 / (dp cp) bytes a parameter: bf16 gradients.
         training = Training(row.get("global_batch", 128), row["seq"], gradient_dtype="bf16")
         memory = training_memory(shape, strategy, training, engine=engine)
