@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from pyparallel.testing import (
 )
 from tests.orders import Exact, farthest
 from tests.transformers_models import CASES, GENERATES, build, class_of, config_of, inputs
+from tests.truths import truths_of
 
 PROMPT = 5
 GREEDY = {"max_new_tokens": 25, "do_sample": False, "eos_token_id": None}
@@ -69,10 +71,27 @@ def step(model: nn.Module, x: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"logits": output.logits.detach(), "loss": output.loss.detach(), **grads}
 
 
-Case = tuple[str, str, dict]
+@dataclass(frozen=True)
+class Truth:
+    """What the dense model of a case gives.
+
+    Attributes:
+        exact: :func:`step` in fp64.
+        plain: in fp32, of several orders of its sums the farthest.
+        tokens: what it generates, if it does.
+    """
+
+    exact: dict[str, Tensor]
+    plain: dict[str, Tensor]
+    tokens: Tensor | None
 
 
-def compare(mesh: Mesh, name: str, attention: str, changes: dict, expected: Tensor | None) -> None:
+# Of a config, as pairs; a model's name, its attention, and those.
+Changes = tuple[tuple[str, int], ...]
+Case = tuple[str, str, Changes]
+
+
+def compare(mesh: Mesh, name: str, attention: str, changes: Changes, truth: Truth) -> None:
     """Forward, backward and generation of one case.
 
     Bounds: the dense model in fp32 errs by e = max |dense - truth| against fp64, over several legal
@@ -84,15 +103,11 @@ def compare(mesh: Mesh, name: str, attention: str, changes: dict, expected: Tens
     """
     rank, ranks = mesh.tp.rank, mesh.tp.size
     grown, u = 1 + math.sqrt(ranks), UNIT_ROUNDOFF[torch.float32]
-    what = f"{name} {attention} {changes or ''} R={ranks} rank={rank}"
-    dense = build(name, attention, **changes)
-    truth = truth_of(dense)
+    what = f"{name} {attention} {dict(changes) or ''} R={ranks} rank={rank}"
+    dense = build(name, attention, **dict(changes))
     model = parallelize(copy.deepcopy(dense), mesh)
-    x = inputs(dense)
-    with Exact():
-        exact = step(truth, x)
-    plain = farthest(partial(step, dense, x), exact)
-    found = step(model, x)
+    exact, plain = truth.exact, truth.plain
+    found = step(model, inputs(dense))
 
     error = largest(plain["logits"].double() - exact["logits"]) + u * largest(exact["logits"])
     assert_within(found["logits"], exact["logits"], grown * error, what + " logits")
@@ -116,34 +131,41 @@ def compare(mesh: Mesh, name: str, attention: str, changes: dict, expected: Tens
         assert n not in real or bound < 0.01 * size, f"{what} {n}: bound {bound} of {size}"
         assert_within(ours[n].grad, shardings[n].split(exact, rank), bound, f"{what} d{n}")
 
-    if expected is not None:
+    if truth.tokens is not None:
         tokens = model.generate(inputs(dense)["input_ids"][:1, :PROMPT], **GREEDY)
-        assert_equal(tokens, expected, what + " tokens")
+        assert_equal(tokens, truth.tokens, what + " tokens")
         if ranks == 2:
             options = {**GREEDY, "cache_implementation": "static"}
             tokens = model.generate(inputs(dense)["input_ids"][:1, :PROMPT], **options)
-            assert_equal(tokens, expected, what + " tokens, static cache")
+            assert_equal(tokens, truth.tokens, what + " tokens, static cache")
 
 
-@cache
-def dense_tokens(name: str, attention: str, changes: tuple) -> Tensor | None:
-    """What the dense model says, worked out once for all numbers of ranks."""
-    if name not in GENERATES:
-        return None
+def truth_of_case(name: str, attention: str, changes: Changes) -> Truth:
     dense = build(name, attention, **dict(changes))
-    tokens = dense.generate(inputs(dense)["input_ids"][:1, :PROMPT], **GREEDY)
-    assert tokens.shape[1] == PROMPT + GREEDY["max_new_tokens"]
-    return tokens
+    x = inputs(dense)
+    with Exact():
+        exact = step(truth_of(dense), x)
+    plain = farthest(partial(step, dense, x), exact)
+    tokens = None
+    if name in GENERATES:
+        tokens = dense.generate(x["input_ids"][:1, :PROMPT], **GREEDY)
+        assert tokens.shape[1] == PROMPT + GREEDY["max_new_tokens"]
+    return Truth(exact, plain, tokens)
 
 
-def compare_all(mesh: Mesh, cases: list[Case], expected: list[Tensor | None]) -> None:
-    for case, tokens in zip(cases, expected, strict=True):
-        compare(mesh, *case, tokens)
+def compare_all(mesh: Mesh, cases: list[Case], truths: list[Truth]) -> None:
+    for case, truth in zip(cases, truths, strict=True):
+        compare(mesh, *case, truth)
+
+
+def check_cases(cases: list[Case], ranks: int, shares: tuple[int, ...] | None = None) -> None:
+    on_ranks(compare_all, ranks, cases, truths_of(truth_of_case, cases), shares=shares)
 
 
 def cases_of(names: Iterable[str], attention: str, changes: dict | None = None) -> list[Case]:
     # Gemma2 caps its scores, which only the eager path does.
-    return [(n, "eager" if n == "gemma2" else attention, changes or {}) for n in names]
+    given = tuple((changes or {}).items())
+    return [(n, "eager" if n == "gemma2" else attention, given) for n in names]
 
 
 SWEEPS = {
@@ -160,9 +182,7 @@ SWEEPS = {
 
 @pytest.mark.parametrize("ranks", SWEEPS)
 def test_equals_dense(ranks: int) -> None:
-    cases = SWEEPS[ranks]
-    tokens = [dense_tokens(name, kind, tuple(changes.items())) for name, kind, changes in cases]
-    on_ranks(compare_all, ranks, cases, tokens)
+    check_cases(SWEEPS[ranks], ranks)
 
 
 # What cuts in ways of its own: stacked and interleaved projections, Conv1D, an encoder, replicas.
@@ -176,9 +196,7 @@ UNEQUAL = {
 
 @pytest.mark.parametrize("shares", UNEQUAL, ids=str)
 def test_equals_dense_at_unequal_shares(shares: tuple[int, ...]) -> None:
-    cases = UNEQUAL[shares]
-    tokens = [dense_tokens(name, kind, tuple(changes.items())) for name, kind, changes in cases]
-    on_ranks(compare_all, len(shares), cases, tokens, shares=shares)
+    check_cases(UNEQUAL[shares], len(shares), shares)
 
 
 def check_structure(mesh: Mesh) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from pyparallel.testing import UNIT_ROUNDOFF, assert_within, dense_bound, run_ra
 from tests.orders import farthest
 from tests.training.pipeline_checks import token_losses
 from tests.transformers_models import build
+from tests.truths import truths_of
 
 LLAMA = {
     "model_type": "llama",
@@ -103,46 +105,71 @@ def rounding_level(grads: list[Tensor], truth: list[Tensor]) -> float:
     )
 
 
-def as_dense(group: Group, family: str) -> None:
+# Length, dtype and options of each comparison.
+SETTINGS = (
+    (8, torch.float32, {}),
+    (7, torch.float32, {"recompute": "attention"}),
+    (9, torch.float32, {"recompute": "layers"}),
+    (11, torch.bfloat16, {}),
+    (7, torch.float32, {"sequence_parallel": False, "recompute": "layers"}),
+)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the dense model gives of one setting.
+
+    Attributes:
+        losses: the tokens', in fp64.
+        rounded: the same in the setting's dtype, of several orders of its sums the farthest.
+        grads: in fp64.
+        level: the relative error of the gradients in the setting's dtype.
+    """
+
+    losses: Tensor
+    rounded: Tensor
+    grads: list[Tensor]
+    level: float
+
+
+def truth_of(family: str, length: int, dtype: torch.dtype) -> Truth:
+    config = from_hugging_face(FAMILIES[family])
+    losses, grads = dense(config, torch.float64, length)
+    rounded, rounded_grads = farthest(partial(dense, config, dtype, length), (losses, grads))
+    level = rounding_level(rounded_grads, grads) + UNIT_ROUNDOFF[dtype]
+    return Truth(losses, rounded, grads, level)
+
+
+def as_dense(group: Group, family: str, truths: list[Truth]) -> None:
     """Errors as in ``assert_as_dense``: (1 + sqrt(R)) times the dense model's in the same dtype.
 
     The loss is a mean, which errs no more than the worst of the tokens' losses.
     """
     config = from_hugging_face(FAMILIES[family])
-    for length, dtype, options in (
-        (8, torch.float32, {}),
-        (7, torch.float32, {"recompute": "attention"}),
-        (9, torch.float32, {"recompute": "layers"}),
-        (11, torch.bfloat16, {}),
-        (7, torch.float32, {"sequence_parallel": False, "recompute": "layers"}),
-    ):
+    for (length, dtype, options), truth in zip(SETTINGS, truths, strict=True):
         options = {"sequence_parallel": True, **options}
         what = f"{family} S={length} {dtype} {options}"
-        truth, true_grads = dense(config, torch.float64, length)
-        losses_in_dtype, grads_in_dtype = farthest(
-            partial(dense, config, dtype, length), (truth, true_grads)
-        )
-        level = rounding_level(grads_in_dtype, true_grads) + UNIT_ROUNDOFF[dtype]
         model = model_of(config, group, dtype, **options)
         ids, targets = batch_of(config, 2, length)
         loss = vocab_parallel_cross_entropy(
             model(ids), targets, group=group, vocab_size=config.vocab_size
         )
         grads = torch.autograd.grad(loss, list(model.parameters()))
-        bound = dense_bound(losses_in_dtype, truth, group.size, what)
-        assert_within(loss, truth.mean(), bound, f"{what} loss")
+        bound = dense_bound(truth.rounded, truth.losses, group.size, what)
+        assert_within(loss, truth.losses.mean(), bound, f"{what} loss")
         factor = 1 + math.sqrt(group.size)
         shardings = named_shardings(model)
-        for (name, _), grad, true in zip(model.named_parameters(), grads, true_grads, strict=True):
+        for (name, _), grad, true in zip(model.named_parameters(), grads, truth.grads, strict=True):
             own = shardings[name].split(true, group.rank)
-            bound = factor * level * float(true.abs().max())
+            bound = factor * truth.level * float(true.abs().max())
             assert_within(grad, own, bound, f"{what} d{name}")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_as_dense(ranks, family):
-    run_ranks(as_dense, ranks, family)
+    cases = [(family, length, dtype) for length, dtype, _ in SETTINGS]
+    run_ranks(as_dense, ranks, family, truths_of(truth_of, cases))
 
 
 def counted(group: Group, family: str, options: dict[str, Any]) -> tuple[dict, dict]:
