@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 import tokenizers
 
+from pyparallel.cli import main
 from pyparallel.models import dense
 from tests.checkpoint.gguf_files import Model
 from tests.transformers_models import build
@@ -27,6 +29,22 @@ def run(*args: object, timeout: float = 120, **environment: str) -> subprocess.C
         timeout=timeout,
         env={**os.environ, **environment},
     )
+
+
+Report = Callable[..., dict]
+
+
+@pytest.fixture
+def report(capsys: pytest.CaptureFixture) -> Report:
+    """What ``pyparallel generate ... --json`` reports, run here, where everything is imported."""
+
+    def told(*args: object) -> dict:
+        status = main(["generate", *map(str, args), "--json"])
+        said = capsys.readouterr()
+        assert status == 0, said.err
+        return json.loads(said.out)
+
+    return told
 
 
 @pytest.fixture(scope="module")
@@ -45,34 +63,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("extra", [(), ("--temperature", 1, "--top-k", 9, "--seed", 5)])
-def test_generate_json(folder: Path, extra: tuple) -> None:
-    result = run(
-        *("generate", "--model", folder, "--tp", 2, "--prompt", "w5 w9 w2", "--check", "--json"),
+def test_generate_json(report: Report, folder: Path, extra: tuple) -> None:
+    found = report(
+        *("--model", folder, "--tp", 2, "--prompt", "w5 w9 w2", "--check"),
         *("--max-new-tokens", 7, *extra),
     )
-    assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout)
-    assert report["matches_dense"] is True
-    assert report["max_abs_logit_diff"] < 1e-4
-    assert 1 <= len(report["tokens"]) <= 7
-    assert report["prefill_s"] > 0
-    assert [row["rank"] for row in report["ranks"]] == [0, 1]
+    assert found["matches_dense"] is True
+    assert found["max_abs_logit_diff"] < 1e-4
+    assert 1 <= len(found["tokens"]) <= 7
+    assert found["prefill_s"] > 0
+    assert [row["rank"] for row in found["ranks"]] == [0, 1]
     dense_bytes = sum(p.numel() * p.itemsize for p in build("llama").parameters())
     # The norms and the output bias of two layers, and the last norm, are on both ranks.
     replicated = (3 * 2 + 1) * 36 * 4
-    assert sum(row["weight_bytes"] for row in report["ranks"]) == dense_bytes + replicated
-    assert all(row["peak_rss_bytes"] > row["weight_bytes"] for row in report["ranks"])
+    assert sum(row["weight_bytes"] for row in found["ranks"]) == dense_bytes + replicated
+    assert all(row["peak_rss_bytes"] > row["weight_bytes"] for row in found["ranks"])
 
 
-def test_shares_move_weights_and_change_no_token(folder: Path) -> None:
+def test_shares_move_weights_and_change_no_token(report: Report, folder: Path) -> None:
     told = []
     for shares in ((), ("--shares", "6,2")):
-        result = run(
-            *("generate", "--model", folder, "--tp", 2, *shares, "--check", "--json"),
+        found = report(
+            *("--model", folder, "--tp", 2, *shares, "--check"),
             *("--prompt", "w5 w9 w2", "--max-new-tokens", 7),
         )
-        assert result.returncode == 0, result.stderr
-        told.append(json.loads(result.stdout))
+        told.append(found)
     equal, unequal = told
     assert unequal["matches_dense"] is True and unequal["max_abs_logit_diff"] < 1e-4
     assert unequal["tokens"] == equal["tokens"]
@@ -84,8 +99,6 @@ def test_shares_move_weights_and_change_no_token(folder: Path) -> None:
 
 @pytest.mark.parametrize("text", ["2,1.5", "2;1", "2,", "", "2,1_0", "2,\u0663", "2," + "9" * 40])
 def test_shares_are_whole_numbers(text: str, capsys) -> None:
-    from pyparallel.cli import main
-
     with pytest.raises(SystemExit, match=r"^2$"):
         main(["generate", "--model", "nowhere", "--prompt", "w1", "--tp", "2", "--shares", text])
     error = capsys.readouterr().err
@@ -93,77 +106,67 @@ def test_shares_are_whole_numbers(text: str, capsys) -> None:
     assert error.count("\n") == 1
 
 
-def test_int8_weights_match_the_dense_model_rounded_alike(folder: Path) -> None:
-    result = run(
-        *("generate", "--model", folder, "--tp", 2, "--weights", "int8", "--check", "--json"),
+def test_int8_weights_match_the_dense_model_rounded_alike(report: Report, folder: Path) -> None:
+    found = report(
+        *("--model", folder, "--tp", 2, "--weights", "int8", "--check"),
         *("--prompt", "w5 w9 w2", "--max-new-tokens", 7),
     )
-    assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout)
-    assert report["matches_dense"] is True
-    assert report["max_abs_logit_diff"] < 1e-4
+    assert found["matches_dense"] is True
+    assert found["max_abs_logit_diff"] < 1e-4
     whole = sum(p.numel() * p.itemsize for p in build("llama").parameters())
     # The matrices are all of it but for a table that is only looked up, and vectors.
-    assert sum(row["weight_bytes"] for row in report["ranks"]) < 0.4 * whole
+    assert sum(row["weight_bytes"] for row in found["ranks"]) < 0.4 * whole
 
 
-def test_a_gguf_is_held_as_its_blocks(folder: Path, tmp_path: Path) -> None:
+def test_a_gguf_is_held_as_its_blocks(report: Report, folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "small.gguf"
     Model("Q4_0", hidden=96, heads=3, kv_heads=3, intermediate=160).write(path)
-    result = run(
-        *("generate", "--model", path, "--tokenizer", folder, "--tp", 2, "--check", "--json"),
+    found = report(
+        *("--model", path, "--tokenizer", folder, "--tp", 2, "--check"),
         *("--prompt", "w5 w9 w2", "--max-new-tokens", 7),
     )
-    assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout)
-    assert report["matches_dense"] is True
-    assert report["max_abs_logit_diff"] < 1e-4
+    assert found["matches_dense"] is True
+    assert found["max_abs_logit_diff"] < 1e-4
     # The file, with its header; the norms are on both ranks.
-    assert sum(row["weight_bytes"] for row in report["ranks"]) < path.stat().st_size + 5 * 96 * 4
+    assert sum(row["weight_bytes"] for row in found["ranks"]) < path.stat().st_size + 5 * 96 * 4
 
 
-def test_the_context_is_cut_too(folder: Path) -> None:
-    result = run(
-        *("generate", "--model", folder, "--tp", 2, "--cp", 2, "--check", "--json"),
+def test_the_context_is_cut_too(report: Report, folder: Path) -> None:
+    found = report(
+        *("--model", folder, "--tp", 2, "--cp", 2, "--check"),
         *("--prompt", "w5 w9 w2 w7 w7 w1 w3", "--max-new-tokens", 7),
     )
-    assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout)
-    assert report["matches_dense"] is True
-    assert report["max_abs_logit_diff"] < 1e-4
-    assert [row["rank"] for row in report["ranks"]] == [0, 1, 2, 3]
-    weights = [row["weight_bytes"] for row in report["ranks"]]
+    assert found["matches_dense"] is True
+    assert found["max_abs_logit_diff"] < 1e-4
+    assert [row["rank"] for row in found["ranks"]] == [0, 1, 2, 3]
+    weights = [row["weight_bytes"] for row in found["ranks"]]
     # cp cuts no weights: ranks 0 and 2 are the first of the two tp ranks.
     assert weights[:2] == weights[2:] and weights[0] < sum(weights[:2])
 
 
-def test_prompts_are_answered_by_replicas(folder: Path) -> None:
-    result = run(
-        *("generate", "--model", folder, "--dp", 2, "--tp", 2, "--check", "--json"),
+def test_prompts_are_answered_by_replicas(report: Report, folder: Path) -> None:
+    found = report(
+        *("--model", folder, "--dp", 2, "--tp", 2, "--check"),
         *("--prompt", "w5 w9", "--prompt", "w3", "--prompt", "w7 w1 w2", "--max-new-tokens", 4),
         *("--temperature", 1.0, "--seed", 5),
     )
-    assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout)
-    assert report["matches_dense"] is True
-    assert len(report["text"]) == 3
-    assert [row["rank"] for row in report["ranks"]] == [0, 1, 2, 3]
+    assert found["matches_dense"] is True
+    assert len(found["text"]) == 3
+    assert [row["rank"] for row in found["ranks"]] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
     "options", [("--tp", 2), ("--dp", 2, "--weights", "int8")], ids=["tp", "dp int8"]
 )
-def test_the_layers_are_cut_too(folder: Path, options: tuple) -> None:
-    result = run(
-        *("generate", "--model", folder, "--pp", 2, "--micro-batches", 2, "--check", "--json"),
+def test_the_layers_are_cut_too(report: Report, folder: Path, options: tuple) -> None:
+    found = report(
+        *("--model", folder, "--pp", 2, "--micro-batches", 2, "--check"),
         *("--prompt", "w5 w9 w2", "--prompt", "w7 w7 w1 w3", "--prompt", "w8"),
         *("--max-new-tokens", 7, *options),
     )
-    assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout)
-    assert report["matches_dense"] is True
-    assert report["max_abs_logit_diff"] < 1e-4
-    assert [row["rank"] for row in report["ranks"]] == [0, 1, 2, 3]
+    assert found["matches_dense"] is True
+    assert found["max_abs_logit_diff"] < 1e-4
+    assert [row["rank"] for row in found["ranks"]] == [0, 1, 2, 3]
 
 
 def test_generate_prints_text(folder: Path) -> None:
@@ -177,10 +180,14 @@ def test_generate_prints_text(folder: Path) -> None:
     assert "tokens/s" in result.stderr
 
 
-def test_streamed_text_is_the_whole_text(folder: Path) -> None:
-    args = ("generate", "--model", folder, "--tp", 2, "--prompt", "w5 w9", "--max-new-tokens", 9)
-    streamed, whole = run(*args), run(*args, "--json")
-    assert streamed.stdout.strip() == json.loads(whole.stdout)["text"].strip()
+def test_streamed_text_is_the_whole_text(report: Report, folder: Path) -> None:
+    args = ("--model", folder, "--tp", 2, "--prompt", "w5 w9", "--max-new-tokens", 9)
+    streamed, whole = run("generate", *args), run("generate", *args, "--json")
+    assert (
+        streamed.stdout.strip()
+        == json.loads(whole.stdout)["text"].strip()
+        == report(*args)["text"].strip()
+    )
 
 
 @pytest.mark.parametrize(
@@ -215,8 +222,6 @@ def test_mistakes_are_one_line(
     folder: Path, tmp_path: Path, args: list[str], words: str, capsys, monkeypatch
 ) -> None:
     """In this process, which has everything imported; the status is what the shell would see."""
-    from pyparallel.cli import main
-
     monkeypatch.chdir(tmp_path)
     given = ["generate", "--model", str(folder), *args]
     if "--prompt" not in args:
@@ -228,8 +233,6 @@ def test_mistakes_are_one_line(
 
 
 def test_unknown_architecture_is_one_line(folder: Path, tmp_path: Path, capsys) -> None:
-    from pyparallel.cli import main
-
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
@@ -272,7 +275,7 @@ def test_a_killed_rank_is_told_and_leaves_nothing(folder: Path) -> None:
     assert set(os.listdir("/dev/shm")) <= shm
 
 
-def test_doctor() -> None:
+def test_doctor(capsys: pytest.CaptureFixture) -> None:
     result = run("doctor", "--json")
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
@@ -282,7 +285,8 @@ def test_doctor() -> None:
     assert backends["cuda"]["supports"] or backends["cuda"]["reason"]
     assert report["cpu"]["cores"] == len(os.sched_getaffinity(0))
     assert "linear" in report["ops"]
-    assert run("doctor").stdout.count("yes") >= 2
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out.count("yes") >= 2
 
 
 def test_the_dense_model_is_transformers_own(folder: Path) -> None:

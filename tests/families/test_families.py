@@ -15,6 +15,7 @@ from pyparallel.launch import launch
 from pyparallel.mesh import init_mesh
 from tests.families.compare import continued, loaded, staged, truths, whole_calls
 from tests.families.settings import OWN, Case, built, draw, kinds
+from tests.truths import truths_of
 
 # A mesh, and whether between the matmuls each rank has its own tokens.
 MESHES = (
@@ -51,18 +52,23 @@ REFUSALS = (
 )
 
 
+def said(folder: str, orders: int) -> tuple[dict, list[list[int]] | None]:
+    """What the dense model of a folder says: its steps, and its tokens."""
+    dense = from_folder(folder)
+    return truths(dense, orders), continued(dense)
+
+
 def on_ranks(
-    cases: list[dict], folders: list[str], sizes: dict, sequence_parallel: bool, orders: int
+    cases: list[dict], folders: list[str], dense_said: list, sizes: dict, sequence_parallel: bool
 ):
     """What each case got wrong, or how it is refused: (wrong, refused)."""
     mesh = init_mesh(**sizes)
     wrong, refused = [], []
-    for content, folder in zip(cases, folders, strict=True):
+    for content, folder, (truth, expected) in zip(cases, folders, dense_said, strict=True):
         case = Case(content["kind"], content["options"], tuple(content["dropped"]))
-        dense = from_folder(folder)
-        truth = truths(dense, orders)
         if False not in truth:
             continue
+        dense = from_folder(folder)
         doors = []
         if mesh.pp.size > 1:
             doors.append(lambda c=case, d=dense, t=truth: staged(c, d, mesh, t))
@@ -71,7 +77,6 @@ def on_ranks(
                 lambda c=case, d=dense, t=truth: whole_calls(c, d, mesh, t, sequence_parallel)
             )
         if not sequence_parallel and mesh.pp.size == 1:
-            expected = continued(dense)
             doors.append(
                 lambda c=case, f=folder, t=truth, e=expected: loaded(c, Path(f), mesh, t, e)
             )
@@ -91,14 +96,29 @@ def from_folder(folder: str) -> torch.nn.Module:
     return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-def sweep(cases: list[Case], tmp_path: Path, meshes: tuple, orders: int = 1) -> dict[str, set[str]]:
+_folders: dict[str, Path | None] = {}
+
+
+def folder_of(case: Case, root: Path) -> Path | None:
+    """Of the case's checkpoint, written at its first mention; None if transformers makes none."""
+    key = repr(case)
+    if key not in _folders:
+        folder = root / f"family-{len(_folders)}"
+        _folders[key] = None if built(case, folder) is None else folder
+    return _folders[key]
+
+
+def sweep(
+    cases: list[Case], factory: pytest.TempPathFactory, meshes: tuple, orders: int = 1
+) -> dict[str, set[str]]:
     """Asserts that nothing is wrong; the types that were refused, by the reason."""
-    made = [(case, tmp_path / str(number)) for number, case in enumerate(cases)]
-    made = [(case, folder) for case, folder in made if built(case, folder) is not None]
+    made = [(case, folder_of(case, factory.getbasetemp())) for case in cases]
+    made = [(case, folder) for case, folder in made if folder is not None]
     assert len(made) > len(cases) / 3, "most settings are to be ones that transformers has"
     contents = [{"kind": c.kind, "options": c.options, "dropped": list(c.dropped)} for c, _ in made]
     json.dumps(contents)
     folders = [str(folder) for _, folder in made]
+    dense_said = truths_of(said, [(folder, orders) for folder in folders])
     wrong: list[str] = []
     reasons: dict[str, set[str]] = {}
     for sizes, sequence_parallel in meshes:
@@ -108,9 +128,9 @@ def sweep(cases: list[Case], tmp_path: Path, meshes: tuple, orders: int = 1) -> 
             ranks,
             contents,
             folders,
+            dense_said,
             sizes,
             sequence_parallel,
-            orders,
             threads=1,
             timeout_s=300.0,
         )
@@ -132,22 +152,24 @@ def check_refusals(reasons: dict[str, set[str]]) -> None:
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_plain_models_of_some_types(mesh: tuple, tmp_path: Path) -> None:
+def test_plain_models_of_some_types(mesh: tuple, tmp_path_factory: pytest.TempPathFactory) -> None:
     cases = [draw(kind, 0) for kind in SOME]
-    check_refusals(sweep(cases, tmp_path, (mesh,), orders=0))
+    check_refusals(sweep(cases, tmp_path_factory, (mesh,), orders=0))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_plain_models_of_every_type(mesh: tuple, tmp_path: Path) -> None:
+def test_plain_models_of_every_type(mesh: tuple, tmp_path_factory: pytest.TempPathFactory) -> None:
     cases = [draw(kind, 0) for kind in kinds()]
-    check_refusals(sweep(cases, tmp_path, (mesh,), orders=0))
+    check_refusals(sweep(cases, tmp_path_factory, (mesh,), orders=0))
 
 
 @pytest.mark.parametrize("seed", range(1, 4))
-def test_drawn_settings_of_our_own_decoders(seed: int, tmp_path: Path) -> None:
+def test_drawn_settings_of_our_own_decoders(
+    seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     cases = [draw(kind, seed) for kind in OWN]
-    check_refusals(sweep(cases, tmp_path, (MESHES[seed - 1],)))
+    check_refusals(sweep(cases, tmp_path_factory, (MESHES[seed - 1],)))
 
 
 # Shrinking would launch ranks a hundred times more: a case that is found is data, and can be run alone.
@@ -169,4 +191,4 @@ def test_drawn_settings_of_any_type(
     mesh: tuple, drawn: list[tuple[str, int]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     cases = [draw(kind, seed) for kind, seed in drawn]
-    check_refusals(sweep(cases, tmp_path_factory.mktemp("drawn"), (mesh,), orders=1))
+    check_refusals(sweep(cases, tmp_path_factory, (mesh,), orders=1))

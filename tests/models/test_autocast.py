@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tests.models.test_parallelize import largest, step, truth_of
 from tests.orders import Exact, farthest
 from tests.training.training_truth import own_parts
 from tests.transformers_models import build, inputs
+from tests.truths import truths_of
 
 Values = dict[str, Tensor]
 FAMILIES = ("llama", "qwen3", "gpt2")
@@ -74,15 +76,33 @@ def check_grads(
         assert_within(found[n], part, held[n], f"{what} d{n}")
 
 
-def compare(
-    mesh: Mesh, family: str, folder: str, dtype: torch.dtype, sequence: bool, own: bool
-) -> None:
-    what = f"{family} {dtype} R={mesh.tp.size} rank={mesh.tp.rank} sp={sequence} own={own}"
+def truth_of_case(family: str, dtype: torch.dtype, own: bool) -> tuple[Values, Values]:
+    """The dense model's step in fp64, and under autocast, of several orders of its sums the farthest."""
     dense = build(family)
     x = whole_inputs(dense) if own else inputs(dense)
     with Exact():
         exact = step(truth_of(dense), x)
-    plain = farthest(partial(lowered_step, dtype, dense, x), exact)
+    return exact, farthest(partial(lowered_step, dtype, dense, x), exact)
+
+
+# Family, dtype, sequence parallel, and whether the library's own decoder.
+CASES = [
+    *itertools.product(FAMILIES, (torch.bfloat16,), (False, True), (False, True)),
+    ("llama", torch.float16, False, False),
+]
+
+
+def compare(
+    mesh: Mesh,
+    case: tuple[str, torch.dtype, bool, bool],
+    folder: str,
+    exact: Values,
+    plain: Values,
+) -> None:
+    family, dtype, sequence, own = case
+    what = f"{family} {dtype} R={mesh.tp.size} rank={mesh.tp.rank} sp={sequence} own={own}"
+    dense = build(family)
+    x = whole_inputs(dense) if own else inputs(dense)
     if own:
         model = load(folder, mesh, sequence_parallel=sequence).train()
     else:
@@ -102,14 +122,11 @@ def compare(
     check_grads(model, found, plain, exact, UNIT_ROUNDOFF[dtype], mesh.tp.rank, what)
 
 
-def compare_all(folders: dict[str, str]) -> None:
+def compare_all(folders: dict[str, str], truths: list[tuple[Values, Values]]) -> None:
     mesh = init_mesh(tp=torch.distributed.get_world_size())
     with poisoned_empty():
-        for family, folder in folders.items():
-            for sequence in (False, True):
-                for own in (False, True):
-                    compare(mesh, family, folder, torch.bfloat16, sequence, own)
-        compare(mesh, "llama", folders["llama"], torch.float16, False, False)
+        for case, truth in zip(CASES, truths, strict=True):
+            compare(mesh, case, folders[case[0]], *truth)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +142,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_as_dense(ranks: int, folders: dict[str, str]) -> None:
-    launch(compare_all, ranks, folders, threads=1, timeout_s=60.0)
+    truths = truths_of(truth_of_case, [(family, dtype, own) for family, dtype, _, own in CASES])
+    launch(compare_all, ranks, folders, truths, threads=1, timeout_s=60.0)
 
 
 def scaled_steps(model: nn.Module, x: Values) -> tuple[list[float], Values]:
@@ -151,13 +169,10 @@ def scaled_steps(model: nn.Module, x: Values) -> tuple[list[float], Values]:
     return scales, grads
 
 
-def compare_scaled() -> None:
+def compare_scaled(exact: Values, plain: Values) -> None:
     mesh = init_mesh(tp=torch.distributed.get_world_size())
     dense = build("llama")
     x = inputs(dense)
-    with Exact():
-        exact = step(truth_of(dense), x)
-    plain = farthest(partial(lowered_step, torch.float16, dense, x), exact)
     model = parallelize(copy.deepcopy(dense), mesh)
     scales, grads = scaled_steps(model, x)
     assert scales == scaled_steps(dense, x)[0] == [2.0**39, SCALE]
@@ -166,4 +181,5 @@ def compare_scaled() -> None:
 
 
 def test_a_scaler_scales_and_skips_as_on_the_dense_model() -> None:
-    launch(compare_scaled, 2, threads=1, timeout_s=60.0)
+    (truth,) = truths_of(truth_of_case, [("llama", torch.float16, False)])
+    launch(compare_scaled, 2, *truth, threads=1, timeout_s=60.0)
