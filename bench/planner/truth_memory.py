@@ -23,6 +23,12 @@ from pyparallel.planner.shape import ModelShape, model_shape
 from pyparallel.planner.strategy import Inference, Strategy, Training
 
 GIB = 2**30
+# The checkpoint behind a row whose model alone does not say it: Meta's of 8 bits, which in July 2024
+# still had every KV head twice.
+CHECKPOINTS = {
+    "llama31-405b-fp8-tp8-h100": replace(model_shape("Llama-3.1-405B-FP8"), kv_heads=16),
+    "llama31-405b-fp8-8xh100": model_shape("Llama-3.1-405B-FP8"),
+}
 # The lengths that the Lambda table was made with.
 LADDER = (4096, 16384, 32768, 65536, 131072)
 
@@ -152,6 +158,8 @@ def oom_points(content: Mapping[str, Any]) -> Reading:
         except ValueError as error:
             reading.unused[str(error).partition(";")[0]] += 1
             continue
+        if row["id"] in CHECKPOINTS:
+            shape = CHECKPOINTS[row["id"]]
         strategy = Strategy(tp=row["tp"])
         weights = weight_bytes(shards_of(shape, strategy, engine)[0], dtype)
         floor = shape.parameters() * (1 if dtype == "fp8" else 2) / row["tp"]

@@ -9,6 +9,7 @@ from pyparallel.checkpoint.schema import Key, check_keys, shown
 from pyparallel.layers.parallel_mlp import GATED
 from pyparallel.limits import check_count
 from pyparallel.models.config import DecoderConfig, UnknownArchitectureError, from_hugging_face
+from pyparallel.planner.kept import kept_modules
 
 # More than any decoder has; layers are listed and spread over stages one by one.
 MAX_LAYERS = 512
@@ -60,14 +61,15 @@ def config_fields(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     for key in ("num_hidden_layers", "n_layer"):
         if key in config:
             check_count(f"{name}: {key}", config[key], MAX_LAYERS)
+    kept = {"kept": kept_modules(config)}
     try:
-        return _own(from_hugging_face(config), name)
+        return _own(from_hugging_face(config), name) | kept
     except UnknownArchitectureError as error:
         kind = config.get("model_type")
         if kind not in _FAMILIES:
             more = f"{str(error).partition(', got')[0]}, {', '.join(_FAMILIES)}"
             raise ValueError(f"{more}; got {shown(kind)}") from None
-    return _llama_like(config, name)
+    return _llama_like(config, name) | kept
 
 
 def _own(config: DecoderConfig, name: str) -> dict[str, Any]:

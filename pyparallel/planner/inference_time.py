@@ -23,7 +23,7 @@ from pyparallel.planner.engines import PYPARALLEL
 from pyparallel.planner.hardware import Cluster
 from pyparallel.planner.shape import ModelShape
 from pyparallel.planner.strategy import BYTES, Inference, Strategy
-from pyparallel.planner.weights import largest_rank, layer_shard, stage_layers
+from pyparallel.planner.weights import kept_weights, largest_rank, layer_shard, stage_layers
 
 # Weights of these types are multiplied in their own; others are widened to bf16 first.
 MULTIPLIED = ("fp8", "fp4")
@@ -156,6 +156,10 @@ def pass_works(
                 touched, met = _layer_weights(shape, tp, moe, rows)
                 read += count * touched * weight_bytes
                 multiplied += count * met
+        # What a quantized checkpoint keeps is read and multiplied at 16 bits.
+        kept = kept_weights(shape, tp, largest_rank(shape, tp), stage)
+        read += kept * (max(weight_bytes, 2.0) - weight_bytes)
+        multiplied -= kept
         last, first = index == len(layers) - 1, index == 0
         head = -(-shape.vocab // tp) * shape.hidden if last else 0
         # Only the last token of a prompt is given logits.
@@ -165,7 +169,7 @@ def pass_works(
         found.append(
             StageWork(
                 read=read / gpu.bandwidth,
-                compute=2 * rows * multiplied / rate,
+                compute=2 * rows * (multiplied / rate + kept / plain_rate),
                 head_read=head * wide / gpu.bandwidth,
                 head_compute=2 * head_rows * head / plain_rate,
                 kv_read=len(stage) * kv_read,

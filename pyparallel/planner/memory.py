@@ -96,9 +96,10 @@ def _stage_shards(
 
 
 def weight_bytes(shard: StageShard, dtype: str) -> float:
-    """Bytes of a stage's weights; of a type below 16 bits, embeddings and heads stay bf16."""
+    """Bytes of a stage's weights; of a type below 16 bits, embeddings, heads and what the checkpoint
+    keeps stay bf16."""
     table = max(BYTES[dtype], 2.0)
-    layers = shard.layer_total * BYTES[dtype]
+    layers = (shard.layer_total - shard.kept) * BYTES[dtype] + shard.kept * table
     return layers + (shard.embedding + shard.head + shard.final_norm) * table
 
 

@@ -33,6 +33,8 @@ class ModelShape:
         shared_ffn: features of the expert that every token visits.
         dense_layers: how many layers, the first ones, have a dense MLP of ``ffn`` in a model of experts.
         sinks: a learned logit a head beside attention's.
+        kept: modules whose matrices stay at 16 bits where weights have fewer, by parts of their names
+            ("self_attn", "layers.0.mlp"), as a checkpoint's quantization_config lists them.
     """
 
     name: str
@@ -61,6 +63,7 @@ class ModelShape:
     shared_ffn: int = 0
     dense_layers: int = 0
     sinks: bool = False
+    kept: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kv_heads < 1 or self.heads % self.kv_heads:
@@ -153,4 +156,4 @@ def model_shape(model: str | Path | Mapping[str, Any]) -> ModelShape:
     known = shipped("models")
     name = find("model", str(model), known)
     entry = {key: value for key, value in known[name].items() if key not in ("aliases", "source")}
-    return ModelShape(name=name, **entry)
+    return ModelShape(name=name, **entry | {"kept": tuple(entry.get("kept", ()))})

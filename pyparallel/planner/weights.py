@@ -17,6 +17,7 @@ from pyparallel.cut.shard import HeadLayout, features
 from pyparallel.cut.shares import Parts, part_sizes
 from pyparallel.layers.vocab_parallel_embedding import vocab_sharding
 from pyparallel.models.stage import partition, stages_of_rank
+from pyparallel.planner.kept import kept_parts
 from pyparallel.planner.shape import ModelShape
 from pyparallel.planner.strategy import check_choice
 
@@ -56,6 +57,7 @@ class StageShard:
         embedding, head, final_norm: 0 where another stage has them; ``embedding`` counts the table of
             positions, and ``head`` is 0 where it is the embedding itself.
         vocab: rows of the head that it multiplies; 0 without a head.
+        kept: of ``layer_total``, what stays at 16 bits in a checkpoint of fewer.
     """
 
     layers: int
@@ -64,6 +66,7 @@ class StageShard:
     head: int
     final_norm: int
     vocab: int
+    kept: int = 0
 
     @property
     def total(self) -> int:
@@ -198,7 +201,18 @@ def stage_shard(
         head=rows * shape.hidden if last and not one_module else 0,
         final_norm=shape.norm_parameters if last else 0,
         vocab=rows if last else 0,
+        kept=kept_weights(shape, tp, rank, held),
     )
+
+
+def kept_weights(shape: ModelShape, tp: Parts, rank: int, layers: Sequence[int]) -> int:
+    """Weights of ``layers`` that ``rank`` holds at 16 bits where the others have fewer."""
+    total = 0
+    for layer in layers if shape.kept else ():
+        shard = layer_shard(shape, tp, rank, shape.is_moe(layer))
+        attention, mlp = kept_parts(shape.kept, layer)
+        total += attention * shard.attention + mlp * shard.mlp
+    return total
 
 
 def rank_stages(pp: int, rank: int, virtual_stages: int = 1) -> list[int]:
