@@ -18,7 +18,7 @@ from pyparallel.models.load import load
 from pyparallel.models.parallelize import parallelize
 from pyparallel.ops.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
 from pyparallel.testing import UNIT_ROUNDOFF, assert_within, dense_bound, poisoned_empty
-from tests.models.test_parallelize import largest, step, truth_of
+from tests.models.dense_truth import largest, step, truth_of
 from tests.orders import Exact, farthest
 from tests.training.training_truth import own_parts
 from tests.transformers_models import build, inputs

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import partial
 
 import pytest
 import torch
@@ -24,12 +22,21 @@ from pyparallel.testing import (
     dense_bound,
     poisoned_empty,
 )
+from tests.models.dense_truth import (
+    GREEDY,
+    PROMPT,
+    Case,
+    Changes,
+    Truth,
+    largest,
+    step,
+    truth_of,
+    truth_of_case,
+)
 from tests.orders import Exact, farthest
-from tests.transformers_models import CASES, GENERATES, build, class_of, config_of, inputs
+from tests.transformers_models import CASES, build, class_of, config_of, inputs
 from tests.truths import truths_of
 
-PROMPT = 5
-GREEDY = {"max_new_tokens": 25, "do_sample": False, "eos_token_id": None}
 OTHERS = ("gemma2", "gemma3", "cohere", "olmo2", "phi3", "phi", "glm", "granite", "starcoder2")
 FAMILIES = tuple(name for name in CASES if name not in OTHERS)
 
@@ -46,49 +53,6 @@ def in_mesh(shares, fn, *args):
 
 def on_ranks(fn, ranks: int, *args, shares: tuple[int, ...] | None = None) -> list:
     return launch(in_mesh, ranks, shares, fn, *args, threads=1, timeout_s=60.0)
-
-
-def truth_of(dense: nn.Module) -> nn.Module:
-    """The same model in fp64."""
-    truth = copy.deepcopy(dense).double()
-    for module in truth.modules():
-        # GPT-2's upcast path insists on fp32; its other path computes the same.
-        if getattr(module, "reorder_and_upcast_attn", False):
-            module.reorder_and_upcast_attn = False
-    return truth
-
-
-def largest(tensor: Tensor) -> float:
-    return float(tensor.detach().abs().max())
-
-
-def step(model: nn.Module, x: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Logits, loss, and the gradient of every parameter that has one."""
-    model.zero_grad(set_to_none=True)
-    output = model(**x)
-    output.loss.backward()
-    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return {"logits": output.logits.detach(), "loss": output.loss.detach(), **grads}
-
-
-@dataclass(frozen=True)
-class Truth:
-    """What the dense model of a case gives.
-
-    Attributes:
-        exact: :func:`step` in fp64.
-        plain: in fp32, of several orders of its sums the farthest.
-        tokens: what it generates, if it does.
-    """
-
-    exact: dict[str, Tensor]
-    plain: dict[str, Tensor]
-    tokens: Tensor | None
-
-
-# Of a config, as pairs; a model's name, its attention, and those.
-Changes = tuple[tuple[str, int], ...]
-Case = tuple[str, str, Changes]
 
 
 def compare(mesh: Mesh, name: str, attention: str, changes: Changes, truth: Truth) -> None:
@@ -138,19 +102,6 @@ def compare(mesh: Mesh, name: str, attention: str, changes: Changes, truth: Trut
             options = {**GREEDY, "cache_implementation": "static"}
             tokens = model.generate(inputs(dense)["input_ids"][:1, :PROMPT], **options)
             assert_equal(tokens, truth.tokens, what + " tokens, static cache")
-
-
-def truth_of_case(name: str, attention: str, changes: Changes) -> Truth:
-    dense = build(name, attention, **dict(changes))
-    x = inputs(dense)
-    with Exact():
-        exact = step(truth_of(dense), x)
-    plain = farthest(partial(step, dense, x), exact)
-    tokens = None
-    if name in GENERATES:
-        tokens = dense.generate(x["input_ids"][:1, :PROMPT], **GREEDY)
-        assert tokens.shape[1] == PROMPT + GREEDY["max_new_tokens"]
-    return Truth(exact, plain, tokens)
 
 
 def compare_all(mesh: Mesh, cases: list[Case], truths: list[Truth]) -> None:

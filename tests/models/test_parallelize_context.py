@@ -22,7 +22,7 @@ from pyparallel.models.load import load
 from pyparallel.models.parallelize import named_shardings, parallelize
 from pyparallel.models.swap.context_region import FAMILIES
 from pyparallel.testing import UNIT_ROUNDOFF, assert_within, poisoned_empty
-from tests.models.test_parallelize import largest, truth_of
+from tests.models.dense_truth import largest, truth_of
 from tests.transformers_models import CASES, build, config_of
 
 BATCH, LENGTH = 2, 13

@@ -12,7 +12,7 @@ from pyparallel.launch import launch
 from pyparallel.mesh import Mesh, init_mesh
 from pyparallel.models.parallelize import named_shardings, parallelize
 from pyparallel.testing import UNIT_ROUNDOFF, assert_equal, assert_within, poisoned_empty
-from tests.models.test_parallelize import GREEDY, PROMPT, largest, truth_of
+from tests.models.dense_truth import GREEDY, PROMPT, largest, truth_of
 from tests.transformers_models import build, class_of, config_of, inputs
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox", "bert", "bert classes")
