@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from pyparallel.planner.plan import plan
     from pyparallel.saving.export import export
     from pyparallel.saving.save import restore, save
+    from pyparallel.trainer import Trainer
     from pyparallel.training.batch import split_batch
     from pyparallel.training.data import data_parallel
     from pyparallel.training.grad_norm import clip_grad_norm_, grad_norm
@@ -85,6 +86,7 @@ _LATER = {
     **dict.fromkeys(("clip_grad_norm_", "grad_norm"), "training.grad_norm"),
     **dict.fromkeys(("count_targets", "cross_entropy", "mean_loss"), "training.loss"),
     "Pipeline": "training.pipeline",
+    "Trainer": "trainer",
 }
 
 __all__ = [
@@ -103,6 +105,7 @@ __all__ = [
     "SequenceParallelDropout",
     "SequenceParallelLayerNorm",
     "SequenceParallelRMSNorm",
+    "Trainer",
     "VocabParallelEmbedding",
     "__version__",
     "all_gather",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -34,7 +33,8 @@ AXES = ("dp", "pp", "cp", "tp")
 MAX_WORLD = 1 << 20
 
 _open: list[Communicator] = []
-_meshes: weakref.WeakSet[Mesh] = weakref.WeakSet()
+# Held, as their communicators are: a model asks for its group's mesh when nobody else holds it.
+_meshes: list[Mesh] = []
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,17 +142,18 @@ def _init_mesh(
         for axis in AXES
     }
     mesh = Mesh(device_mesh, _group(dist.group.WORLD, "world", device_type), **groups)
-    _meshes.add(mesh)
+    _meshes.append(mesh)
     return mesh
 
 
 def mesh_of(group: Group) -> Mesh | None:
     """The mesh of which ``group`` is the tp axis, if it is one's."""
-    return next((mesh for mesh in list(_meshes) if mesh.tp is group), None)
+    return next((mesh for mesh in _meshes if mesh.tp is group), None)
 
 
 def close_meshes() -> None:
     """Give back every communicator of this process; a rank does this before it ends."""
+    _meshes.clear()
     while _open:
         _open.pop().close()
 

@@ -33,6 +33,7 @@ PYTHON_FLOORS = (
     ("models",),
     ("training",),
     ("saving",),
+    ("trainer",),
     ("decoding",),
     ("planner",),
     ("drawing",),

@@ -1,6 +1,6 @@
 """The parallel modules: parameters and one call each."""
 
-from pyparallel.layers import optimizers, replicas, total_norm  # noqa: F401
+from pyparallel.layers import fsdp_replicas, optimizers, replicas, total_norm  # noqa: F401
 from pyparallel.layers.column_parallel_linear import ColumnParallelLinear
 from pyparallel.layers.norm import LayerNorm, RMSNorm
 from pyparallel.layers.parallel_attention import ParallelAttention

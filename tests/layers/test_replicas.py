@@ -1,4 +1,4 @@
-"""Torch's DDP over ranks that hold other parts of a model is refused; over replicas it works."""
+"""Torch's DDP and FSDP over ranks that hold other parts are refused; over replicas they work."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pyparallel.mesh import Mesh, init_mesh
 from pyparallel.models.load import load
 from pyparallel.models.parallelize import parallelize
 from pyparallel.testing import assert_equal, integers
-from tests.transformers_models import build, inputs
+from tests.transformers_models import build
 
 
 def model_of(mesh: Mesh) -> nn.Module:
@@ -64,6 +64,41 @@ def check(sizes: dict[str, int]) -> None:
         model.zero_grad()
     # What nobody has cut is torch's own business.
     DistributedDataParallel(nn.Linear(2, 2))
+    if mesh.tp.size < 3:
+        check_fsdp(mesh, others)
+
+
+def check_fsdp(mesh: Mesh, others: str) -> None:
+    # Behind the layers, as somebody does who needs it late.
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+
+    model = model_of(mesh)
+    before, attributes = deepcopy(model), [set(vars(module)) for module in model.modules()]
+    whole_world = init_device_mesh("cpu", (mesh.world.size,))
+    wraps = [
+        lambda: fully_shard(model),
+        lambda: fully_shard(model, mesh=whole_world),
+        lambda: fully_shard([model[1], model[0]], mesh=whole_world),
+        lambda: FullyShardedDataParallel(model, device_id=torch.device("cpu")),
+        lambda: FullyShardedDataParallel(model, device_mesh=whole_world),
+    ]
+    for wrap in wraps:
+        with pytest.raises(ValueError, match="hold other parts") as error:
+            wrap()
+        assert "engine='fsdp'" in str(error.value)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=others):
+        fully_shard(model)
+    for ours, kept in zip(model.parameters(), before.parameters(), strict=True):
+        assert type(ours) is nn.Parameter
+        assert_equal(ours, kept, "weights")
+    for module, held in zip(model.modules(), attributes, strict=True):
+        assert {name for name, value in vars(module).items() if value} <= held
+    fully_shard(model, mesh=mesh.data_mesh)
+    assert isinstance(model, FSDPModule)
+    wanted = before(torch.full((2, 4), 1.0))
+    assert_equal(model(torch.full((2, 4), 1.0)), wanted, "output")
+    fully_shard(nn.Linear(2, 2))
 
 
 def others_of(mesh: Mesh) -> list[int]:
@@ -95,23 +130,3 @@ def check_models(folder: str) -> None:
 def test_models_are_refused(tmp_path) -> None:
     build("llama").save_pretrained(tmp_path)
     launch(check_models, 2, str(tmp_path), threads=1, timeout_s=60.0)
-
-
-def trains(folder: str) -> str:
-    import transformers
-
-    model = parallelize(build("llama"), init_mesh(tp=2))
-    rows = inputs(model)
-    data = [{"input_ids": ids, "labels": ids} for ids in rows["input_ids"]]
-    arguments = transformers.TrainingArguments(
-        folder, use_cpu=True, max_steps=1, report_to="none", save_strategy="no", disable_tqdm=True
-    )
-    with pytest.raises(ValueError) as error:
-        transformers.Trainer(model, arguments, train_dataset=data).train()
-    return str(error.value)
-
-
-def test_transformers_trainer_is_refused(tmp_path) -> None:
-    for said in launch(trains, 2, str(tmp_path), threads=1, timeout_s=120.0):
-        assert "DistributedDataParallel: expected ranks that hold the same weights" in said
-        assert "(accelerate and Trainer take the whole world)" in said
