@@ -14,20 +14,23 @@ from pyparallel.cli import main
 from pyparallel.commands.corpus import token_rows
 from pyparallel.commands.train import Run, batch_of, train
 from pyparallel.mesh import AXES
+from pyparallel.training.learning_rate import learning_rate
 from tests.transformers_models import build
 
 STEPS, BATCH, LR, MAX_NORM = 5, 4, 1e-3, 0.5
+SCHEDULED = {"warmup": 2, "lr_schedule": "cosine"}
 
 
 def rows() -> Tensor:
     return torch.randint(2, 60, (6, 9), generator=torch.Generator().manual_seed(3))
 
 
-def dense_losses(model: torch.nn.Module) -> list[float]:
+def dense_losses(model: torch.nn.Module, **rates: object) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
     losses = []
     for step in range(STEPS):
         batch = batch_of(rows(), step, BATCH)
+        optimizer.param_groups[0]["lr"] = learning_rate(LR, step, steps=STEPS, **rates)
         logits = model(batch[:, :-1]).logits
         loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
@@ -44,21 +47,24 @@ def dense_losses(model: torch.nn.Module) -> list[float]:
         ((2, 2, 1, 2), {"micro_batches": 2}),
         ((2, 1, 1, 1), {"engine": "fsdp", "recompute": "layers"}),
         ((1, 2, 1, 1), {"schedule": "interleaved", "chunks": 2, "micro_batches": 2}),
-        ((1, 1, 2, 2), {"sequence_parallel": True}),
+        ((1, 1, 2, 2), {"sequence_parallel": True, **SCHEDULED, "accumulate": 2}),
         ((1, 1, 1, 3), {"shares": (5, 3, 1)}),
     ],
 )
 def test_the_losses_are_the_dense_models(tmp_path: Path, sizes: tuple, options: dict) -> None:
     model = build("llama tied", num_hidden_layers=4)
     model.save_pretrained(tmp_path)
-    exact = dense_losses(build("llama tied", num_hidden_layers=4).double())
-    asked = Run(dict(zip(AXES, sizes, strict=True)), STEPS, BATCH, LR, max_norm=MAX_NORM, **options)
+    rates = {"warmup": options.get("warmup", 0), "schedule": options.get("lr_schedule", "constant")}
+    exact = dense_losses(build("llama tied", num_hidden_layers=4).double(), **rates)
+    # A step is as many sequences, however they are cut.
+    batch = BATCH // options.get("accumulate", 1)
+    asked = Run(dict(zip(AXES, sizes, strict=True)), STEPS, batch, LR, max_norm=MAX_NORM, **options)
     seen = []
     told = train(
         open_checkpoint(tmp_path), asked, rows(), threads=1, on_step=lambda *s: seen.append(s)
     )
     # What fp32 does to the dense curve; another order of sums may do it a few times over.
-    rounding = max(abs(a - b) for a, b in zip(dense_losses(model), exact, strict=True))
+    rounding = max(abs(a - b) for a, b in zip(dense_losses(model, **rates), exact, strict=True))
     assert exact[0] - exact[-1] > 1e4 * rounding
     for loss, truth in zip(told["losses"], exact, strict=True):
         assert abs(loss - truth) <= 10 * rounding + 2.0**-22 * truth
@@ -100,6 +106,11 @@ def test_batches_go_round() -> None:
         (["--pp", "0"], "--pp: expected at least 1, got 0"),
         (["--tp", "2", "--shares", "2,0"], "--shares of rank 1: expected at least 1, got 0"),
         (["--steps", "0"], "--steps: expected at least 1, got 0"),
+        (["--warmup", "-1"], "--warmup: expected at least 0, got -1"),
+        (["--accumulate", "0"], "--accumulate: expected at least 1, got 0"),
+        (["--save-every", "5"], "--save-every: expected --out, the folder of the checkpoints"),
+        (["--resume"], "--resume: expected --out, the folder of the checkpoints"),
+        (["--eval-text", "x"], "--eval-text: expected --eval-every, how often it is looked at"),
         ([], "nowhere: no such file or folder"),
     ],
 )
