@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from pyparallel.ops.next_token import Sampling
     from pyparallel.ops.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
     from pyparallel.planner.plan import plan
+    from pyparallel.profiling.profile import profile
     from pyparallel.saving.export import export
     from pyparallel.saving.save import restore, save
     from pyparallel.trainer import Trainer
@@ -79,6 +80,7 @@ _LATER = {
     "Sampling": "ops.next_token",
     "vocab_parallel_cross_entropy": "ops.vocab_parallel_cross_entropy",
     "plan": "planner.plan",
+    "profile": "profiling.profile",
     "export": "saving.export",
     **dict.fromkeys(("restore", "save"), "saving.save"),
     "split_batch": "training.batch",
@@ -125,6 +127,7 @@ __all__ = [
     "mean_loss",
     "parallelize",
     "plan",
+    "profile",
     "reduce_scatter",
     "restore",
     "save",

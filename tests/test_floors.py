@@ -25,6 +25,7 @@ PYTHON_FLOORS = (
     ("native",),
     ("comm",),
     ("mesh",),
+    ("profiling",),
     ("ranks",),
     ("launch",),
     ("overlap",),

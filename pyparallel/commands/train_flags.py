@@ -93,6 +93,7 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
         help="go on from a checkpoint, on any mesh; without PATH from the last one in --out, or from "
         "the start where there is none. On the mesh that wrote it: to the same bits",
     )
+    add("--profile", metavar="FILE", help="a trace of all ranks, of a few steps, for Perfetto")
     add("--eval-every", type=int, metavar="N", help="loss of held-out text every N steps")
     add(
         "--eval-text", metavar="PATH", help="that text; default: what follows --sequences in --text"
@@ -142,4 +143,5 @@ def asked_run(args: argparse.Namespace) -> Run:
         out=args.out,
         save_every=args.save_every,
         eval_every=args.eval_every,
+        profile=args.profile,
     )

@@ -17,6 +17,7 @@ from pyparallel.commands.train_run import Run, batch_of
 from pyparallel.launch import report
 from pyparallel.mesh import Mesh, init_mesh
 from pyparallel.models.load import load_stages
+from pyparallel.profiling.profile import profile
 from pyparallel.saving.export import export
 from pyparallel.saving.save import restore, save
 from pyparallel.training.data import data_parallel
@@ -24,6 +25,9 @@ from pyparallel.training.grad_norm import clip_grad_norm_
 from pyparallel.training.learning_rate import learning_rate
 from pyparallel.training.pipeline import IGNORE_INDEX, Pipeline
 from pyparallel.training.pipeline_schedules import schedule_of
+
+# Steps of a profile, behind the first one.
+TRACED = 3
 
 
 def train_rank(
@@ -56,22 +60,30 @@ def train_rank(
         first = resumed.step
     training = _Training(asked, mesh, stages, optimizer)
     losses, norms, seconds, evaluations = [], [], [], []
-    for step in range(first, asked.steps):
-        started = time.perf_counter()
-        loss, norm = training.step(rows, step)
-        losses.append(loss)
-        norms.append(norm)
-        seconds.append(time.perf_counter() - started)
-        _tell(mesh, "step", step, loss, norm)
-        done, last = step + 1, step + 1 == asked.steps
-        if asked.eval_every and (done % asked.eval_every == 0 or last):
-            evaluations.append({"step": step, "loss": training.evaluate(held_out)})
-            _tell(mesh, "evaluated", step, evaluations[-1]["loss"])
-        if asked.save_every and (done % asked.save_every == 0 or last):
-            folder = step_folder(asked.out, done)
-            extra = options_of(asked, rows, done)
-            save(stages, folder, mesh, optimizer=optimizer, extra=extra, overwrite=True)
-            _tell(mesh, "saved", step, str(folder))
+    tracing = contextlib.ExitStack()
+    with tracing:
+        for step in range(first, asked.steps):
+            done, last = step + 1, step + 1 == asked.steps
+            if asked.profile and (step == first + 1 or (step == first and last)):
+                tracing.enter_context(profile(asked.profile))
+            started = time.perf_counter()
+            loss, norm = training.step(rows, step)
+            losses.append(loss)
+            norms.append(norm)
+            seconds.append(time.perf_counter() - started)
+            if step == first + TRACED:
+                tracing.close()
+            _tell(mesh, "step", step, loss, norm)
+            if asked.eval_every and (done % asked.eval_every == 0 or last):
+                evaluations.append({"step": step, "loss": training.evaluate(held_out)})
+                _tell(mesh, "evaluated", step, evaluations[-1]["loss"])
+            if asked.save_every and (done % asked.save_every == 0 or last):
+                folder = step_folder(asked.out, done)
+                extra = options_of(asked, rows, done)
+                save(stages, folder, mesh, optimizer=optimizer, extra=extra, overwrite=True)
+                _tell(mesh, "saved", step, str(folder))
+    if asked.profile:
+        _tell(mesh, "saved", asked.steps - 1, asked.profile)
     if asked.out is not None:
         folder = Path(asked.out) / MODEL
         export(stages, folder, mesh, overwrite=True)

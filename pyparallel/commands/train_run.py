@@ -29,6 +29,7 @@ class Run:
         autocast: the dtype of matmuls; None: the weights'.
         out: the folder of checkpoints and of the trained model.
         save_every, eval_every: steps; None: never.
+        profile: the file of a trace of the steps behind the first one.
     """
 
     sizes: dict[str, int]
@@ -52,6 +53,7 @@ class Run:
     out: str | None = None
     save_every: int | None = None
     eval_every: int | None = None
+    profile: str | None = None
 
     @property
     def world_size(self) -> int:

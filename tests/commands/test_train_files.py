@@ -158,11 +158,14 @@ def check_refusals(
     assert "--lr was 0.01, and is 1.0 from here on" in capsys.readouterr().err
 
 
-def test_autocast_keeps_the_weights_and_multiplies_in_bf16(model: Path, tmp_path: Path) -> None:
+def test_autocast_keeps_the_weights_and_a_profile_has_all_ranks(
+    model: Path, tmp_path: Path
+) -> None:
     build("llama").save_pretrained(tmp_path)
     sizes = {"dp": 1, "pp": 2, "cp": 1, "tp": 1}
     rows = text_rows(model)
-    asked = Run(sizes, 2, 4, 1e-3, micro_batches=2, autocast="bfloat16", out=str(tmp_path / "out"))
+    files = {"out": str(tmp_path / "out"), "profile": str(tmp_path / "trace.json")}
+    asked = Run(sizes, 2, 4, 1e-3, micro_batches=2, autocast="bfloat16", **files)
     told = train(open_checkpoint(tmp_path), asked, rows, threads=1)
     weights = load_file(tmp_path / "out" / "model" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
@@ -172,6 +175,11 @@ def test_autocast_keeps_the_weights_and_multiplies_in_bf16(model: Path, tmp_path
         with torch.autocast("cpu", torch.bfloat16):
             rounded = float(dense(rows[:4], labels=rows[:4]).loss)
     assert 0 < abs(told["losses"][0] - exact) <= 10 * abs(rounded - exact)
+    # Of the second step.
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {"rank 0", "rank 1"} <= {event.get("args", {}).get("name") for event in events}
+    assert {event["pid"] for event in events if event["name"].startswith("linear [")} == {0, 1}
+    assert "Optimizer.step#AdamW.step" in {event["name"] for event in events}
 
 
 def test_progress_tells_speed_and_time_left(
