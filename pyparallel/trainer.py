@@ -109,6 +109,15 @@ class MeshTrainer:
             bucket_cap_mb=self.args.ddp_bucket_cap_mb,
         )
 
+    def _get_num_items_in_batch(
+        self, batch_samples: list[Any], device: torch.device
+    ) -> Tensor | int | None:
+        count = super()._get_num_items_in_batch(batch_samples, device)
+        if torch.is_tensor(count) and not self.args.average_tokens_across_devices:
+            # Transformers has divided by the ranks of one batch, over which it has not summed.
+            return count * self.mesh.tp.size
+        return count
+
     def evaluation_loop(
         self,
         dataloader: torch.utils.data.DataLoader,

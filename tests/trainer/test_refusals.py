@@ -60,6 +60,17 @@ def refused(folder: Path) -> dict[str, str]:
         "another: expected a checkpoint that pyparallel.Trainer wrote",
         lambda: ours(model).train(resume_from_checkpoint=str(folder / "another")),
     )
+    batches = [{"labels": row["labels"][None]} for row in data]
+    counts = {
+        float(
+            ours(model, average_tokens_across_devices=whole)._get_num_items_in_batch(
+                batches, torch.device("cpu")
+            )
+        )
+        for whole in (True, False)
+    }
+    # Replicas that are one have one count, summed over ranks or not.
+    assert counts == {float(sum((row["labels"][1:] != -100).sum() for row in data))}
     stage = parallelize(build("llama"), init_mesh(pp=2))
     tell("mesh: expected dp and tp alone for Trainer, got Mesh(dp=1 x pp=2", lambda: ours(stage))
     return said
