@@ -42,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     stops = checked_stops(args.stop or ())
     if args.system is not None and not args.chat:
         raise ValueError("--system: expected --chat with it, got none")
+    if args.profile is not None and talking:
+        raise ValueError("--profile: expected --prompt with it, since a talk has no end; got none")
     count = 1 if talking else len(texts)
     if args.dp > count:
         raise ValueError(
@@ -65,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
         stops,
         light(tokenizer) if stops else None,
         bar=not args.json,
+        profile=args.profile,
     )
     if talking:
         return talk(args, job, tokenizer, config)

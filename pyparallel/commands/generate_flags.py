@@ -77,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=int, help=f"0: all{asked} 0")
     add("--top-p", type=float, help=f"1: all{asked} 1")
     add("--seed", type=int, default=0, help="the same seed gives the same text at every --tp")
+    add("--profile", metavar="FILE", help="a trace of all ranks' answers, for Perfetto")
     add("--threads", type=int, metavar="N", help="threads per rank; default: cores / ranks")
     add_timeout(parser)
     add("--check", action="store_true", help="run the dense model too, and compare")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import time
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from pyparallel.launch import report
 from pyparallel.mesh import Mesh, init_mesh
 from pyparallel.models.load import load
 from pyparallel.ops.next_token import Sampling
+from pyparallel.profiling.profile import profile
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Job:
         weights: None: a GGUF's blocks on the CPU.
         tokenizer: what decodes tokens, where there are stop strings; else None.
         bar: whether rank 0 shows what it loads.
+        profile: the file of a trace of all ranks, of what comes behind loading.
     """
 
     axes: dict[str, Any]
@@ -44,6 +47,7 @@ class Job:
     stop_strings: tuple[str, ...]
     tokenizer: Any
     bar: bool
+    profile: str | None = None
 
 
 def answer_prompts(
@@ -58,17 +62,18 @@ def answer_prompts(
     first = mesh.world.rank == 0
     leads = mesh.tp.rank == mesh.cp.rank == mesh.pp.rank == 0
     on_token = (lambda row, token: report(token)) if reports and leads else None
-    made = generate(
-        model,
-        prompts,
-        max_new_tokens=job.max_new_tokens,
-        sampling=job.sampling,
-        stop_strings=job.stop_strings,
-        tokenizer=job.tokenizer,
-        on_token=on_token,
-        replicas=mesh.dp,
-        micro_batches=micro_batches,
-    )
+    with profile(job.profile) if job.profile else contextlib.nullcontext():
+        made = generate(
+            model,
+            prompts,
+            max_new_tokens=job.max_new_tokens,
+            sampling=job.sampling,
+            stop_strings=job.stop_strings,
+            tokenizer=job.tokenizer,
+            on_token=on_token,
+            replicas=mesh.dp,
+            micro_batches=micro_batches,
+        )
     told = {
         "tokens": made.tokens,
         "prefill_s": made.prefill_s,

@@ -165,14 +165,29 @@ def _named_choice(theirs: Callable[..., Any]) -> Callable[..., Any]:
         num_bytes = sum(value.nbytes for value in args if isinstance(value, Tensor))
         text = f"{op} [{where}] {readable(num_bytes)}"
 
-        @wraps(run)
-        def named_run(*args: Any, **kwargs: Any) -> Any:
-            with record_function(text):
-                return run(*args, **kwargs)
-
+        named_run = _named(text, run)
+        if op == "decode_session":
+            return lambda *args, **kwargs: _named_session(named_run(*args, **kwargs))
         return named_run
 
     return run_of
+
+
+def _named_session(session: Any) -> Any:
+    """A session of decoding, whose steps are calls of its own."""
+    kind = type(session).__name__
+    for call in ("prefill", "step"):
+        setattr(session, call, _named(f"{call} [{kind}]", getattr(session, call)))
+    return session
+
+
+def _named(text: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(run)
+    def named_run(*args: Any, **kwargs: Any) -> Any:
+        with record_function(text):
+            return run(*args, **kwargs)
+
+    return named_run
 
 
 def readable(num_bytes: int) -> str:

@@ -182,6 +182,29 @@ def test_autocast_keeps_the_weights_and_a_profile_has_all_ranks(
     assert "Optimizer.step#AdamW.step" in {event["name"] for event in events}
 
 
+def test_generate_traces_its_steps(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = [
+        "generate",
+        "-m",
+        str(model),
+        "--profile",
+        str(tmp_path / "trace.json"),
+        "--threads",
+        "1",
+    ]
+    assert (
+        main([*words, "-p", "w1 w2", "--max-new-tokens", "3", "--temperature", "0", "--json"]) == 0
+    )
+    tokens = json.loads(capsys.readouterr().out)["tokens"]
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = [event["name"].split(" [")[0] for event in events if event["ph"] == "X"]
+    assert [names.count(name) for name in ("prefill", "step")] == [1, len(tokens) - 1]
+    assert main([*words, "--chat"]) == 2
+    assert "--profile: expected --prompt with it" in capsys.readouterr().err
+
+
 def test_progress_tells_speed_and_time_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
