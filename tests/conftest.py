@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Iterator
 from multiprocessing import forkserver
 
 import hypothesis
@@ -15,6 +16,7 @@ PRELOAD = [
     "torch.fx.experimental.symbolic_shapes",
     "transformers.models.llama.modeling_llama",
     "transformers.generation.utils",
+    "peft",
     "hypothesis",
     "pytest",
     "pyparallel.testing",
@@ -35,6 +37,15 @@ def rank_server() -> None:
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
     forkserver.ensure_running()
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread of torch's: small models only wait for more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -93,13 +93,18 @@ class ColumnParallelLinear(ShardedModule):
         """Initialise as ``nn.Linear`` does: the same seed gives slices of the dense weights."""
         init_linear(self, self.in_features)
 
-    def forward(self, x: Tensor, *, length: int | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, length: int | None = None, plus: Tensor | None = None
+    ) -> Tensor:
         """Multiply.
 
         Args:
             length: S, with ``sequence_parallel``; by default all shards are as long as this one.
+            plus: [..., M_r], added to this rank's features before any are gathered.
         """
         y = self._multiply(x, length)
+        if plus is not None:
+            y = (y + plus).to(y.dtype)
         if self.gather_output:
             sizes = self.shardings["weight"].sizes
             return all_gather(y, self.group, dim=-1, sizes=sizes, grad="split")

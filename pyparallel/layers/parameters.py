@@ -151,6 +151,17 @@ class ShardedModule(nn.Module):
             refuse_shards()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # A dense tensor, as a file of adapters has it, is cut here; a shard is taken as it is.
+        for name, sharding in self.shardings.items():
+            value = state_dict.get(prefix + name)
+            whole = isinstance(value, Tensor) and tuple(value.shape) == self.dense_shapes[name]
+            if whole and self.group.size > 1:
+                state_dict[prefix + name] = sharding.split(value, self.group.rank)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def __delattr__(self, name: str) -> None:
         # What torch does first where it makes a parameter from others.
         if name in self.shardings:

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from pyparallel import autocast, backend
-from pyparallel.comm.collectives import all_reduce_raw, split
+from pyparallel.comm.collectives import all_reduce, all_reduce_raw, reduce_scatter, split
 from pyparallel.comm.group import Group
 from pyparallel.comm.sequence import sequence_sizes
 from pyparallel.cut.shard import REPLICATED, Sharding, features
 from pyparallel.layers.norm import RMSNorm
 from pyparallel.layers.owner import is_touched
 from pyparallel.layers.parameters import ShardedModule, init_linear
+from pyparallel.ops.column_parallel_linear import column_parallel_linear
+from pyparallel.ops.gradients.shared_parameters import with_summed_gradients
 from pyparallel.ops.linear_reduce_scatter import linear_reduce_scatter
 from pyparallel.ops.packed_linear import packed_linear
 from pyparallel.ops.row_parallel_linear import row_parallel_linear
@@ -84,13 +86,22 @@ class RowParallelLinear(ShardedModule):
         """Initialise as ``nn.Linear`` does: the same seed gives slices of the dense weights."""
         init_linear(self, self.in_features)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, plus: Tensor | None = None) -> Tensor:
+        """Multiply.
+
+        Args:
+            plus: [..., M], this rank's part of a sum over the ranks that joins the reduction.
+        """
         if not self.input_is_parallel:
             x = split(x, self.group, dim=-1, sizes=self.shardings["weight"].sizes)
         if (packed := self.packed) is not None:
             y = packed_linear(x, packed)
+            y = y if plus is None else (y + plus).to(y.dtype)
             y = all_reduce_raw(y, self.group) if self.group.size > 1 else y
             return y if self.bias is None else y + self.bias
+        if plus is not None:
+            sequence = self.sequence_parallel
+            return multiply_and_sum(x, self.weight, self.bias, plus, self.group, sequence)
         if self.sequence_parallel:
             sizes = sequence_sizes(x.shape[-2], self.group)
             return linear_reduce_scatter(x, self.weight, self.bias, group=self.group, sizes=sizes)
@@ -118,3 +129,29 @@ class RowParallelLinear(ShardedModule):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"local={self.weight_shape[1]}, bias={self.bias is not None}, {self.group}"
         )
+
+
+def multiply_and_sum(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plus: Tensor,
+    group: Group,
+    sequence_parallel: bool,
+) -> Tensor:
+    """``y = sum over ranks of (x_shard_k w_shard_k^T + plus) + b``, in one reduction.
+
+    Args:
+        x: [..., K_r]. weight: [M, K_r]. bias: [M]. plus: [..., M].
+        sequence_parallel: y is this rank's tokens.
+    """
+    product = column_parallel_linear(x, weight, group=Group.single())
+    y = product + plus
+    if sequence_parallel:
+        # The bias sees this rank's tokens.
+        (bias,) = with_summed_gradients(bias, group=group)
+        y = reduce_scatter(y, group, dim=-2, sizes=sequence_sizes(y.shape[-2], group))
+    else:
+        y = all_reduce(y, group)
+    y = y if bias is None else y + bias
+    return y.to(product.dtype)

@@ -9,6 +9,9 @@ Source: Shoeybi et al. 2019, "Megatron-LM", section 5 (model parallel random see
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +27,9 @@ class OwnRandomness:
         out: the projection whose input is the last shard.
         group: the ranks.
     """
+
+    # The region that the process is in; they are not nested.
+    inside: OwnRandomness | None = None
 
     def __init__(self, core: nn.Module, out: nn.Module, group: Group) -> None:
         self.group = group
@@ -41,13 +47,38 @@ class OwnRandomness:
         generator = _generator(next(core.parameters()).device)
         self._common = generator, generator.get_state()
         generator.manual_seed(seed + self.group.rank)
+        OwnRandomness.inside = self
 
     def leave(self, *_: object) -> None:
         """Back to what all ranks share."""
         if self._common is not None:
             generator, state = self._common
-            self._common = None
+            self._common = OwnRandomness.inside = None
             generator.set_state(state)
+
+    @contextmanager
+    def draw_alike(self) -> Iterator[None]:
+        """Inside, draw from what all ranks share, and go on with it behind the region."""
+        generator, state = self._common
+        own = generator.get_state()
+        generator.set_state(state)
+        try:
+            yield
+        finally:
+            self._common = generator, generator.get_state()
+            generator.set_state(own)
+
+
+@contextmanager
+def drawing_alike() -> Iterator[None]:
+    """Inside, random numbers are the same on all ranks, within a region of their own too: for what acts
+    on whole activations there."""
+    region = OwnRandomness.inside
+    if region is None:
+        yield
+        return
+    with region.draw_alike():
+        yield
 
 
 def share_generator_state(group: Group, device: torch.device) -> None:

@@ -19,6 +19,8 @@ from pyparallel.layers.parameters import ShardedModule
 from pyparallel.layers.row_parallel_linear import RowParallelLinear
 from pyparallel.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from pyparallel.mesh import Mesh
+from pyparallel.models.adapters.taken import Taken, base_of
+from pyparallel.models.adapters.teach import teach_peft
 from pyparallel.models.agreement import keep_alike, share_weights
 from pyparallel.models.head_dropout import OwnRandomness, share_generator_state
 from pyparallel.models.swap.capped_attention import use_capped_attention
@@ -70,6 +72,8 @@ def parallelize(
     in its config, as Llama, Mistral, Qwen2, Qwen3, Gemma and most dense decoders have; plans that cut
     experts are refused.
 
+    LoRA of peft is cut too, on the model before or after: see docs/peft.md.
+
     Args:
         sequence_parallel: between the matmuls of its layers each rank works on its tokens alone; see
             :mod:`pyparallel.models.swap.sequence_region`. A call needs as many tokens as ranks, but for
@@ -89,6 +93,22 @@ def parallelize(
             (the message names it), or is none that can be cut over cp, over pp, or over both; the model
             is as it was then.
     """
+    teach_peft()
+    base = base_of(model)
+    adapters = Taken.off(base, mesh.cp.size)
+    try:
+        _parallelize(base, mesh, sequence_parallel, context_algorithm)
+    except BaseException:
+        adapters.back()
+        raise
+    adapters.around_the_cut()
+    return model
+
+
+def _parallelize(
+    model: nn.Module, mesh: Mesh, sequence_parallel: bool, context_algorithm: str
+) -> None:
+    """:func:`parallelize` of a model without adapters."""
     group = mesh.tp
     _check(model)
     if context_algorithm not in ALGORITHMS:
@@ -142,7 +162,6 @@ def parallelize(
     if stage is not None:
         cut_stage(model, stage)
     save_dense(model)
-    return model
 
 
 def named_shardings(model: nn.Module) -> dict[str, Sharding]:

@@ -65,6 +65,11 @@ def _named_tensors(model: nn.Module, mesh: Mesh) -> Iterator[Named]:
             module.reshard()
     known = _known_sources(model, mesh)
     copies = {_plain(name): owner for name, owner in tied_copies(model).items()}
+    if copies and hasattr(model, "peft_config"):
+        raise ValueError(
+            f"{next(iter(copies))}: tied to a weight of another stage in a model with adapters, which "
+            f"has no name in a checkpoint; save the adapters alone by save_pretrained()"
+        )
     packed = {
         _plain(f"{name}.weight").removeprefix("."): module.packed.kind
         for name, module in model.named_modules()

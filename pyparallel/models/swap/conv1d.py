@@ -13,6 +13,7 @@ from pyparallel.comm.group import Group
 from pyparallel.comm.sequence import sequence_sizes
 from pyparallel.cut.shard import REPLICATED, Sharding
 from pyparallel.layers.parameters import ShardedModule
+from pyparallel.layers.row_parallel_linear import multiply_and_sum
 from pyparallel.ops.column_parallel_linear import column_parallel_linear
 from pyparallel.ops.linear_reduce_scatter import linear_reduce_scatter
 from pyparallel.ops.row_parallel_linear import row_parallel_linear
@@ -59,9 +60,11 @@ class ColumnParallelConv1D(ShardedModule):
         twin = cls(conv.nf, conv.nx, "meta", conv.weight.dtype, group=group, sharding=sharding)
         return twin.load_dense(conv)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, plus: Tensor | None = None) -> Tensor:
+        """Multiply; ``plus [..., M_r]`` is added to this rank's features."""
         group = Group.single() if self.input_is_gathered else self.group
-        return column_parallel_linear(x, self.weight.t(), self.bias, group=group)
+        y = column_parallel_linear(x, self.weight.t(), self.bias, group=group)
+        return y if plus is None else (y + plus).to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"nf={self.nf}, nx={self.nx}, local={self.weight.shape[1]}, {self.group}"
@@ -107,8 +110,12 @@ class RowParallelConv1D(ShardedModule):
         twin = cls(conv.nf, conv.nx, "meta", conv.weight.dtype, group=group, sharding=sharding)
         return twin.load_dense(conv)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, plus: Tensor | None = None) -> Tensor:
+        """Multiply; ``plus [..., M]``, this rank's part of a sum over the ranks, joins the reduction."""
         weight = self.weight.t()
+        if plus is not None:
+            sequence = self.sequence_parallel
+            return multiply_and_sum(x, weight, self.bias, plus, self.group, sequence)
         if self.sequence_parallel:
             sizes = sequence_sizes(x.shape[-2], self.group)
             return linear_reduce_scatter(x, weight, self.bias, group=self.group, sizes=sizes)

@@ -67,6 +67,15 @@ def roles_of(model: nn.Module) -> Roles:
                 f"base_model_tp_plan for its layers"
             )
         roles = _by_shipped_plan(model, shipped)
+    if not roles.attentions and not roles.layers:
+        names = (
+            [kind.core for kind in PLANS[model_type].attentions] if model_type in PLANS else shipped
+        )
+        raise ValueError(
+            f"parallelize: cut no layer of a {type(model).__name__}: of the plan for model type "
+            f"{model_type!r} it has none ({', '.join(list(names)[:3])}, ...); give the transformers "
+            f"model itself, and not what holds it"
+        )
     _share_the_rest(model, roles)
     return roles
 

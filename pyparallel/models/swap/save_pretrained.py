@@ -52,13 +52,14 @@ def _of_the_dense(theirs: Callable[..., Any]) -> Callable[..., Any]:
         Raises:
             CheckpointError: on every rank, if any rank fails.
         """
-        cut = _cut_tensors(self)
+        cut = cut_tensors(self)
         if not cut and not isinstance(self, StageModel):
             return theirs(self, save_directory, is_main_process, state_dict, *args, **kwargs)
         values = dict(self.state_dict() if state_dict is None else state_dict)
-        parts = _agree_on_parts(self, cut, values, kwargs.get("distributed_checkpoint", False))
+        _check(self, values, kwargs.get("distributed_checkpoint", False))
+        parts = agree_on_parts(cut, values, dist.group.WORLD)
         writes = dist.get_rank() == 0
-        dense = _join(cut, values, parts, keep=writes)
+        dense = join_parts(cut, values, parts, keep=writes)
         error = None
         if writes:
             # What a folder of several files tells of the model's size is the dense one's.
@@ -69,13 +70,14 @@ def _of_the_dense(theirs: Callable[..., Any]) -> Callable[..., Any]:
                 error = caught
             finally:
                 del self.num_parameters
-        _raise_together(error and f"{type(error).__name__}: {error}", error)
+        raise_together(error and f"{type(error).__name__}: {error}", error)
 
     save_pretrained.knows_cut_models = True
     return save_pretrained
 
 
-def _cut_tensors(model: nn.Module) -> Cut:
+def cut_tensors(model: nn.Module) -> Cut:
+    """The tensors of a model that are shards."""
     cut = {
         id(module._parameters[leaf]): (module, leaf)
         for module in model.modules()
@@ -88,10 +90,8 @@ def _cut_tensors(model: nn.Module) -> Cut:
     return {name: cut[id(parameter)] for name, parameter in named if id(parameter) in cut}
 
 
-def _agree_on_parts(
-    model: nn.Module, cut: Cut, values: Mapping[str, Any], distributed: bool
-) -> list[str]:
-    """The names of what has to be joined: of what any rank has less of than the dense tensor."""
+def _check(model: nn.Module, values: Mapping[str, Any], distributed: bool) -> None:
+    """Raise where the ranks of tp alone can't make the dense model."""
     why = None
     if isinstance(model, StageModel):
         why = "expected a whole model, got one stage of a pipeline"
@@ -107,16 +107,29 @@ def _agree_on_parts(
             f"save_pretrained: {why}; use pyparallel.export(model, folder, mesh), or "
             f"pyparallel.save(model, folder, mesh)"
         )
+
+
+def agree_on_parts(
+    cut: Cut, values: Mapping[str, Any], process_group: dist.ProcessGroup
+) -> list[str]:
+    """The names of what has to be joined: of what any rank has less of than the dense tensor.
+
+    Args:
+        process_group: the ranks that have these tensors, or parts of them.
+
+    Raises:
+        CheckpointError: on every rank of the world, if a rank has neither.
+    """
     own = [
         name
         for name, (module, leaf) in cut.items()
         if name in values and tuple(values[name].shape) != module.dense_shapes[leaf]
     ]
     with naming_lost_peers("save_pretrained"):
-        told = gather_objects(dist.group.WORLD, own)
+        told = gather_objects(process_group, own)
     parts = sorted({name for names in told for name in names})
     odd = [name for name in parts if not _is_part(values.get(name), *cut[name])]
-    _raise_together(
+    raise_together(
         f"state_dict: expected this rank's part of {odd[0]} on every rank, as model.state_dict() has "
         f"it, or the dense tensor on every rank"
         if odd
@@ -130,7 +143,7 @@ def _is_part(value: Any, module: ShardedModule, leaf: str) -> bool:
     return isinstance(value, Tensor) and tuple(value.shape) == shape
 
 
-def _join(
+def join_parts(
     cut: Cut, values: Mapping[str, Any], parts: list[str], *, keep: bool
 ) -> dict[str, Any] | None:
     """``values`` with the dense tensors of ``parts``, tied ones once; a call of all ranks."""
@@ -154,7 +167,7 @@ def _num_parameters(model: nn.Module, cut: Cut) -> int:
     return sum(dense.get(id(parameter), parameter.numel()) for parameter in model.parameters())
 
 
-def _raise_together(text: str | None, error: Exception | None = None) -> None:
+def raise_together(text: str | None, error: Exception | None = None) -> None:
     """On every rank, the first rank's error if there is one."""
     with naming_lost_peers("save_pretrained"):
         told = gather_objects(dist.group.WORLD, text)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyparallel.layers.parameters import ShardedModule
 from pyparallel.models.stage import Stage, partition
 from pyparallel.models.swap.sequence_region import SequenceRegion
 
@@ -71,12 +72,14 @@ class StageModel:
 
     @property
     def tied_weight(self) -> nn.Parameter | None:
-        """The weight that this stage shares with another one, if there is such."""
-        if not self._shares_embedding:
+        """The weight that this stage shares with another one, and that is trained, if there is such."""
+        if not self._shares_embedding or not (self.stage.is_first or self.stage.is_last):
             return None
-        if self.stage.is_first:
-            return self.get_input_embeddings().weight
-        return self.get_output_embeddings().weight if self.stage.is_last else None
+        first = self.stage.is_first
+        module = self.get_input_embeddings() if first else self.get_output_embeddings()
+        # What peft has put around it is trained on its own, and the weight inside is not.
+        trained = isinstance(module, ShardedModule) and module.weight.requires_grad
+        return module.weight if trained else None
 
 
 @cache

@@ -1,0 +1,1 @@
+"""Adapters of peft on a model that is cut: LoRA's matrices are cut as the layer's they are beside."""
