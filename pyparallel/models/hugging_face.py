@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,19 @@ import torch
 from torch import nn
 
 from pyparallel.checkpoint.format import one_line
+from pyparallel.checkpoint.gguf import GGUFCheckpoint
 from pyparallel.checkpoint.source import Checkpoint, CheckpointError
 from pyparallel.cut.shard import REPLICATED
 from pyparallel.mesh import Mesh
 from pyparallel.models.generation import NAME, read_generation
-from pyparallel.models.parallelize import named_dense_shapes, named_shardings, parallelize
+from pyparallel.models.gguf_config import hugging_face_config
+from pyparallel.models.parallelize import named_shardings, parallelize
 from pyparallel.models.stored import equal_tensors
 from pyparallel.models.swap.plans import parent_of
 from pyparallel.models.transformers_decoder import TransformersDecoder
+from pyparallel.models.transformers_names import stored_names
 
 Progress = Callable[[int, int], None]
-
-# Tensors of older checkpoints that hold nothing a model has to load.
-NOT_LOADED = re.compile(
-    r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|\.attention\.(masked_)?bias|position_ids)$"
-)
 
 
 def load_hugging_face(
@@ -38,7 +35,36 @@ def load_hugging_face(
     progress: Progress | None = None,
     sequence_parallel: bool = False,
 ) -> nn.Module:
-    """The transformers model in ``checkpoint``, cut over ``mesh.tp``.
+    """As :func:`load_transformers`, and made ready for :func:`pyparallel.generate`.
+
+    Returns:
+        A :class:`TransformersDecoder` (its ``model`` is the transformers one) where the model generates
+        text, else the transformers model.
+
+    Raises:
+        CheckpointError, ValueError: as :func:`load_transformers`.
+    """
+    model = load_transformers(
+        checkpoint,
+        mesh,
+        dtype=dtype,
+        device=device,
+        progress=progress,
+        sequence_parallel=sequence_parallel,
+    )
+    return TransformersDecoder(model, mesh.tp) if model.can_generate() else model
+
+
+def load_transformers(
+    checkpoint: Checkpoint,
+    mesh: Mesh,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    sequence_parallel: bool = False,
+) -> nn.Module:
+    """The transformers model in ``checkpoint``, as :func:`parallelize` cuts it over ``mesh``.
 
     The model is built without storage for its parameters, cut, and filled; a rank's peak memory is its
     share and one tensor.
@@ -48,10 +74,6 @@ def load_hugging_face(
         progress: called with (bytes read, bytes of this rank in all) after each parameter.
         sequence_parallel: as :func:`parallelize` takes it.
 
-    Returns:
-        A :class:`TransformersDecoder` (its ``model`` is the transformers one) where the model generates
-        text, else the transformers model.
-
     Raises:
         CheckpointError: a tensor is missing, extra or mis-shaped; the message names it.
         ValueError: transformers or parallelize does not know the model.
@@ -59,17 +81,19 @@ def load_hugging_face(
     model = _empty_model(checkpoint, dtype)
     if _is_untied(model, checkpoint):
         model = _empty_model(checkpoint, dtype, untie=True)
+    # Of the whole model: a stage of a pipeline has a part of it.
+    stored, shapes = _stored_tensors(model, checkpoint), _shapes(model)
     parallelize(model, mesh, sequence_parallel=sequence_parallel)
-    _fill(model, checkpoint, mesh.tp.rank, torch.device(device), progress)
+    _fill(model, checkpoint, stored, shapes, mesh.tp.rank, torch.device(device), progress)
     model.eval()
     _take_generation_config(model, Path(checkpoint.path))
-    return TransformersDecoder(model, mesh.tp) if model.can_generate() else model
+    return model
 
 
 def _is_untied(model: nn.Module, checkpoint: Checkpoint) -> bool:
     """Whether tensors that the config ties are all stored, and differ: transformers keeps them apart."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    stored = _stored_names(model, checkpoint) if tied else {}
+    stored = stored_names(model, checkpoint) if tied else {}
     return any(
         one in stored
         and other in stored
@@ -98,7 +122,7 @@ def _empty_model(
             f"{checkpoint.path}: only transformers knows this model; "
             f"install it: pip install 'pyparallel[hf]'"
         ) from None
-    values = dict(checkpoint.config())
+    values = _config_of(checkpoint)
     model_type, names = values.get("model_type"), values.get("architectures") or [None]
     kind = getattr(transformers, str(names[0]), None)
     if kind is None or model_type not in transformers.CONFIG_MAPPING:
@@ -113,13 +137,37 @@ def _empty_model(
     try:
         config = transformers.CONFIG_MAPPING[model_type].from_dict(values)
         with parameters_on_meta():
-            return kind._from_config(config, dtype=dtype or config.dtype or torch.float32)
+            model = kind._from_config(config, dtype=dtype or config.dtype or torch.float32)
     except Exception as error:
         # Its classes check their keys, and raise in many ways, over several lines.
         raise CheckpointError(
             f"{checkpoint.path}: transformers makes no {names[0]} of its config "
             f"({type(error).__name__}: {one_line(error)})"
         ) from error
+    if isinstance(checkpoint, GGUFCheckpoint):
+        _divide_frequencies(model, checkpoint.config().get("rope_factors"))
+    return model
+
+
+def _config_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What its config.json says, or would say."""
+    values = dict(checkpoint.config())
+    if not isinstance(checkpoint, GGUFCheckpoint):
+        return values
+    # Which no config.json says: they go into the built model.
+    values.pop("rope_factors", None)
+    return hugging_face_config(values)
+
+
+def _divide_frequencies(model: nn.Module, factors: Sequence[float] | None) -> None:
+    """Divide the rotary frequencies by what a GGUF lists for them (``rope_freqs.weight``)."""
+    if factors is None:
+        return
+    for module in model.modules():
+        for name in ("inv_freq", "original_inv_freq"):
+            if isinstance(getattr(module, name, None), torch.Tensor):
+                frequencies = getattr(module, name)
+                setattr(module, name, frequencies / frequencies.new_tensor(factors))
 
 
 @contextmanager
@@ -140,118 +188,70 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register
 
 
+def _stored_tensors(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """The checkpoint's tensor for each name of a parameter or persistent buffer, tied ones' too.
+
+    Raises:
+        CheckpointError: one is missing, or extra.
+    """
+    stored = stored_names(model, checkpoint)
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for tied in names.values():
+        source = next((stored[name] for name in tied if name in stored), None)
+        if source is None:
+            raise CheckpointError(f"{checkpoint.path}: tensor {tied[0]} is missing")
+        stored |= {name: source for name in tied}
+    for name in model.state_dict():
+        if name not in stored:
+            raise CheckpointError(f"{checkpoint.path}: tensor {name} is missing")
+    return stored
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The dense shape of each tensor that a checkpoint has."""
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
 def _fill(
     model: nn.Module,
     checkpoint: Checkpoint,
+    stored: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
     rank: int,
     device: torch.device,
     progress: Progress | None,
 ) -> None:
     """Read every parameter and every persistent buffer of a parallelized model."""
-    stored = _stored_names(model, checkpoint)
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    shardings, shapes = named_shardings(model), named_dense_shapes(model)
+    shardings = named_shardings(model)
     parameters = dict(model.named_parameters())
     total = sum(p.numel() * p.itemsize for p in parameters.values())
     done = 0
     for name, parameter in parameters.items():
-        tied = names[id(parameter)]
-        source = next((stored[other] for other in tied if other in stored), None)
-        if source is None:
-            raise CheckpointError(f"{checkpoint.path}: tensor {name} is missing")
-        if checkpoint.shapes[source] != shapes[name]:
-            raise CheckpointError(
-                f"{checkpoint.path}: tensor {source} has shape {checkpoint.shapes[source]}, "
-                f"expected {shapes[name]}"
-            )
+        source = _checked(checkpoint, stored[name], shapes[name])
         value = checkpoint.read(source, shardings[name], rank, dtype=parameter.dtype).to(device)
         filled = nn.Parameter(value, parameter.requires_grad)
-        for other in tied:
+        for other in names[id(parameter)]:
             setattr(model.get_submodule(parent_of(other)), other.rpartition(".")[2], filled)
         done += value.numel() * value.itemsize
         if progress is not None:
             progress(done, total)
-    _fill_buffers(model, checkpoint, stored, rank, device)
-
-
-def _fill_buffers(
-    model: nn.Module,
-    checkpoint: Checkpoint,
-    stored: Mapping[str, str],
-    rank: int,
-    device: torch.device,
-) -> None:
     saved = model.state_dict()
     for name, buffer in model.named_buffers():
         value = buffer
         if name in saved:
-            if name not in stored:
-                raise CheckpointError(f"{checkpoint.path}: tensor {name} is missing")
-            if checkpoint.shapes[stored[name]] != tuple(buffer.shape):
-                raise CheckpointError(
-                    f"{checkpoint.path}: tensor {stored[name]} has shape "
-                    f"{checkpoint.shapes[stored[name]]}, expected {tuple(buffer.shape)}"
-                )
-            value = checkpoint.read(stored[name], REPLICATED, rank, dtype=buffer.dtype)
+            source = _checked(checkpoint, stored[name], shapes[name])
+            value = checkpoint.read(source, REPLICATED, rank, dtype=buffer.dtype)
         setattr(model.get_submodule(parent_of(name)), name.rpartition(".")[2], value.to(device))
 
 
-def _stored_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
-    """The checkpoint's name of each of the model's tensors, where it has one.
-
-    Raises:
-        CheckpointError: the checkpoint has a tensor that is none of the model's, or has it in a layout
-            that transformers converts while loading.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    transforms = get_model_conversion_mapping(model)
-    renamings = [rule for rule in transforms if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in transforms if isinstance(rule, WeightConverter)]
-    wanted: dict[str, Any] = model.state_dict()
-    ignored = [re.compile(rule) for rule in model._keys_to_ignore_on_load_unexpected or ()]
-    found: dict[str, str] = {}
-    for source in checkpoint.shapes:
-        name, converter = rename_source_key(
-            source, renamings, converters, model.base_model_prefix, wanted
+def _checked(checkpoint: Checkpoint, source: str, shape: tuple[int, ...]) -> str:
+    if checkpoint.shapes[source] != shape:
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {source} has shape {checkpoint.shapes[source]}, expected {shape}"
         )
-        if name in wanted and converter is None:
-            found[name] = source
-        elif converter is not None:
-            raise CheckpointError(
-                f"{checkpoint.path}: tensor {source} is stored in another layout than the model's "
-                f"{name}; load it with transformers and call parallelize()"
-            )
-        elif not NOT_LOADED.search(source) and not any(rule.search(name) for rule in ignored):
-            raise CheckpointError(
-                f"{checkpoint.path}: tensor {source} is not one of a {type(model).__name__}"
-            )
-    return found
-
-
-def saved_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """What transformers would call these tensors of a model in a checkpoint.
-
-    Raises:
-        ValueError: it would store them in another layout.
-    """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    held = list(names)
-    # Its own saving runs on numbers that stand for the tensors.
-    numbers = {tied.get(name, name): torch.tensor(number) for number, name in enumerate(held)}
-    reverted = {
-        int(number): name
-        for name, number in revert_weight_conversion(model, numbers).items()
-        if number.dim() == 0
-    }
-    if sorted(reverted) != list(range(len(held))):
-        raise ValueError(
-            f"{type(model).__name__}: transformers stores its tensors in another layout than the "
-            f"model's; save and export know no way there"
-        )
-    return {name: reverted[number] for number, name in enumerate(held)}
+    return source

@@ -48,6 +48,7 @@ def load(
     recompute: str = "none",
     stage: Stage | None = None,
     weights: str | None = None,
+    transformers: bool = False,
 ) -> nn.Module:
     """The model in ``path``, cut over ``mesh.tp``; each rank reads only its own slices.
 
@@ -79,6 +80,8 @@ def load(
             up) or whose columns are cut inside a block of 32 is read densely, as ever; a module's
             ``packed`` says. Both are for inference with a decoder, and the weights are the same numbers
             at every number of ranks. Activations, cache, norms and biases stay in ``dtype``.
+        transformers: whatever the family, return transformers' own model as :func:`parallelize` cuts
+            it, for its forward with ``labels=``, its ``generate`` and ``pipeline()``, Trainer and peft.
 
     Raises:
         CheckpointError: a file is missing or broken; a tensor is missing, extra or mis-shaped.
@@ -94,14 +97,15 @@ def load(
     except UnknownArchitectureError:
         if isinstance(checkpoint, GGUFCheckpoint):
             raise
-        _check_for_transformers(checkpoint, mesh, stage, recompute, weights)
         config = None
     dtype = dtype or stored_dtype(checkpoint)
-    if config is None:
+    if config is None or transformers:
+        _check_for_transformers(checkpoint, mesh, stage, recompute, weights, transformers)
         # Only here: transformers is imported where a model of its own is loaded.
-        from pyparallel.models.hugging_face import load_hugging_face
+        from pyparallel.models.hugging_face import load_hugging_face, load_transformers
 
-        model = load_hugging_face(
+        build = load_transformers if transformers else load_hugging_face
+        model = build(
             checkpoint,
             mesh,
             dtype=dtype,
@@ -146,18 +150,27 @@ def _check_weights(
 
 
 def _check_for_transformers(
-    checkpoint: Checkpoint, mesh: Mesh, stage: Stage | None, recompute: str, weights: str | None
+    checkpoint: Checkpoint,
+    mesh: Mesh,
+    stage: Stage | None,
+    recompute: str,
+    weights: str | None,
+    asked: bool,
 ) -> None:
-    """What a model that keeps transformers' modules can't be asked for."""
-    kind = checkpoint.config().get("model_type")
-    if mesh.cp.size > 1:
+    """What a model that keeps transformers' modules can't be asked for; ``asked``: it is wanted so."""
+    values = checkpoint.config()
+    kind = values.get("model_type") or values.get("general.architecture")
+    if mesh.cp.size > 1 and not asked:
         raise ValueError(
             f"cp: expected 1 for a {kind} model, which keeps its own attention; got {mesh.cp.size}"
         )
-    if mesh.pp.size > 1 or stage is not None:
+    if mesh.pp.size > 1 and not asked:
         raise ValueError(
-            f"pp: expected 1 to load a {kind} model, got {mesh.pp.size}; load it with transformers and "
-            f"call parallelize()"
+            f"pp: expected 1 to load a {kind} model, got {mesh.pp.size}; load it with transformers=True"
+        )
+    if stage is not None:
+        raise ValueError(
+            f"stage: expected None for a {kind} model, whose stages parallelize() cuts; got {stage}"
         )
     if recompute != "none":
         raise ValueError(

@@ -124,7 +124,7 @@ def _known_sources(model: nn.Module, mesh: Mesh) -> Mapping[str, tuple[Source, .
     cut = {_plain(name): sharding for name, sharding in named_shardings(model).items()}
     names = {name: name for name in _tensors(model)}
     if hasattr(getattr(model, "config", None), "model_type"):
-        from pyparallel.models.hugging_face import saved_names
+        from pyparallel.models.transformers_names import saved_names
 
         names = saved_names(model, names)
     return {name: (Source(names[name], cut.get(name, REPLICATED)),) for name in names}

@@ -212,15 +212,17 @@ def test_unknown_gguf_architecture(tmp_path: Path) -> None:
     assert "got 'mamba'" in str(failure.value.__cause__)
 
 
-def peak_of(tiny: Path, big: Path, weights: str | None = None) -> tuple[int, int, int]:
+def peak_of(
+    tiny: Path, big: Path, weights: str | None = None, transformers: bool = False
+) -> tuple[int, int, int]:
     """Peak memory before and after loading, and this rank's weights, in bytes."""
     mesh = init_mesh(tp=torch.distributed.get_world_size())
     # What the loading code itself takes is not the weights'.
-    load(tiny, mesh, weights=weights)
+    load(tiny, mesh, weights=weights, transformers=transformers)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
     before = _peak()
-    model = load(big, mesh, weights=weights)
+    model = load(big, mesh, weights=weights, transformers=transformers)
     share = sum(p.numel() * p.itemsize for p in model.parameters())
     return before, _peak(), share
 
@@ -230,15 +232,17 @@ def _peak() -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_peak_memory_is_the_share_and_one_tensor(tmp_path: Path, ranks: int) -> None:
+@pytest.mark.parametrize(("ranks", "transformers"), [(1, False), (3, False), (3, True)])
+def test_peak_memory_is_the_share_and_one_tensor(
+    tmp_path: Path, ranks: int, transformers: bool
+) -> None:
     """A 105 MB model whose largest tensor is 8 MB; 6 MB are left to the allocator."""
     build("llama").save_pretrained(tmp_path / "tiny")
     sizes = {"hidden_size": 576, "intermediate_size": 2048, "vocab_size": 3640, "head_dim": 64}
     build("llama", num_hidden_layers=5, **sizes).save_pretrained(tmp_path / "big")
     largest = 3640 * 576 * 4
     folders = tmp_path / "tiny", tmp_path / "big"
-    for before, after, share in launch(peak_of, ranks, *folders, threads=1):
+    for before, after, share in launch(peak_of, ranks, *folders, None, transformers, threads=1):
         assert after - before <= share + largest + 6e6
         assert after - before >= 0.9 * share
 
