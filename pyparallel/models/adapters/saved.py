@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -119,23 +120,24 @@ def _joined(
         )
     cut = cut_tensors(model)
     owner = mesh.tp.rank == mesh.dp.rank == mesh.cp.rank == 0
+    # Its own saving runs on numbers that stand for the tensors.
+    keys = list(values)
+    numbers = {key: torch.tensor(number) for number, key in enumerate(keys)}
     found: dict[str, dict[str, Tensor]] = {}
     for name in names:
         with warnings.catch_warnings():
             # Told once, where it writes.
             warnings.simplefilter("ignore")
             options = {"adapter_name": name, "save_embedding_layers": save_embedding_layers}
-            wanted = get_peft_model_state_dict(model, state_dict=values, **options)
-        keys = {id(value): key for key, value in values.items()}
-        held = {keys[id(value)] for value in wanted.values()}
-        needed = {key: value for key, value in values.items() if key in held}
-        inside = {key: where for key, where in cut.items() if key in held}
+            wanted = get_peft_model_state_dict(model, state_dict=numbers, **options)
+        held = {key: keys[int(number)] for key, number in wanted.items()}
+        needed = {key: values[key] for key in held.values()}
+        inside = {key: where for key, where in cut.items() if key in needed}
         parts = agree_on_parts(inside, needed, mesh.device_mesh.get_group("tp"))
         whole = join_parts(inside, needed, parts, keep=owner)
         found[name] = {}
         if whole is not None:
-            told = {key: whole[keys[id(value)]] for key, value in wanted.items()}
-            found[name] = {key: value.detach().cpu() for key, value in told.items()}
+            found[name] = {key: whole[source].detach().cpu() for key, source in held.items()}
     if mesh.pp.size == 1:
         return found
     with naming_lost_peers("save_pretrained"):
