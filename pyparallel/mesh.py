@@ -18,12 +18,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from pyparallel.comm.communicator import Communicator
-from pyparallel.comm.connect import connect
-from pyparallel.comm.cuda.connect import connect_gpus
 from pyparallel.comm.exchange import gather_objects
 from pyparallel.comm.group import Group
-from pyparallel.comm.local_engine import LocalCommunicator
+from pyparallel.comm.group_of import connected, remember
 from pyparallel.comm.peer_watch import naming_lost_peers
 from pyparallel.cut.shares import Shares, are_equal, check_shares
 from pyparallel.limits import check_count, check_timeout, environment_number
@@ -32,7 +29,6 @@ AXES = ("dp", "pp", "cp", "tp")
 # Of all machines together.
 MAX_WORLD = 1 << 20
 
-_open: list[Communicator] = []
 # Held, as their communicators are: a model asks for its group's mesh when nobody else holds it.
 _meshes: list[Mesh] = []
 
@@ -70,7 +66,7 @@ class Mesh:
         It talks through an engine of its own, so that gradients travel beside what the ranks of dp and
         cp say in backward. The first use is a call of all ranks of the world.
         """
-        return _group(self.data_mesh.get_group(), "data", self.device_mesh.device_type)
+        return connected(self.data_mesh.get_group(), "data", self.device_mesh.device_type)
 
     def __repr__(self) -> str:
         sizes = " x ".join(f"{axis}={size}" for axis, size in self.sizes.items())
@@ -79,11 +75,12 @@ class Mesh:
 
 
 def init_mesh(
+    device_mesh: DeviceMesh | None = None,
     *,
-    dp: int = 1,
-    pp: int = 1,
-    cp: int = 1,
-    tp: int = 1,
+    dp: int | None = None,
+    pp: int | None = None,
+    cp: int | None = None,
+    tp: int | None = None,
     shares: Sequence[int] | None = None,
     device_type: str | None = None,
     timeout_s: float | None = None,
@@ -94,7 +91,10 @@ def init_mesh(
     torch.distributed is not initialised yet it is, from torchrun's environment.
 
     Args:
-        dp, pp, cp, tp: ranks along the axes; their product is the number of ranks.
+        device_mesh: torch's, instead of sizes: its dimensions are called dp, pp, cp and tp, some or
+            all of them, and hold the world's ranks as they lie here, tp fastest. Its groups, such as
+            ``device_mesh["tp"]``, are from then on this mesh's, wherever a group is taken.
+        dp, pp, cp, tp: ranks along the axes, by default 1; their product is the number of ranks.
         shares: of every matrix, a whole number for each rank of tp: ``(2, 1, 1)`` where the first is
             twice as large or as fast as the others. By default equal. All ranks of the world give the
             same. What follows them: :mod:`pyparallel.cut.shares`, docs/shares.md.
@@ -105,22 +105,66 @@ def init_mesh(
     Raises:
         ValueError: a size below 1, a product that is not the world's size, a timeout not above 0;
             shares that are not whole numbers above 0, one for each rank of tp, or not those of another
-            rank.
+            rank; a ``device_mesh`` of other names, places or devices.
     """
     if timeout_s is not None:
         timeout_s = check_timeout("timeout_s", timeout_s)
-    sizes = {"dp": dp, "pp": pp, "cp": cp, "tp": tp}
-    for axis, size in sizes.items():
-        sizes[axis] = check_count(axis, size, MAX_WORLD, unit=" rank")
+    asked = {"dp": dp, "pp": pp, "cp": cp, "tp": tp}
+    if device_mesh is not None:
+        asked, device_type = _sizes_of(device_mesh, asked, device_type), device_mesh.device_type
+    sizes = {
+        axis: check_count(axis, 1 if size is None else size, MAX_WORLD, unit=" rank")
+        for axis, size in asked.items()
+    }
     of_tp = check_shares("shares", (1,) * sizes["tp"] if shares is None else shares, sizes["tp"])
     with naming_lost_peers("init_mesh"):
-        return _init_mesh(sizes, of_tp, device_type, timeout_s)
+        mesh = _init_mesh(sizes, of_tp, device_type, timeout_s)
+    for axis in () if device_mesh is None else device_mesh.mesh_dim_names:
+        remember(device_mesh.get_group(axis), getattr(mesh, axis))
+    return mesh
+
+
+def _sizes_of(
+    mesh: DeviceMesh, asked: dict[str, int | None], device_type: str | None
+) -> dict[str, int | None]:
+    """The axes' sizes, where the mesh lays the ranks out as we do; else why not."""
+    if not isinstance(mesh, DeviceMesh):
+        raise ValueError(
+            f"device_mesh: expected torch's DeviceMesh, got {type(mesh).__name__}; sizes are given by "
+            f"name, as in init_mesh(tp=2)"
+        )
+    given = [axis for axis, size in asked.items() if size is not None]
+    if given:
+        raise ValueError(
+            f"{given[0]}: expected no sizes beside device_mesh, which has them, got {given[0]}="
+            f"{asked[given[0]]}"
+        )
+    if device_type not in (None, mesh.device_type):
+        raise ValueError(
+            f"device_type: expected {mesh.device_type!r}, as device_mesh has it, got {device_type!r}"
+        )
+    names = mesh.mesh_dim_names or ()
+    if not names or not set(names) <= set(AXES):
+        raise ValueError(
+            f"device_mesh: expected dimensions called dp, pp, cp or tp, got {names or 'none'}; name "
+            f"them so (mesh_dim_names), or give one of them as group= where it is used"
+        )
+    world = dist.get_world_size()
+    order = [names.index(axis) for axis in AXES if axis in names]
+    places = mesh.mesh.permute(order).flatten().tolist()
+    if places != list(range(world)):
+        inward = " x ".join(axis for axis in AXES if axis in names)
+        raise ValueError(
+            f"device_mesh: expected the world's ranks 0 to {world - 1} in the order of {inward}, the "
+            f"last fastest, got {str(places)[:60]}; make it by init_device_mesh with its dimensions so"
+        )
+    return {axis: mesh.size(names.index(axis)) if axis in names else 1 for axis in AXES}
 
 
 def _init_mesh(
     sizes: dict[str, int], shares: Shares, device_type: str | None, timeout_s: float | None
 ) -> Mesh:
-    _init_distributed(timeout_s)
+    init_distributed(timeout_s)
     world_size = dist.get_world_size()
     product = math.prod(sizes.values())
     if product != world_size:
@@ -137,11 +181,16 @@ def _init_mesh(
     for axis in AXES:
         # A new process group waits as long as torch's default, whatever the world was told.
         _set_pg_timeout(_timeout_of_world(), device_mesh.get_group(axis))
+    process_groups = {axis: device_mesh.get_group(axis) for axis in AXES}
     groups = {
-        axis: _group(device_mesh.get_group(axis), axis, device_type, shares if axis == "tp" else ())
-        for axis in AXES
+        axis: connected(process_group, axis, device_type, shares if axis == "tp" else ())
+        for axis, process_group in process_groups.items()
     }
-    mesh = Mesh(device_mesh, _group(dist.group.WORLD, "world", device_type), **groups)
+    mesh = Mesh(device_mesh, connected(dist.group.WORLD, "world", device_type), **groups)
+    remember(dist.group.WORLD, mesh.world)
+    # An axis of all ranks may be torch's world itself; layers want to know of the axis.
+    for axis, process_group in process_groups.items():
+        remember(process_group, groups[axis])
     _meshes.append(mesh)
     return mesh
 
@@ -149,13 +198,6 @@ def _init_mesh(
 def mesh_of(group: Group) -> Mesh | None:
     """The mesh of which ``group`` is the tp axis, if it is one's."""
     return next((mesh for mesh in _meshes if mesh.tp is group), None)
-
-
-def close_meshes() -> None:
-    """Give back every communicator of this process; a rank does this before it ends."""
-    _meshes.clear()
-    while _open:
-        _open.pop().close()
 
 
 def _check_alike(shares: Shares) -> None:
@@ -169,25 +211,13 @@ def _check_alike(shares: Shares) -> None:
         )
 
 
-def _group(
-    process_group: dist.ProcessGroup, name: str, device_type: str, shares: Shares = ()
-) -> Group:
-    if process_group.size() == 1:
-        return Group.over(LocalCommunicator(name))
-    communicator = (
-        connect(process_group, name) if device_type == "cpu" else connect_gpus(process_group, name)
-    )
-    communicator.process_group = process_group
-    _open.append(communicator)
-    return Group.over(communicator, shares)
-
-
 def _timeout_of_world() -> timedelta:
     world = dist.group.WORLD
     return world._get_backend(world._device_types[0]).options._timeout
 
 
-def _init_distributed(timeout_s: float | None) -> None:
+def init_distributed(timeout_s: float | None) -> None:
+    """torch's world, from torchrun's variables or of this process alone; else how long it waits."""
     timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
     if dist.is_initialized():
         if timeout is not None:

@@ -27,6 +27,7 @@ from torch.autograd import Function
 
 import pyparallel.comm.compiled  # noqa: F401 (registers what torch.compile calls)
 from pyparallel.comm.group import Group
+from pyparallel.comm.group_of import GroupLike, group_of
 from pyparallel.comm.raw import (
     Pending,
     all_gather_raw,
@@ -145,12 +146,13 @@ class _AllToAll(Function):
         return back, None, None, None, None, None
 
 
-def copy_to_group(x: Tensor, group: Group) -> Tensor:
+def copy_to_group(x: Tensor, group: GroupLike) -> Tensor:
     """``x`` itself; the gradients of all ranks are summed. For a replicated input of sharded work."""
+    group = group_of(group)
     return x if group.size == 1 else _CopyToGroup.apply(x, group)
 
 
-def all_reduce(x: Tensor, group: Group, *, op: str = "sum") -> Tensor:
+def all_reduce(x: Tensor, group: GroupLike, *, op: str = "sum") -> Tensor:
     """The reduction of ``x`` over the ranks, replicated; its gradient, replicated too, passes as is.
 
     Raises:
@@ -158,12 +160,13 @@ def all_reduce(x: Tensor, group: Group, *, op: str = "sum") -> Tensor:
     """
     if op != "sum" and x.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"op: expected 'sum' for a tensor that needs a gradient, got {op!r}")
+    group = group_of(group)
     return x if group.size == 1 else _AllReduce.apply(x, group, op)
 
 
 def all_gather(
     x_shard: Tensor,
-    group: Group,
+    group: GroupLike,
     *,
     dim: int = 0,
     sizes: Sequence[int] | None = None,
@@ -178,24 +181,29 @@ def all_gather(
     """
     if grad not in ("reduce_scatter", "split"):
         raise ValueError(f"grad: expected 'reduce_scatter' or 'split', got {grad!r}")
+    group = group_of(group)
     return x_shard if group.size == 1 else _AllGather.apply(x_shard, group, dim, sizes, grad)
 
 
 def reduce_scatter(
-    x: Tensor, group: Group, *, dim: int = 0, sizes: Sequence[int] | None = None
+    x: Tensor, group: GroupLike, *, dim: int = 0, sizes: Sequence[int] | None = None
 ) -> Tensor:
     """This rank's part along ``dim`` of the sum of ``x`` over the ranks."""
+    group = group_of(group)
     return x if group.size == 1 else _ReduceScatter.apply(x, group, dim, sizes)
 
 
-def split(x: Tensor, group: Group, *, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor:
+def split(
+    x: Tensor, group: GroupLike, *, dim: int = 0, sizes: Sequence[int] | None = None
+) -> Tensor:
     """This rank's part along ``dim`` of a replicated ``x``; no communication until backward."""
+    group = group_of(group)
     return x if group.size == 1 else _Split.apply(x, group, dim, sizes)
 
 
 def all_to_all(
     x: Tensor,
-    group: Group,
+    group: GroupLike,
     *,
     split_dim: int,
     join_dim: int,
@@ -206,6 +214,7 @@ def all_to_all(
 
     Source: Jacobs et al. 2023, "DeepSpeed Ulysses", section 3.
     """
+    group = group_of(group)
     if group.size == 1:
         return x
     return _AllToAll.apply(x, group, split_dim, join_dim, split_sizes, join_sizes)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pyparallel.comm.group import Group
+from pyparallel.comm.group_of import GroupLike, group_of
 from pyparallel.decoding.decode_session import CausalLM
 from pyparallel.decoding.generation import Generation
 from pyparallel.decoding.request import checked
@@ -32,7 +32,7 @@ def generate(
     stop_strings: str | Sequence[str] = (),
     tokenizer: Any = None,
     on_token: Callable[[int, int], None] | None = None,
-    replicas: Group | None = None,
+    replicas: GroupLike | None = None,
     micro_batches: int | None = None,
 ) -> Generation:
     """Continue every prompt by up to ``max_new_tokens`` tokens; all ranks return the same.
@@ -63,6 +63,7 @@ def generate(
             tokens in the longest prompt than context-parallel ranks; more micro-batches than prompts, or
             some for a model that is no stage.
     """
+    replicas = None if replicas is None else group_of(replicas, name="replicas")
     request = checked(
         model,
         prompts,

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from pyparallel.comm.collectives import all_gather
 from pyparallel.comm.group import Group
+from pyparallel.comm.group_of import GroupLike, group_of
 from pyparallel.comm.sequence import shard_sizes
 from pyparallel.cut.shard import Sharding, features
 from pyparallel.layers.parameters import ShardedModule, init_linear
@@ -21,7 +22,7 @@ class ColumnParallelLinear(ShardedModule):
 
     Args:
         in_features, out_features, bias, device, dtype: as in ``nn.Linear``; dense sizes.
-        group: the ranks.
+        group: the ranks; torch's own objects are taken too.
         gather_output: return the whole y on every rank instead of this rank's features.
         sharding: which output features each rank holds; by default the group's shares.
         replicas: where several ranks hold the same features: the local row from which on rows are
@@ -51,12 +52,13 @@ class ColumnParallelLinear(ShardedModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        group: Group,
+        group: GroupLike,
         gather_output: bool = False,
         sharding: Sharding | None = None,
         replicas: tuple[int, Sharding] | None = None,
         sequence_parallel: bool = False,
     ) -> None:
+        group = group_of(group)
         super().__init__(group)
         sharding = sharding or features(out_features, group.shares)
         if gather_output and not sharding.in_order:
@@ -77,7 +79,7 @@ class ColumnParallelLinear(ShardedModule):
         self.reset_parameters()
 
     @classmethod
-    def from_dense(cls, linear: nn.Linear, *, group: Group, **options) -> ColumnParallelLinear:
+    def from_dense(cls, linear: nn.Linear, *, group: GroupLike, **options) -> ColumnParallelLinear:
         """The parallel twin of ``linear``; ``options`` as in the constructor."""
         return cls(
             linear.in_features,

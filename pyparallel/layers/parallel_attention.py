@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyparallel import autocast, backend
 from pyparallel.comm.group import Group
+from pyparallel.comm.group_of import GroupLike, group_of
 from pyparallel.comm.sequence import shard_sizes
 from pyparallel.layers.context_kv_cache import ContextKVCache
 from pyparallel.layers.kv_cache import KVCache
@@ -30,7 +31,7 @@ class ParallelAttention(nn.Module):
 
     Args:
         embed_dim, num_heads, bias, device, dtype: as in ``nn.MultiheadAttention``; dense sizes.
-        group: the ranks.
+        group: the ranks; torch's own objects are taken too.
         num_kv_heads: by default ``num_heads``.
         head_dim: D; by default ``embed_dim // num_heads``.
         out_bias: whether the output projection adds a bias; by default as ``bias``.
@@ -58,7 +59,7 @@ class ParallelAttention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        group: Group,
+        group: GroupLike,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         out_bias: bool | None = None,
@@ -72,6 +73,7 @@ class ParallelAttention(nn.Module):
         dropout_place: int = 0,
     ) -> None:
         super().__init__()
+        group = group_of(group)
         self.dropout = dropout
         self.dropout_place = dropout_place
         self.causal = causal
@@ -109,7 +111,7 @@ class ParallelAttention(nn.Module):
 
     @classmethod
     def from_dense(
-        cls, attention: nn.MultiheadAttention, *, group: Group, **options
+        cls, attention: nn.MultiheadAttention, *, group: GroupLike, **options
     ) -> ParallelAttention:
         """The parallel twin of torch's self-attention; ``options`` as in the constructor.
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyparallel.comm.group import Group
+from pyparallel.comm.group_of import GroupLike, group_of
 from pyparallel.layers.column_parallel_linear import ColumnParallelLinear
 from pyparallel.layers.owner import is_touched
 from pyparallel.layers.vocab_parallel_embedding import vocab_sharding
@@ -19,7 +20,7 @@ class ParallelLMHead(ColumnParallelLinear):
 
     Args:
         in_features, out_features, bias, device, dtype: as in ``nn.Linear``; dense sizes.
-        group: the ranks.
+        group: the ranks; torch's own objects are taken too.
         gather_output: :meth:`forward` returns all logits [..., V] on every rank (the default), or
             this rank's [..., V_r], as the vocab-parallel cross-entropy takes them.
         sequence_parallel: :meth:`forward` takes this rank's tokens, and gathers them.
@@ -33,10 +34,11 @@ class ParallelLMHead(ColumnParallelLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        group: Group,
+        group: GroupLike,
         gather_output: bool = True,
         sequence_parallel: bool = False,
     ) -> None:
+        group = group_of(group)
         super().__init__(
             in_features,
             out_features,

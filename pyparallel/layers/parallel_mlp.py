@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pyparallel import autocast, backend
-from pyparallel.comm.group import Group
+from pyparallel.comm.group_of import GroupLike, group_of
 from pyparallel.cut.shard import features, fuse
 from pyparallel.layers.column_parallel_linear import ColumnParallelLinear
 from pyparallel.layers.owner import is_touched, join_dense
@@ -25,7 +25,7 @@ class ParallelMLP(nn.Module):
         activation: "swiglu", "geglu", "geglu_tanh" (gated), "gelu", "gelu_tanh", "relu" or "silu".
         bias: whether the projections add biases.
         device, dtype: as in ``nn.Linear``.
-        group: the ranks.
+        group: the ranks; torch's own objects are taken too.
         sequence_parallel: x and y are this rank's tokens.
 
     Shapes:
@@ -46,7 +46,7 @@ class ParallelMLP(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        group: Group,
+        group: GroupLike,
         sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
@@ -54,6 +54,7 @@ class ParallelMLP(nn.Module):
             raise ValueError(
                 f"activation: expected one of {', '.join((*GATED, *POINTWISE))}, got {activation!r}"
             )
+        group = group_of(group)
         cut = features(intermediate_size, group.shares)
         gated = activation in GATED
         self.activation = activation
@@ -86,7 +87,7 @@ class ParallelMLP(nn.Module):
         gate: nn.Linear | None = None,
         *,
         activation: str,
-        group: Group,
+        group: GroupLike,
         sequence_parallel: bool = False,
     ) -> ParallelMLP:
         """The parallel twin of dense projections; with ``gate`` the activation is a gated one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyparallel.comm.group import Group
+from pyparallel.comm.group_of import GroupLike, group_of
 from pyparallel.cut.shard import HeadLayout, fuse
 from pyparallel.layers.column_parallel_linear import ColumnParallelLinear
 from pyparallel.layers.owner import join_dense
@@ -22,7 +22,7 @@ class QKVParallelLinear(ColumnParallelLinear):
         num_heads, num_kv_heads: dense head counts; by default as many KV heads as query heads.
         head_dim: D; by default ``embed_dim // num_heads``.
         bias, device, dtype: as in ``nn.Linear``.
-        group: the ranks.
+        group: the ranks; torch's own objects are taken too.
         sequence_parallel: x is this rank's tokens, and is gathered along the sequence.
 
     Shapes:
@@ -40,7 +40,7 @@ class QKVParallelLinear(ColumnParallelLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        group: Group,
+        group: GroupLike,
         sequence_parallel: bool = False,
     ) -> None:
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -51,6 +51,7 @@ class QKVParallelLinear(ColumnParallelLinear):
                     f"or give head_dim="
                 )
             head_dim = embed_dim // num_heads
+        group = group_of(group)
         layout = HeadLayout.of(num_heads, num_kv_heads, group.shares)
         replicas = None
         if layout.replicated:
@@ -79,7 +80,7 @@ class QKVParallelLinear(ColumnParallelLinear):
         value: nn.Linear,
         *,
         head_dim: int,
-        group: Group,
+        group: GroupLike,
         sequence_parallel: bool = False,
     ) -> QKVParallelLinear:
         """The parallel twin of three projections that read the same x."""

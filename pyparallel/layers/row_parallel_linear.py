@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from pyparallel import autocast, backend
 from pyparallel.comm.collectives import all_reduce, all_reduce_raw, reduce_scatter, split
 from pyparallel.comm.group import Group
+from pyparallel.comm.group_of import GroupLike, group_of
 from pyparallel.comm.sequence import sequence_sizes
 from pyparallel.cut.shard import REPLICATED, Sharding, features
 from pyparallel.layers.norm import RMSNorm
@@ -25,7 +26,7 @@ class RowParallelLinear(ShardedModule):
 
     Args:
         in_features, out_features, bias, device, dtype: as in ``nn.Linear``; dense sizes.
-        group: the ranks.
+        group: the ranks; torch's own objects are taken too.
         input_is_parallel: x is this rank's features already; else it is whole and is cut here.
         sharding: which input features (axis 1) each rank holds; by default the group's shares.
         sequence_parallel: y is this rank's tokens.
@@ -51,11 +52,12 @@ class RowParallelLinear(ShardedModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        group: Group,
+        group: GroupLike,
         input_is_parallel: bool = True,
         sharding: Sharding | None = None,
         sequence_parallel: bool = False,
     ) -> None:
+        group = group_of(group)
         super().__init__(group)
         sharding = sharding or features(in_features, group.shares, dim=1)
         self.in_features = in_features
@@ -70,7 +72,7 @@ class RowParallelLinear(ShardedModule):
         self.reset_parameters()
 
     @classmethod
-    def from_dense(cls, linear: nn.Linear, *, group: Group, **options) -> RowParallelLinear:
+    def from_dense(cls, linear: nn.Linear, *, group: GroupLike, **options) -> RowParallelLinear:
         """The parallel twin of ``linear``; ``options`` as in the constructor."""
         return cls(
             linear.in_features,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyparallel.comm.group import Group
+from pyparallel.comm.group_of import GroupLike, group_of
 from pyparallel.comm.sequence import shard_sizes
 from pyparallel.layers.owner import check_replaceable
 from pyparallel.ops.dropout import dropout
@@ -19,7 +19,7 @@ class SequenceParallelDropout(nn.Module):
 
     Args:
         p, inplace: as in ``nn.Dropout``; ``inplace`` must be False.
-        group: the ranks that the sequence is cut over.
+        group: the ranks that the sequence is cut over; torch's own objects are taken too.
 
     Shapes:
         x, y [..., S_r, H].
@@ -30,7 +30,7 @@ class SequenceParallelDropout(nn.Module):
         ValueError: p is not in [0, 1], or ``inplace``.
     """
 
-    def __init__(self, p: float = 0.5, inplace: bool = False, *, group: Group) -> None:
+    def __init__(self, p: float = 0.5, inplace: bool = False, *, group: GroupLike) -> None:
         super().__init__()
         if not 0.0 <= p <= 1.0:
             raise ValueError(f"p: expected 0 <= p <= 1, got {p}")
@@ -39,10 +39,10 @@ class SequenceParallelDropout(nn.Module):
                 "inplace: expected False; backward needs the input of what came before"
             )
         self.p = p
-        self.group = group
+        self.group = group_of(group)
 
     @classmethod
-    def from_dense(cls, module: nn.Dropout, *, group: Group) -> SequenceParallelDropout:
+    def from_dense(cls, module: nn.Dropout, *, group: GroupLike) -> SequenceParallelDropout:
         """The parallel twin of ``module``."""
         check_replaceable(module)
         return cls(module.p, module.inplace, group=group).train(module.training)

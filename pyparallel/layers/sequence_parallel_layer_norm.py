@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyparallel import backend
-from pyparallel.comm.group import Group
+from pyparallel.comm.group_of import GroupLike, group_of
 from pyparallel.layers.norm import LayerNorm
 from pyparallel.layers.owner import check_replaceable
 from pyparallel.ops.gradients.shared_parameters import with_summed_gradients
@@ -22,7 +22,7 @@ class SequenceParallelLayerNorm(LayerNorm):
     Args:
         normalized_shape, eps, elementwise_affine, bias, device, dtype: as in ``nn.LayerNorm``; the
             last axis alone.
-        group: the ranks that the sequence is cut over.
+        group: the ranks that the sequence is cut over; torch's own objects are taken too.
 
     Shapes:
         x, y [..., S_r, H].
@@ -39,13 +39,13 @@ class SequenceParallelLayerNorm(LayerNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        group: Group,
+        group: GroupLike,
     ) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
-        self.group = group
+        self.group = group_of(group)
 
     @classmethod
-    def from_dense(cls, norm: nn.LayerNorm, *, group: Group) -> SequenceParallelLayerNorm:
+    def from_dense(cls, norm: nn.LayerNorm, *, group: GroupLike) -> SequenceParallelLayerNorm:
         """The parallel twin of ``norm``, with copies of its parameters."""
         check_replaceable(norm)
         affine = norm.weight is not None

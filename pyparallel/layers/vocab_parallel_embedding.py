@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyparallel.comm.group import Group
+from pyparallel.comm.group_of import GroupLike, group_of
 from pyparallel.cut.shard import Sharding, even_parts
 from pyparallel.cut.shares import Parts
 from pyparallel.layers.parameters import ShardedModule
@@ -24,7 +24,7 @@ class VocabParallelEmbedding(ShardedModule):
     Args:
         num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse,
             device, dtype: as in ``nn.Embedding``; ``max_norm`` must be None.
-        group: the ranks.
+        group: the ranks; torch's own objects are taken too.
         sequence_parallel: y is this rank's tokens.
 
     Shapes:
@@ -47,7 +47,7 @@ class VocabParallelEmbedding(ShardedModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        group: Group,
+        group: GroupLike,
         sequence_parallel: bool = False,
     ) -> None:
         if max_norm is not None:
@@ -58,6 +58,7 @@ class VocabParallelEmbedding(ShardedModule):
             raise ValueError(
                 f"padding_idx: expected an id below {num_embeddings}, got {padding_idx}"
             )
+        group = group_of(group)
         super().__init__(group)
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
@@ -72,7 +73,7 @@ class VocabParallelEmbedding(ShardedModule):
 
     @classmethod
     def from_dense(
-        cls, embedding: nn.Embedding, *, group: Group, sequence_parallel: bool = False
+        cls, embedding: nn.Embedding, *, group: GroupLike, sequence_parallel: bool = False
     ) -> VocabParallelEmbedding:
         """The parallel twin of ``embedding``."""
         return cls(

@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from pyparallel import backend
 from pyparallel.comm.collectives import all_gather_raw
-from pyparallel.comm.group import Group
+from pyparallel.comm.group_of import GroupLike, group_of
 from pyparallel.cut.shard import even_parts
 
 NEAR_ZERO = 32.0
@@ -113,7 +113,7 @@ def vocab_parallel_cross_entropy(
     logits_shard: Tensor,
     targets: Tensor,
     *,
-    group: Group,
+    group: GroupLike,
     vocab_size: int,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
@@ -151,6 +151,7 @@ def vocab_parallel_cross_entropy(
             f"targets: expected shape {tuple(logits_shard.shape[:-1])}, one for each row of the "
             f"logits, got {tuple(targets.shape)}"
         )
+    group = group_of(group)
     cut = even_parts(vocab_size, group.shares)
     ((start, stop),) = cut.ranges[group.rank]
     if stop - start != logits_shard.shape[-1]:

@@ -155,9 +155,9 @@ def _live(rank: int, setup: dict[str, Any], store_end: int, memory: mmap.mmap, b
         memory.close()
         # A rank that fails closes nothing first: closing may wait for peers that wait for this one.
         message = success(fn(*args))
-        from pyparallel.mesh import close_meshes
+        from pyparallel.comm.group_of import close_groups
 
-        close_meshes()
+        close_groups()
         # A peer that is still connecting would take this rank's end for a failure.
         store.wait([f"connected/{peer}" for peer in range(world_size)], timeout)
         # A group with a broken connection may wait for ever, and this process ends now anyway.
