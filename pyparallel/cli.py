@@ -21,6 +21,7 @@ from typing import NoReturn
 
 from pyparallel.commands.start import drop, is_command, say
 from pyparallel.limits import check_environment
+from pyparallel.ranks.joined import is_first
 from pyparallel.ranks.process import end_server
 from pyparallel.version import __version__
 
@@ -55,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     with _signals():
         try:
-            status = _run(argv)
+            with _told_once():
+                status = _run(argv)
             sys.stdout.flush()
             return status
         except (_Ended, KeyboardInterrupt) as ended:
@@ -87,6 +89,20 @@ def _run(argv: Sequence[str] | None) -> int:
         # A terminal that can't show a character shows its number.
         sys.stdout.reconfigure(errors="backslashreplace")
     return import_module(f"pyparallel.commands.{args.command}").run(args)
+
+
+@contextlib.contextmanager
+def _told_once() -> Iterator[None]:
+    """What all of torchrun's ranks would tell, the first one tells; each tells its own failures."""
+    if is_first():
+        yield
+        return
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
 
 
 def _writable() -> bool:

@@ -6,9 +6,9 @@ import contextlib
 import math
 import multiprocessing
 import os
-import pickle
 import secrets
 import time
+import warnings
 from collections.abc import Callable
 from multiprocessing import connection
 from typing import Any
@@ -21,7 +21,15 @@ from pyparallel.limits import (
     check_timeout,
     cores,
 )
-from pyparallel.ranks.life import is_rank, pack_job, preparation, report
+from pyparallel.ranks.job import (
+    MissingGuardError,
+    by_value,
+    check_not_importing,
+    pickled,
+    preparation,
+)
+from pyparallel.ranks.joined import run_joined, world_of_torchrun
+from pyparallel.ranks.life import is_rank, pack_job, report
 from pyparallel.ranks.outcome import GRACE_S, Inbox, Outcome, RankError, Report, message_of
 from pyparallel.ranks.outcome import failure as _failure  # noqa: F401
 from pyparallel.ranks.process import LOOK_S, RankProcess, StartError, server
@@ -32,6 +40,8 @@ __all__ = ["RankError", "launch", "report"]
 # Seconds in which the other ranks' failures are still heard after the first one: a rank that lost its
 # peer may report sooner than the operating system reports the peer's death.
 SETTLE_S = 0.3
+
+_warned = False
 
 Rank = tuple[RankProcess, connection.Connection]
 
@@ -49,7 +59,12 @@ def launch(
     Each rank is a process with torch.distributed initialised, so ``fn`` begins with
     :func:`pyparallel.init_mesh`, just as it does under torchrun. Ranks are forked from a clean server
     process that has imported torch once, so a start costs tens of milliseconds. ``fn``, its arguments
-    and its results must be picklable; define ``fn`` at the top level of a module.
+    and its results must be picklable; define ``fn`` at the top level of a module, or of a script that
+    launches under ``if __name__ == "__main__":``. Where there is no file (a notebook, the prompt,
+    ``-c``, standard input) they go by value, by cloudpickle. See docs/launch.md.
+
+    Under torchrun the ranks are its own: ``fn`` runs in this process, which every one of them calls, and
+    all return all results, which are JSON and tensors then.
 
     Ranks meet through descriptors that they inherit, and talk over the loopback interface; nobody else
     can join (docs/security.md). They end when this process ends, however it does.
@@ -62,20 +77,27 @@ def launch(
         on_report: called here with (rank, value) for each :func:`report` of a rank, as it comes.
 
     Raises:
-        ValueError: a number that this machine can't serve, ``fn`` or an argument can't be pickled, or a
-            rank calls.
+        ValueError: a number that this machine can't serve, ``fn`` or an argument can't be pickled, a
+            rank calls, the script that calls has no guard, or torchrun started another number of ranks.
         RankError: the first failure of a rank, with its rank and traceback. The other ranks have been
             ended by then, and no process is left.
     """
+    check_not_importing()
     world_size = check_ranks("world_size", world_size)
     if is_rank() or multiprocessing.current_process().daemon:
         raise ValueError("launch: called by a rank; ranks start no ranks of their own")
     timeout_s = check_timeout("timeout_s", timeout_s)
+    if world_of_torchrun() > 1:
+        if threads is not None:
+            threads = check_threads("threads", threads, world_size)
+        options = {"threads": threads, "timeout_s": timeout_s, "on_report": on_report}
+        return run_joined(fn, world_size, args, **options)
     if threads is None:
         threads = max(1, cores() // world_size)
     threads = check_threads("threads", threads, world_size)
     check_environment()
     check_process_limit(world_size, threads)
+    _warn_of_many(world_size, threads)
     setup = {
         "world_size": world_size,
         "threads": threads,
@@ -83,12 +105,13 @@ def launch(
         "secret": secrets.token_hex(32),
         "environment": dict(os.environ),
         "program": preparation(),
+        "by_value": by_value(),
     }
     ranks: list[Rank] = []
     store = StoreServer()
     with contextlib.ExitStack() as owned:
         # Once for all ranks, and by value: multiprocessing would share the memory of tensors.
-        job = pack_job(setup, _pickled(fn, args))
+        job = pack_job(setup, pickled(fn, args))
         owned.callback(os.close, job)
         folder = os.open(".", os.O_PATH)
         owned.callback(os.close, folder)
@@ -120,14 +143,17 @@ def _start(
         raise
 
 
-def _pickled(fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
-    try:
-        return pickle.dumps((fn, args))
-    except Exception as error:
-        raise ValueError(
-            f"launch: fn and its arguments must be picklable, got {type(error).__name__}: {error}; "
-            f"define fn at the top level of a module"
-        ) from error
+def _warn_of_many(world_size: int, threads: int) -> None:
+    """Once in a process: more threads than cores make every rank wait for the others' turns."""
+    global _warned
+    if world_size * threads <= cores() or _warned:
+        return
+    _warned = True
+    warnings.warn(
+        f"launch: {world_size} ranks x {threads} threads on {cores()} cores: ranks that wait for each "
+        f"other share a core, and all are slow; use at most {cores()} threads over all ranks",
+        stacklevel=3,
+    )
 
 
 def _message(process: Any, receiver: connection.Connection) -> Outcome | Report | None:
@@ -175,6 +201,8 @@ def _collect(
         # min keeps the first of equals, and the dict is in the order of arrival.
         rank = min(failed, key=lambda r: failed[r].gravity())
         first = failed[rank]
+        if isinstance(first.error, MissingGuardError):
+            raise first.error from None
         held = stopped.now(waiting) if first.gravity() == 2 else []
         if held:
             told = f"stopped by a signal, and the others could not wait: {first.reason}"

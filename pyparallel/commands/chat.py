@@ -20,6 +20,7 @@ from pyparallel.decoding.conversation import Conversation
 from pyparallel.decoding.request import check_prompts
 from pyparallel.launch import launch
 from pyparallel.models.config import DecoderConfig
+from pyparallel.ranks.joined import world_of_torchrun
 
 
 def talk(args: argparse.Namespace, job: Job, tokenizer: Any, config: DecoderConfig | None) -> int:
@@ -28,6 +29,11 @@ def talk(args: argparse.Namespace, job: Job, tokenizer: Any, config: DecoderConf
         raise ValueError("--check: expected --prompt with it, got a chat of several questions")
     if args.micro_batches not in (None, 1):
         raise ValueError(f"--micro-batches: expected 1 in a chat, got {args.micro_batches}")
+    if world_of_torchrun() > 1:
+        raise ValueError(
+            "--chat: expected --prompt with it under torchrun, whose ranks share no terminal; start a "
+            "chat without torchrun"
+        )
     most = None if config is None else config.max_positions
     conversation = Conversation(tokenizer, system=args.system, most_tokens=most)
     # A template that is missing, or knows no system, is told before anything starts.

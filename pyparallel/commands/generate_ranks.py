@@ -83,7 +83,8 @@ def answer_prompts(
     }
     if check:
         logits = teacher_forced_logits(model, prompts, made.tokens)
-        told["logits"] = [rows.numpy() for rows in logits] if first else None
+        # Copies: a view would be sent with all that it is a part of.
+        told["logits"] = [rows.clone() for rows in logits] if first else None
     return told
 
 

@@ -136,7 +136,7 @@ def compare(
         round_to_int8(model)
     matches, difference = True, 0.0
     for row, prompt in enumerate(prompts):
-        tokens, logits = made["tokens"][row], torch.from_numpy(made["logits"][row])
+        tokens, logits = made["tokens"][row], made["logits"][row]
         ids = torch.tensor([[*prompt, *tokens[:-1]]])
         dense = model(ids).logits[0, len(prompt) - 1 :].float()
         difference = max(difference, (dense - logits).abs().max().item())

@@ -11,11 +11,13 @@ import select
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing import process, spawn, util
 from multiprocessing.connection import Connection
 from typing import Any
 
+from pyparallel.ranks.job import importing, pickler
 from pyparallel.ranks.outcome import Report, failure, success
 from pyparallel.ranks.parent_death import die_with_parent
 
@@ -23,6 +25,10 @@ from pyparallel.ranks.parent_death import die_with_parent
 CLOSE_S = 5.0
 # In a rank: the pipe to its launcher.
 _sender: Connection | None = None
+# Its functions and classes go to the launcher as they came: by name, or by value.
+_by_value = False
+# Where there is no launcher: who hears this process's reports.
+_listener: Callable[[int, Any], None] | None = None
 
 
 def is_rank() -> bool:
@@ -33,7 +39,20 @@ def is_rank() -> bool:
 def report(value: Any) -> None:
     """Send ``value`` to the launcher's ``on_report`` while this rank goes on; nothing elsewhere."""
     if _sender is not None:
-        _sender.send_bytes(pickle.dumps(Report(value)))
+        _sender.send_bytes(pickler(_by_value).dumps(Report(value)))
+    elif _listener is not None:
+        _listener(int(os.environ["RANK"]), value)
+
+
+@contextlib.contextmanager
+def reporting(listener: Callable[[int, Any], None] | None) -> Iterator[None]:
+    """Have ``listener`` hear what this process reports, which is a rank that nobody here launched."""
+    global _listener
+    before, _listener = _listener, listener
+    try:
+        yield
+    finally:
+        _listener = before
 
 
 def pack_job(setup: dict[str, Any], job: bytes) -> int:
@@ -56,7 +75,7 @@ def rank_main(rank: int, sender: int, store: int, job: int, folder: int, launche
         folder: the launcher's current one.
         launcher: of its process.
     """
-    global _sender
+    global _sender, _by_value
     _sender = Connection(sender, readable=False)
     threading.Thread(target=_end_with_launcher, args=(launcher,), daemon=True).start()
     _enter(folder)
@@ -65,6 +84,7 @@ def rank_main(rank: int, sender: int, store: int, job: int, folder: int, launche
     os.close(job)
     end = 8 + int.from_bytes(memory[:8], "little")
     setup = json.loads(memory[8:end])
+    _by_value = setup["by_value"]
     _end_forks_with_this()
     own = process.current_process()
     own.name, own.daemon = f"rank{rank}", True
@@ -72,7 +92,7 @@ def rank_main(rank: int, sender: int, store: int, job: int, folder: int, launche
     try:
         message = _live(rank, setup, store, memory, end)
     except BaseException as error:
-        message = failure(error)
+        message = failure(error, pickler(_by_value))
     for stream in (sys.stdout, sys.stderr):
         # Closed, or full: what a rank prints is not what it returns.
         with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -148,13 +168,14 @@ def _live(rank: int, setup: dict[str, Any], store_end: int, memory: mmap.mmap, b
         peer_proof.prove(dist.group.WORLD)
         store.set(f"connected/{rank}", "")
     with naming_lost_peers("torch.distributed"):
-        spawn.prepare(setup["program"])
+        with importing(setup["program"]):
+            spawn.prepare(setup["program"])
         # Given back before the work, which may last: arguments can be large.
         with memoryview(memory) as whole, whole[begin:] as job:
             fn, args = pickle.loads(job)
         memory.close()
         # A rank that fails closes nothing first: closing may wait for peers that wait for this one.
-        message = success(fn(*args))
+        message = success(fn(*args), pickler(_by_value))
         from pyparallel.comm.group_of import close_groups
 
         close_groups()
@@ -181,23 +202,6 @@ def _end_with_launcher(launcher: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(os.getppid(), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def preparation() -> dict[str, Any]:
-    """How a rank finds this program's modules, its main one among them, as multiprocessing does."""
-    folder = process.ORIGINAL_DIR
-    told: dict[str, Any] = {
-        "sys_path": [folder if entry == "" else entry for entry in sys.path if entry or folder],
-        "sys_argv": sys.argv,
-    }
-    main = sys.modules["__main__"]
-    name = getattr(getattr(main, "__spec__", None), "name", None)
-    path = getattr(main, "__file__", None)
-    if name is not None:
-        told["init_main_from_name"] = name
-    elif path is not None:
-        told["init_main_from_path"] = os.path.normpath(os.path.join(folder or "", path))
-    return told
 
 
 def finish() -> None:

@@ -131,20 +131,20 @@ def message_of(process: Process, inbox: Inbox, *, gone: bool = False) -> Outcome
         )
 
 
-def success(value: Any) -> bytes:
+def success(value: Any, pickler: Any = pickle) -> bytes:
     try:
-        return pickle.dumps(Outcome(value=value))
+        return pickler.dumps(Outcome(value=value))
     except Exception as error:
         raise TypeError(
             f"the result of fn must be picklable, got {type(value).__name__}: {error}"
         ) from error
 
 
-def failure(error: BaseException) -> bytes:
+def failure(error: BaseException, pickler: Any = pickle) -> bytes:
     reason = f"{type(error).__name__}: {error}"
     trace = "".join(traceback.format_exception(error))
     try:
-        message = pickle.dumps(Outcome(error=error, reason=reason, trace=trace))
+        message = pickler.dumps(Outcome(error=error, reason=reason, trace=trace))
         pickle.loads(message)
         return message
     except Exception:
