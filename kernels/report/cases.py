@@ -5,8 +5,9 @@ A kernel's file may bring its own: `compile_cases(arch)`, found by its name.
 
 from __future__ import annotations
 
+import difflib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from importlib import import_module
 from typing import Any
@@ -225,6 +226,13 @@ def all_cases(arch: str) -> list[Case]:
     """Every case of an architecture, in the order of the report."""
     own = [m.compile_cases for m in kernel_modules() if hasattr(m, "compile_cases")]
     return [case for family in (*FAMILIES, *own) for case in family(arch)]
+
+
+def suggestion(cases: Sequence[Case], name: str) -> str:
+    """For a message: the nearest of the cases' names, or all."""
+    names = sorted({case.name for case in cases})
+    near = difflib.get_close_matches(name, names, 1, 0.5)
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(names)}"
 
 
 @lru_cache(maxsize=1)

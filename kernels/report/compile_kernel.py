@@ -20,6 +20,8 @@ from typing import Any
 
 import triton
 
+from pyparallel.kernels.report.architectures import CUDA_TOOLS, target_of
+
 
 @dataclass(frozen=True)
 class Case:
@@ -68,19 +70,9 @@ class Case:
         return found
 
 
-def target_of(arch: str) -> Any:
-    from triton.backends.compiler import GPUTarget
-
-    if re.fullmatch(r"sm_\d{2,3}", arch):
-        return GPUTarget("cuda", int(arch[3:]), 32)
-    if arch in ("gfx942", "gfx950"):
-        return GPUTarget("hip", arch, 64)
-    raise ValueError(f"arch: expected sm_80, sm_90, sm_100 or gfx942, got {arch!r}")
-
-
 _MMA = {
     "tcgen05": r"\btcgen05\.mma\b", "wgmma": r"\bwgmma\.mma_async\b", "mma.sync": r"\bmma\.sync\b",
-    "mfma": r"\bv_mfma_\w+",
+    "mfma": r"\bv_mfma_\w+", "wmma": r"\bv_s?wmma\w+",
 }
 # registers a multiprocessor, threads a multiprocessor, shared bytes a multiprocessor.
 _LIMITS = {
@@ -115,7 +107,7 @@ def _width_amd(text: str, verb: str) -> int:
 
 
 def _cubin_usage(cubin: bytes) -> tuple[int, int]:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    tool = CUDA_TOOLS / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as handle:
         handle.write(cubin)
         handle.flush()
@@ -157,7 +149,7 @@ def measure(arch: str, compiled: Any, num_warps: int) -> dict[str, Any]:
         # 512 registers a lane of each of four SIMDs, at most 8 waves on one; 64 KiB LDS.
         waves = min(8, 512 // max(8, -(-registers // 8) * 8))
         blocks = min(waves * 4 // num_warps, 65536 // max(shared, 1))
-        occupancy = round(blocks * num_warps / 32, 3)
+        occupancy = round(blocks * num_warps / 32, 3) if arch.startswith("gfx9") else None
     mma = Counter({kind: len(re.findall(pattern, text)) for kind, pattern in _MMA.items()})
     kinds = {kind: number for kind, number in mma.items() if number}
     return {
@@ -167,13 +159,23 @@ def measure(arch: str, compiled: Any, num_warps: int) -> dict[str, Any]:
     }
 
 
-def compile_case(case: Case, arch: str, cache: Path | None) -> dict[str, Any]:
-    """Compile and measure, or read the figures of the same source from the cache."""
+def _source_and_options(case: Case) -> tuple[Any, dict[str, Any]]:
     from triton.compiler import ASTSource
 
     source = ASTSource(case.kernel, case.signature(), dict(case.constants), case.attributes())
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages,
-               "enable_fp_fusion": True, **case.options}
+    return source, {"num_warps": case.num_warps, "num_stages": case.num_stages,
+                    "enable_fp_fusion": True, **case.options}
+
+
+def compiled_of(case: Case, arch: str) -> Any:
+    """Triton's compiled kernel, with the text of every stage."""
+    source, options = _source_and_options(case)
+    return triton.compile(source, target=target_of(arch), options=options)
+
+
+def compile_case(case: Case, arch: str, cache: Path | None) -> dict[str, Any]:
+    """Compile and measure, or read the figures of the same source from the cache."""
+    source, options = _source_and_options(case)
     # The figures depend on how this file reads them, too.
     reader = Path(__file__).read_text()
     text = f"{triton.__version__} {arch} {source.hash()} {sorted(options.items())} {reader}"
@@ -183,7 +185,7 @@ def compile_case(case: Case, arch: str, cache: Path | None) -> dict[str, Any]:
     started = time.perf_counter()
     result: dict[str, Any] = {"error": None}
     try:
-        compiled = triton.compile(source, target=target_of(arch), options=options)
+        compiled = compiled_of(case, arch)
         result.update(measure(arch, compiled, case.num_warps))
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()]

@@ -13,13 +13,19 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from pyparallel.kernels.configurations import ARCHITECTURES, SHARED_BYTES
-from pyparallel.kernels.report.cases import all_cases
-from pyparallel.kernels.report.compile_kernel import Case, compile_case, target_of
+from pyparallel.kernels.report.architectures import check_accepted, configured_as
+from pyparallel.kernels.report.cases import all_cases, suggestion
+from pyparallel.kernels.report.compile_kernel import Case, compile_case
+
+# An architecture, the place of a case among its cases, and where figures are kept.
+Task: TypeAlias = "tuple[str, int, str | None]"
 
 BEST_MMA = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 _MFMA_STORES = "MFMA leaves four elements of a column in a lane: bf16 is stored 8 bytes at a time"
@@ -33,6 +39,9 @@ def cache_directory() -> Path:
 
 def shortfalls(case: Case, arch: str, result: dict[str, Any]) -> tuple[list[str], list[str]]:
     """(what is wrong, what is waived with the reason)."""
+    if configured_as(arch) != arch:
+        # Shown, not judged: the tiles are a relative's.
+        return [], [result["error"]] if result["error"] else []
     if result["error"]:
         return [result["error"]], []
     wrong: list[str] = []
@@ -57,15 +66,46 @@ def shortfalls(case: Case, arch: str, result: dict[str, Any]) -> tuple[list[str]
     return wrong + missing, excused
 
 
-def compile_task(task: tuple[str, int, str | None]) -> tuple[str, int, dict[str, Any]]:
+def compile_task(task: Task) -> tuple[str, int, dict[str, Any]]:
     """One case in a process of the pool; named by place, because kernels don't travel."""
     arch, index, cache = task
-    case = all_cases(arch)[index]
+    case = all_cases(configured_as(arch))[index]
     return arch, index, compile_case(case, arch, Path(cache) if cache else None)
 
 
+def _results(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Every task's result, as it comes. A compiler that ends its process fails its own task alone."""
+    left = set(tasks)
+    with _pool(jobs) as pool:
+        futures = {pool.submit(compile_task, task): task for task in tasks}
+        for future in as_completed(futures):
+            if not isinstance(future.exception(), BrokenProcessPool):
+                yield future.result()
+                left.remove(futures[future])
+    for task in sorted(left):
+        with _pool(1) as pool:
+            try:
+                yield pool.submit(compile_task, task).result()
+            except BrokenProcessPool:
+                yield *task[:2], {"error": "the compiler ended its process"}
+
+
 @contextmanager
-def _compiling_environment() -> Iterator[None]:
+def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that end at once where this one is asked to: a compile may take a minute."""
+    before = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in set(multiprocessing.active_children()) - before:
+                child.kill()
+            raise
+
+
+@contextmanager
+def compiling_environment() -> Iterator[None]:
     """Children must compile, whatever this process does with its kernels."""
     names = ("TRITON_INTERPRET", "PYPARALLEL_BACKEND")
     saved = {name: os.environ.pop(name) for name in names if name in os.environ}
@@ -83,25 +123,23 @@ def compile_all(
     """A row a case: name, arch, config, figures, error, wrong, excused, in the order of cases.
 
     names: only kernels whose name contains one of these."""
-    for arch in archs:
-        target_of(arch)
+    with compiling_environment():
+        check_accepted(archs)
     cases = {
         (arch, index): case
         for arch in archs
-        for index, case in enumerate(all_cases(arch))
+        for index, case in enumerate(all_cases(configured_as(arch)))
         if not names or any(name in case.name for name in names)
     }
     if not cases:
-        raise ValueError(f"kernel: no kernel's name contains one of {', '.join(names)}")
+        near = suggestion(all_cases(configured_as(archs[0])), names[0])
+        raise ValueError(f"kernel: no kernel's name contains one of {', '.join(names)}{near}")
     where = None if cache is None else str(cache)
     tasks = [(arch, index, where) for arch, index in cases]
     found: dict[tuple[str, int], dict[str, Any]] = {}
     jobs = min(jobs or os.cpu_count() or 1, len(tasks))
-    with (
-        _compiling_environment(),
-        multiprocessing.get_context("spawn").Pool(jobs) as pool,
-    ):
-        for arch, index, result in pool.imap_unordered(compile_task, tasks):
+    with compiling_environment():
+        for arch, index, result in _results(tasks, jobs):
             found[arch, index] = result
             if progress:
                 progress(len(found), len(tasks))

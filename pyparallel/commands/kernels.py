@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+DUMPS = ("ttir", "ttgir", "llir", "ptx", "sass", "amdgcn")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,9 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--arch",
         nargs="+",
-        default=list(ARCHITECTURES),
         metavar="ARCH",
-        help=f"architectures to compile for (default: {' '.join(ARCHITECTURES)})",
+        help="architectures to compile for, as sm_90 or gfx942: whatever Triton takes (default: "
+        f"{' '.join(ARCHITECTURES)}; with --dump sm_90, or gfx942 for amdgcn)",
     )
     parser.add_argument(
         "--kernel",
@@ -25,6 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME",
         help="only kernels whose name contains one of these",
+    )
+    parser.add_argument(
+        "--dump",
+        nargs=2,
+        metavar=("KIND", "NAME"),
+        help=f"print what the compiler made of kernel NAME in all its configurations, instead of "
+        f"tables; KIND: {', '.join(DUMPS)}",
     )
     parser.add_argument("--jobs", type=int, help="processes that compile (default: the cores)")
     parser.add_argument(
@@ -36,22 +45,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compile, print, and return 1 if a kernel misses a line without saying why."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.table import Table
-
     from pyparallel.commands.flags import check_numbers
-    from pyparallel.kernels.report import report
 
     check_numbers(args)
+    if find_spec("triton") is None:
+        raise ValueError(
+            "kernels: expected Triton, which compiles them, but it is not installed; "
+            "pip install 'pyparallel-kernels[triton]'"
+        )
+    return _dump(args) if args.dump else _report(args)
+
+
+def _dump(args: argparse.Namespace) -> int:
+    from pyparallel.kernels.report.dump import dump
+
+    kind, name = args.dump
+    if args.json or args.markdown or args.kernel:
+        raise ValueError(
+            "--dump: expected no --json, --markdown or --kernel with it; it prints text"
+        )
+    comment = ";" if kind in ("llir", "amdgcn") else "//"
+    for what, text in dump(kind, name, args.arch or ["gfx942" if kind == "amdgcn" else "sm_90"]):
+        print(f"{comment} {what}\n{text.strip()}\n")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from pyparallel.commands.kernels_output import print_tables
+    from pyparallel.kernels.report import report
+
     errors = Console(stderr=True)
-    bar = Progress(
-        TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), console=errors, transient=True
-    )
-    with bar:
+    columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn())
+    silent = not sys.stderr.isatty()
+    with Progress(*columns, console=errors, transient=True, disable=silent) as bar:
         task = bar.add_task("compiling", total=None)
         rows = report.compile_all(
-            args.arch,
+            args.arch or ARCHITECTURES,
             names=args.kernel,
             jobs=args.jobs,
             cache=None if args.no_cache else report.cache_directory(),
@@ -64,22 +96,8 @@ def run(args: argparse.Namespace) -> int:
         json.dump({"kernels": rows}, sys.stdout)
         print()
         return 1 if wrong else 0
-    console = Console()
-    for arch in dict.fromkeys(row["arch"] for row in rows):
-        table = Table(title=arch)
-        for title, _ in report.COLUMNS:
-            table.add_column(title, overflow="fold")
-        for row in (r for r in rows if r["arch"] == arch):
-            style = "red" if row["wrong"] else "dim" if row["excused"] else ""
-            cells = (str(row.get(key, "")) for _, key in report.COLUMNS)
-            table.add_row(*cells, style=style)
-        console.print(table)
-        reasons = dict.fromkeys(
-            text for row in rows if row["arch"] == arch for text in row["excused"]
-        )
-        for text in reasons:
-            console.print(f"  {text}", highlight=False)
+    print_tables(rows, report.COLUMNS)
     for row in wrong:
         faults = "; ".join(row["wrong"])
-        errors.print(f"{row['arch']} {row['name']} [{row['config']}]: {faults}", markup=False)
+        print(f"{row['arch']} {row['name']} [{row['config']}]: {faults}", file=sys.stderr)
     return 1 if wrong else 0

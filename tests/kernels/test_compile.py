@@ -1,16 +1,21 @@
 """What the compiler makes of the kernels; compiled in processes of their own, without interpreter."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from pyparallel.cli import main
+from pyparallel.commands import kernels as kernels_command
 from pyparallel.kernels.configurations import ARCHITECTURES
 from pyparallel.kernels.report import report
+from pyparallel.kernels.report.architectures import configured_as, target_of
 from pyparallel.kernels.report.cases import all_cases, kernel_modules
-from pyparallel.kernels.report.compile_kernel import Case, _width_amd, _width_ptx, target_of
+from pyparallel.kernels.report.compile_kernel import Case, _width_amd, _width_ptx
+from pyparallel.kernels.report.dump import dump
 
 GOOD = {
     "error": None,
@@ -90,8 +95,6 @@ def test_unknown_architecture():
 
 
 def command(*arguments, cache):
-    import os
-
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
     return subprocess.run(
         [sys.executable, "-m", "pyparallel", "kernels", *arguments],
@@ -137,6 +140,89 @@ def test_compilers_run_nothing_of_the_current_folder_and_end_quietly(tmp_path, m
     assert not (tmp_path / "ran").exists()
 
 
+def test_tables_are_plain_where_they_are_read_on(tmp_path):
+    """No control character, no frame, a row a line; also of architectures that have no tiles here."""
+    archs = ("sm_90", "gfx1100")
+    done = command("--arch", *archs, "--kernel", "softcap", cache=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.isascii() and all(c.isprintable() or c == "\n" for c in done.stdout)
+    blocks = [block.splitlines() for block in done.stdout.strip().split("\n\n")]
+    assert [block[0] for block in blocks] == list(archs)
+    for block in blocks:
+        assert [line.split()[0] for line in block[1:]] == ["kernel", "softcap", "softcap_backward"]
+        # Columns stand under their titles.
+        assert block[1].index("configuration") == block[2].index("bf16")
+
+
+@pytest.mark.parametrize(
+    ("kind", "arch", "holds"),
+    [
+        ("sass", "sm_90", "EXIT"),
+        pytest.param("ptx", "sm_120", ".target sm_120a", marks=pytest.mark.slow),
+        pytest.param("ttgir", "gfx1201", '"hip:gfx1201"', marks=pytest.mark.slow),
+        pytest.param("amdgcn", "gfx942", "s_endpgm", marks=pytest.mark.slow),
+    ],
+)
+def test_dump_prints_a_stage_of_every_configuration(kind, arch, holds):
+    ((what, text),) = dump(kind, "softcap", [arch])
+    assert what == f"softcap [bf16] for {arch}" and holds in text
+
+
+def test_tiles_of_relatives():
+    own = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "gfx950")
+    assert all(configured_as(arch) == arch for arch in own)
+    relatives = {"sm_75": "sm_86", "sm_110": "sm_100", "gfx90a": "gfx942", "gfx1100": "gfx942"}
+    assert {arch: configured_as(arch) for arch in relatives} == relatives
+    # Shown, not judged.
+    failed = GOOD | {"error": "it broke"}
+    assert report.shortfalls(case(tensor_core=True), "sm_75", failed) == ([], ["it broke"])
+
+
+def die(task):
+    if task[1] == 1:
+        os._exit(1)
+    return *task[:2], {"error": None}
+
+
+def test_a_compiler_that_ends_its_process_fails_its_own_task(monkeypatch):
+    monkeypatch.setattr(report, "compile_task", die)
+    tasks = [("sm_90", index, None) for index in range(2)]
+    errors = {index: result["error"] for _, index, result in report._results(tasks, 1)}
+    assert errors == {0: None, 1: "the compiler ended its process"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("--arch sm_90 --kernel sofcap", "contains one of sofcap; did you mean softcap?"),
+        (
+            "--dump ptx sofcap",
+            "--dump: expected a kernel's name, got 'sofcap'; did you mean softcap?",
+        ),
+        ("--dump ptx softcap --arch gfx942", "ttir, ttgir, llir, amdgcn for gfx942, got 'ptx'"),
+        ("--dump ptx softcap --json", "--dump: expected no --json, --markdown or --kernel with it"),
+        (
+            "--arch sm90",
+            "got 'sm90'; or another that this Triton compiles for; did you mean sm_90?",
+        ),
+        ("--arch gfx777", "got 'gfx777': unsupported target: 'gfx777'; did you mean gfx942?"),
+    ],
+)
+def test_a_name_that_is_none_is_answered_with_the_nearest(arguments, told, capfd):
+    assert main(["kernels", *arguments.split()]) == 2
+    error = capfd.readouterr().err
+    assert told in error and error.count("\n") == 1
+
+
+def test_without_triton_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(kernels_command, "find_spec", lambda name: None)
+    assert main(["kernels"]) == 2
+    assert capsys.readouterr().err == (
+        "pyparallel: error: kernels: expected Triton, which compiles them, but it is not installed; "
+        "pip install 'pyparallel-kernels[triton]'\n"
+    )
+
+
 def test_command_says_what_is_wrong_with_its_arguments(tmp_path):
     for arguments, message in (
         (("--arch", "h100"), "got 'h100'"),
@@ -144,7 +230,7 @@ def test_command_says_what_is_wrong_with_its_arguments(tmp_path):
     ):
         result = command(*arguments, cache=tmp_path)
         assert result.returncode == 2 and message in result.stderr
-        assert "Traceback" not in result.stderr
+        assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.slow
