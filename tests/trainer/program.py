@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from tests.models.peft_truth import adapted
 from tests.transformers_models import build
 
 # Sequences a step, over all ranks; the model of the config sees as many, whatever the mesh.
@@ -21,6 +22,8 @@ BATCH, ACCUMULATION, STEPS, HALF = 4, 2, 6, 3
 ROWS, LENGTH = 52, 9
 # Losses of evaluation are means over whole batches; what is predicted divides by nothing.
 EVALUATED, PREDICTED = 8, 7
+# With LoRA, in fp64, and without dropout, which dp replicas draw by themselves.
+ADAPTED = "qwen2"
 
 
 def model_of() -> nn.Module:
@@ -113,6 +116,8 @@ def main(folder: Path, dp: int, tp: int, checkpoint: str | None) -> None:
         again = pyparallel.parallelize(model_of(), mesh)
         half = str(folder / f"checkpoint-{HALF}")
         told["resumed"] = train(pyparallel.Trainer, again, folder / "resumed", dp, half)
+        adapters = pyparallel.parallelize(adapted(ADAPTED), mesh)
+        told["adapters"] = train(pyparallel.Trainer, adapters, folder / "adapters", dp)
     if mesh.world.rank == 0:
         (folder / "told.json").write_text(json.dumps(told))
 

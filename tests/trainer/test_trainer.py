@@ -14,7 +14,8 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.trainer.program import EVALUATED, HALF, PREDICTED, STEPS, model_of, train
+from tests.models.peft_truth import TOLERANCE, adapted, near
+from tests.trainer.program import ADAPTED, EVALUATED, HALF, PREDICTED, STEPS, model_of, train
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = "model.safetensors"
@@ -124,6 +125,24 @@ def test_a_checkpoint_is_the_dense_model_and_goes_on_to_the_same_bits(
     straight = load_file(over_dp_and_tp / WEIGHTS)
     for name, weight in load_file(over_dp_and_tp / "resumed" / WEIGHTS).items():
         assert torch.equal(weight, straight[name]), name
+
+
+def test_adapters_are_the_dense_runs(over_dp_and_tp: Path, tmp_path: Path) -> None:
+    truth = train(transformers.Trainer, adapted(ADAPTED), tmp_path, 1)
+    ours = told(over_dp_and_tp)["adapters"]
+    assert [sorted(line) for line in ours] == [sorted(line) for line in truth]
+    for line, exact in zip(ours, truth, strict=True):
+        for key, value in exact.items():
+            # Losses are told in fp32.
+            tolerance = 2.0**-22 if key.endswith("loss") else TOLERANCE
+            assert line[key] == pytest.approx(value, rel=tolerance, abs=0), key
+    written, dense = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (over_dp_and_tp / "adapters", tmp_path)
+    )
+    assert written.keys() == dense.keys()
+    for name, weight in written.items():
+        near(weight, dense[name], name)
 
 
 @pytest.mark.slow
