@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import statistics
@@ -41,7 +42,8 @@ def profile(
     what a barrier takes. Outside the block nothing is named or noted.
 
     Args:
-        path: of the file, which appears whole, on a file system that all ranks share.
+        path: of the file, which appears whole, on a file system that all ranks share; compressed where
+            its name ends in .gz, which Perfetto opens as well.
         record_shapes, with_stack: as ``torch.profiler.profile`` takes them.
 
     Yields:
@@ -72,7 +74,8 @@ def profile(
             place.unlink()
             noted = [Call(**call) for call in heard["calls"]]
             traces.append(RankTrace(other, heard["pid"], events, noted, ahead_ns))
-        part.write_text(json.dumps(merge(traces)))
+        text = json.dumps(merge(traces), separators=(",", ":")).encode()
+        part.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
         os.replace(part, path)
     if dist.is_initialized():
         # Nobody goes on before the file is there.
