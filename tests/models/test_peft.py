@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyparallel.launch import launch
 from pyparallel.layers.parameters import ShardedModule
 from pyparallel.mesh import Mesh, init_mesh
+from pyparallel.models.load import load
 from pyparallel.models.parallelize import named_shardings, parallelize
 from pyparallel.testing import assert_equal, poisoned_empty
 from tests.models.peft_truth import (
@@ -117,7 +118,14 @@ REFUSED_AFTER = {
 }
 
 
-def check_refused(mesh: Mesh) -> None:
+def check_refused(mesh: Mesh, root: Path) -> None:
+    if mesh.tp.rank == 0:
+        base_of("llama").save_pretrained(root / "base")
+    torch.distributed.barrier()
+    with pytest.raises(
+        ValueError, match=r"got the library's own Decoder; load it .*transformers=True"
+    ):
+        peft.get_peft_model(load(root / "base", mesh), peft.LoraConfig(target_modules=["up_proj"]))
     for option, words in REFUSED.items():
         options = {"target_modules": ["q_proj"], "r": 2, option: True}
         model = peft.get_peft_model(base_of("llama"), peft.LoraConfig(**options))
@@ -170,7 +178,7 @@ def on_three(root: Path, truths: dict[str, Truth]) -> None:
         check_both_orders(mesh, root, {name: truths[name] for name in SEQUENCE}, sequence=True)
         check_new_adapters(mesh)
         check_attention_dropout(mesh)
-    check_refused(mesh)
+    check_refused(mesh, root)
 
 
 def test_equals_dense_in_both_orders(root: Path, truths: dict[str, Truth]) -> None:

@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pyparallel.checkpoint.source import CheckpointError
 from pyparallel.launch import launch
 from pyparallel.mesh import init_mesh
 from pyparallel.models.parallelize import parallelize
+from pyparallel.saving.save import save
 from pyparallel.testing import poisoned_empty
 from pyparallel.training.data import data_parallel
 from pyparallel.training.grad_norm import clip_grad_norm_
@@ -61,6 +63,11 @@ def train_on_the_mesh(root: Path, truths: dict[str, Tensor], layers: int) -> Non
         torch.set_default_dtype(torch.float32)
         near(loss, truth, f"{name} loss")
         model.save_pretrained(root / f"{name} mesh")
+        if model.config.tie_word_embeddings:
+            with pytest.raises(
+                CheckpointError, match=r"save the adapters alone by save_pretrained"
+            ):
+                save(model, root / "whole", mesh)
 
 
 def load_elsewhere(root: Path, names: list[str], layers: int) -> None:

@@ -20,6 +20,7 @@ from pyparallel.layers.parameters import ShardedModule
 from pyparallel.layers.row_parallel_linear import RowParallelLinear
 from pyparallel.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from pyparallel.models.adapters.configs import check_config
+from pyparallel.models.decoder import Decoder
 from pyparallel.models.swap.conv1d import ColumnParallelConv1D, RowParallelConv1D
 from pyparallel.models.swap.stage import StageModel
 
@@ -41,6 +42,7 @@ def teach_peft() -> None:
     from pyparallel.models.adapters.saved import save_whole, whole_if_joined
 
     LoraModel._create_new_module = staticmethod(_around_the_cut(LoraModel._create_new_module))
+    LoraModel._prepare_model = _of_transformers(LoraModel._prepare_model)
     LoraModel._check_add_weighted_adapter = _of_columns(LoraModel._check_add_weighted_adapter)
     tuners_utils._maybe_include_all_linear_layers = _with_parallel_layers(
         tuners_utils._maybe_include_all_linear_layers
@@ -51,6 +53,19 @@ def teach_peft() -> None:
     PeftModelForCausalLM.forward = _of_stages(PeftModelForCausalLM.forward)
     models.get_peft_model_state_dict = whole_if_joined(models.get_peft_model_state_dict)
     PeftModel.save_pretrained = save_whole(PeftModel.save_pretrained)
+
+
+def _of_transformers(theirs: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(theirs)
+    def prepare(self: nn.Module, peft_config: Any, model: nn.Module) -> None:
+        if isinstance(model, Decoder):
+            raise ValueError(
+                "get_peft_model: expected a transformers model, got the library's own Decoder; load it "
+                "with pyparallel.load(path, mesh, transformers=True)"
+            )
+        theirs(self, peft_config, model)
+
+    return prepare
 
 
 def _around_the_cut(theirs: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
