@@ -5,17 +5,19 @@ from pyparallel.commands import start as command_start  # isort: skip
 if command_start.is_command():
     command_start.begin()
 
-# The extension links against torch's libraries, which importing torch loads.
-import torch  # noqa: F401  isort: skip
-
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from pyparallel.backend import use
-from pyparallel.comm.communicator import PeerError
-from pyparallel.launch import RankError, launch
 from pyparallel.version import __version__
+
+if TYPE_CHECKING or not command_start.only_tells():
+    # The extension links against torch's libraries, which importing torch loads.
+    import torch  # noqa: F401  isort: skip
+
+    from pyparallel.backend import use
+    from pyparallel.comm.communicator import PeerError
+    from pyparallel.launch import RankError, launch
 
 if TYPE_CHECKING:
     from pyparallel.comm.collectives import all_gather, all_reduce, all_to_all, reduce_scatter

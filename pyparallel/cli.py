@@ -16,13 +16,14 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from types import FrameType
 from typing import NoReturn
 
 from pyparallel.commands.start import drop, is_command, say
 from pyparallel.limits import check_environment
-from pyparallel.ranks.joined import is_first
 from pyparallel.ranks.process import end_server
+from pyparallel.ranks.torchrun import is_first
 from pyparallel.version import __version__
 
 COMMANDS = {
@@ -81,9 +82,14 @@ def _run(argv: Sequence[str] | None) -> int:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     check_environment()
+    words = sys.argv[1:] if argv is None else argv
     for name, text in COMMANDS.items():
-        module = import_module(f"pyparallel.commands.{name}")
-        module.add_arguments(commands.add_parser(name, help=text, description=text))
+        of_command = commands.add_parser(name, help=text, description=text)
+        # Only what is asked for is imported; where that takes long, its flags have a file of their own.
+        if name in words:
+            flags = f"pyparallel.commands.{name}_flags"
+            module = flags if find_spec(flags) else f"pyparallel.commands.{name}"
+            import_module(module).add_arguments(of_command)
     args = parser.parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):
         # A terminal that can't show a character shows its number.

@@ -28,12 +28,13 @@ from pyparallel.ranks.job import (
     pickled,
     preparation,
 )
-from pyparallel.ranks.joined import run_joined, world_of_torchrun
+from pyparallel.ranks.joined import run_joined
 from pyparallel.ranks.life import is_rank, pack_job, report
 from pyparallel.ranks.outcome import GRACE_S, Inbox, Outcome, RankError, Report, message_of
 from pyparallel.ranks.outcome import failure as _failure  # noqa: F401
 from pyparallel.ranks.process import LOOK_S, RankProcess, StartError, server
 from pyparallel.ranks.store import StoreServer
+from pyparallel.ranks.torchrun import world_of_torchrun
 
 __all__ = ["RankError", "launch", "report"]
 
@@ -90,8 +91,9 @@ def launch(
     if world_of_torchrun() > 1:
         if threads is not None:
             threads = check_threads("threads", threads, world_size)
-        options = {"threads": threads, "timeout_s": timeout_s, "on_report": on_report}
-        return run_joined(fn, world_size, args, **options)
+        return run_joined(
+            fn, world_size, args, threads=threads, timeout_s=timeout_s, on_report=on_report
+        )
     if threads is None:
         threads = max(1, cores() // world_size)
     threads = check_threads("threads", threads, world_size)
@@ -172,7 +174,7 @@ def _collect(
     while waiting:
         left = LOOK_S if deadline is None else max(0.0, deadline - time.monotonic())
         # A process that a rank forked may hold its pipe: the end of the rank itself is watched too.
-        watched = {inbox.receiver for _, inbox in waiting.values()}
+        watched: set[Any] = {inbox.receiver for _, inbox in waiting.values()}
         watched |= {p.sentinel for p, _ in waiting.values() if hasattr(p, "sentinel")}
         ready = connection.wait(list(watched), left)
         if deadline is not None and (not ready or time.monotonic() > deadline):
@@ -207,7 +209,7 @@ def _collect(
         if held:
             told = f"stopped by a signal, and the others could not wait: {first.reason}"
             raise RankError(held[0], len(ranks), told, first.trace) from first.error
-        raise RankError(rank, len(ranks), first.reason, first.trace) from first.error
+        raise RankError(rank, len(ranks), first.reason or "", first.trace) from first.error
     return [outcomes[rank].value for rank in range(len(ranks))]
 
 

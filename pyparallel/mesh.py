@@ -119,8 +119,9 @@ def init_mesh(
     of_tp = check_shares("shares", (1,) * sizes["tp"] if shares is None else shares, sizes["tp"])
     with naming_lost_peers("init_mesh"):
         mesh = _init_mesh(sizes, of_tp, device_type, timeout_s)
-    for axis in () if device_mesh is None else device_mesh.mesh_dim_names:
-        remember(device_mesh.get_group(axis), getattr(mesh, axis))
+    if device_mesh is not None:
+        for axis in device_mesh.mesh_dim_names or ():
+            remember(device_mesh.get_group(axis), getattr(mesh, axis))
     return mesh
 
 
@@ -186,8 +187,9 @@ def _init_mesh(
         axis: connected(process_group, axis, device_type, shares if axis == "tp" else ())
         for axis, process_group in process_groups.items()
     }
-    mesh = Mesh(device_mesh, connected(dist.group.WORLD, "world", device_type), **groups)
-    remember(dist.group.WORLD, mesh.world)
+    world = world_group()
+    mesh = Mesh(device_mesh, connected(world, "world", device_type), **groups)
+    remember(world, mesh.world)
     # An axis of all ranks may be torch's world itself; layers want to know of the axis.
     for axis, process_group in process_groups.items():
         remember(process_group, groups[axis])
@@ -202,7 +204,7 @@ def mesh_of(group: Group) -> Mesh | None:
 
 def _check_alike(shares: Shares) -> None:
     """Ranks that cut by other shares would read other numbers in each other's messages."""
-    told = [tuple(other) for other in gather_objects(dist.group.WORLD, list(shares))]
+    told = [tuple(other) for other in gather_objects(world_group(), list(shares))]
     others = [rank for rank, other in enumerate(told) if other != told[0]]
     if others:
         raise ValueError(
@@ -211,8 +213,20 @@ def _check_alike(shares: Shares) -> None:
         )
 
 
-def _timeout_of_world() -> timedelta:
+def world_group() -> dist.ProcessGroup:
+    """torch's group of all ranks.
+
+    Raises:
+        ValueError: torch.distributed is not initialised.
+    """
     world = dist.group.WORLD
+    if world is None:
+        raise ValueError("torch.distributed: expected to be initialised; call init_mesh first")
+    return world
+
+
+def _timeout_of_world() -> timedelta:
+    world = world_group()
     return world._get_backend(world._device_types[0]).options._timeout
 
 
@@ -221,7 +235,7 @@ def init_distributed(timeout_s: float | None) -> None:
     timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
     if dist.is_initialized():
         if timeout is not None:
-            _set_pg_timeout(timeout, dist.group.WORLD)
+            _set_pg_timeout(timeout, world_group())
         return
     if "RANK" not in os.environ:
         # A single process has no peers: an in-memory store serves it.

@@ -20,7 +20,7 @@ from pyparallel.decoding.conversation import Conversation
 from pyparallel.decoding.request import check_prompts
 from pyparallel.launch import launch
 from pyparallel.models.config import DecoderConfig
-from pyparallel.ranks.joined import world_of_torchrun
+from pyparallel.ranks.torchrun import world_of_torchrun
 
 
 def talk(args: argparse.Namespace, job: Job, tokenizer: Any, config: DecoderConfig | None) -> int:

@@ -11,9 +11,6 @@ import shutil
 import subprocess
 from typing import Any
 
-from pyparallel import backend
-from pyparallel.native.cuda import extension as cuda_extension
-from pyparallel.native.triton import missing
 from pyparallel.version import __version__
 
 
@@ -33,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
 def examine() -> dict[str, Any]:
     """Everything the command prints, as data; ``reason`` is null where a thing can be used."""
     import torch
+
+    from pyparallel import backend
 
     shm = shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None
     return {
@@ -73,6 +72,10 @@ def _extension_reason() -> str | None:
 
 def _backend_reasons() -> dict[str, str | None]:
     import torch
+
+    from pyparallel import backend
+    from pyparallel.native.cuda import extension as cuda_extension
+    from pyparallel.native.triton import missing
 
     gpu = None if torch.cuda.is_available() else "no GPU is visible to torch"
     cuda = "; ".join(cuda_extension.missing()) or None

@@ -8,9 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pyparallel.checkpoint.source import open_checkpoint
-from pyparallel.commands.flags import add_shares, check_numbers
-from pyparallel.mesh import AXES
+from pyparallel.commands.flags import AXES, add_shares, check_numbers
 
 SCHEDULES = ("1f1b", "gpipe", "interleaved")
 
@@ -38,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_numbers(args)
-    # Only here: nothing else needs the planner's tables.
+    # Only here: nothing else needs the planner's tables, and a help nothing at all.
+    from pyparallel.checkpoint.source import open_checkpoint
     from pyparallel.drawing.draw import draw, facts_of
     from pyparallel.models.load import decoder_config
     from pyparallel.planner.shape import model_shape

@@ -7,11 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from pyparallel.checkpoint.source import open_checkpoint
-from pyparallel.saving.export import export_checkpoint
-
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -30,6 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from pyparallel.checkpoint.source import open_checkpoint
+    from pyparallel.saving.export import export_checkpoint
+
     checkpoint = open_checkpoint(args.checkpoint)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     export_checkpoint(checkpoint, args.out, dtype=dtype, overwrite=args.overwrite)
@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _report(folder: Path) -> dict[str, Any]:
+    from pyparallel.checkpoint.source import open_checkpoint
+
     files = sorted(folder.glob("*.safetensors"))
     return {
         "folder": str(folder),

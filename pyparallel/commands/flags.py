@@ -17,6 +17,8 @@ from pyparallel.limits import (
     max_threads,
 )
 
+# Those of pyparallel.mesh, which imports torch; a help has no time for that.
+AXES = ("dp", "pp", "cp", "tp")
 # Indices are 32 bits in more than one kernel.
 MAX_LENGTH = 2**31 - 1
 # Smallest and largest; None is a flag that was not given.

@@ -10,12 +10,8 @@ from typing import Any
 from pyparallel.checkpoint.source import Checkpoint, open_checkpoint
 from pyparallel.commands.chat import talk
 from pyparallel.commands.flags import check_numbers, check_texts
-from pyparallel.commands.generate_flags import (
-    MAX_NEW_TOKENS,
-    add_arguments,
-    asked_dtype,
-    check_model,
-)
+from pyparallel.commands.generate_checks import asked_dtype, check_model
+from pyparallel.commands.generate_flags import MAX_NEW_TOKENS
 from pyparallel.commands.generate_output import BatchBar, Printer, print_summary, summary
 from pyparallel.commands.generate_ranks import Job, answer_prompts
 from pyparallel.commands.prompt_texts import asked_texts
@@ -29,8 +25,6 @@ from pyparallel.models.dense import compare, load_tokenizer
 from pyparallel.models.generation import asked_sampling, read_generation
 from pyparallel.models.load import decoder_config, stored_dtype
 from pyparallel.ops.next_token import Sampling
-
-__all__ = ["add_arguments", "run"]
 
 
 def run(args: argparse.Namespace) -> int:

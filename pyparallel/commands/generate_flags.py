@@ -1,21 +1,15 @@
-"""The flags of ``pyparallel generate``, and what they may be together."""
+"""The flags of ``pyparallel generate``."""
 
 from __future__ import annotations
 
 import argparse
 
-import torch
-
-from pyparallel.checkpoint.gguf import GGUFCheckpoint
-from pyparallel.checkpoint.source import Checkpoint
 from pyparallel.commands.flags import add_shares, add_timeout
-from pyparallel.cut.shard import HeadLayout
-from pyparallel.models.config import DecoderConfig
-from pyparallel.models.load import WEIGHTS
-from pyparallel.models.stage import stages_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 SHORT_DTYPES = dict(zip(("fp32", "bf16", "fp16"), DTYPES, strict=True))
+# "dense", and what load() calls the others; a test holds them together.
+WEIGHTS = ("dense", "int8", "blocks")
 MAX_NEW_TOKENS = 64
 
 
@@ -66,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--weights",
-        choices=("dense", *WEIGHTS),
+        choices=WEIGHTS,
         help="of the matrices. dense: in --dtype. int8: rounded, with a scale a row, to a quarter of "
         "fp32's bytes. blocks: a GGUF's Q4_0, Q4_1 and Q8_0 tensors as they are stored: its own "
         "numbers, with a seventh to a quarter of fp32's bytes to hold and read. Default: "
@@ -115,34 +109,3 @@ def _add_ranks(parser: argparse.ArgumentParser) -> None:
         metavar="M",
         help="parts the prompts are cut into, to keep several stages of --pp busy; default: N",
     )
-
-
-def check_model(
-    args: argparse.Namespace, checkpoint: Checkpoint, config: DecoderConfig | None
-) -> None:
-    """Raise the ValueError of flags that this model can't be run with, before ranks start.
-
-    Args:
-        config: None for a model that transformers runs.
-    """
-    if config is not None:
-        HeadLayout.of(config.num_heads, config.num_kv_heads, args.shares or args.tp)
-        stages_of(config, args.pp)
-    for axis in ("cp", "pp"):
-        if config is None and getattr(args, axis) > 1:
-            raise ValueError(
-                f"--{axis}: expected 1 for a model that transformers runs, got {getattr(args, axis)}"
-            )
-    if config is None and args.weights not in (None, "dense"):
-        raise ValueError(
-            f"--weights: expected dense for a model that transformers runs, got {args.weights}"
-        )
-    if args.weights == "blocks" and not isinstance(checkpoint, GGUFCheckpoint):
-        raise ValueError(
-            "--weights: expected dense or int8 for a model in no GGUF file, got blocks"
-        )
-
-
-def asked_dtype(args: argparse.Namespace) -> torch.dtype | None:
-    """What ``--dtype`` names."""
-    return getattr(torch, SHORT_DTYPES.get(args.dtype, args.dtype)) if args.dtype else None

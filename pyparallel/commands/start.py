@@ -27,6 +27,13 @@ def is_command() -> bool:
     return os.path.basename(script) == "pyparallel" and script in arguments
 
 
+def only_tells() -> bool:
+    """Whether this command ends with a help or a version: nothing that takes long is imported then."""
+    return is_command() and (
+        len(sys.argv) == 1 or any(word in ("-h", "--help", "--version") for word in sys.argv[1:])
+    )
+
+
 def leave_the_current_folder_out() -> None:
     """Take it from the path of imports, wherever ``python -m`` or a variable put it."""
     try:

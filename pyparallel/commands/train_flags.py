@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-from pyparallel.commands.flags import add_shares, add_timeout, check_numbers
+from pyparallel.commands.flags import AXES, add_shares, add_timeout, check_numbers
 from pyparallel.commands.generate_flags import SHORT_DTYPES
-from pyparallel.commands.train_run import Run
 from pyparallel.limits import check_count
-from pyparallel.mesh import AXES
-from pyparallel.models.decoder import RECOMPUTE
-from pyparallel.training.data import ENGINES
-from pyparallel.training.learning_rate import LR_SCHEDULES
-from pyparallel.training.pipeline_schedules import SCHEDULES
 
+if TYPE_CHECKING:
+    from pyparallel.commands.train_run import Run
+
+# Those of the library's modules, which import torch; a test holds them together.
+RECOMPUTE = ("none", "attention", "layers")
+ENGINES = ("ddp", "fsdp")
+LR_SCHEDULES = ("constant", "linear", "cosine")
+SCHEDULES = ("1f1b", "gpipe", "interleaved", "zero_bubble", "zero_bubble_v")
 DTYPES = ("float32", "bfloat16")
 _SHORT = {short: name for short, name in SHORT_DTYPES.items() if name in DTYPES}
 
@@ -72,7 +75,7 @@ def _add_ranks(parser: argparse.ArgumentParser) -> None:
     add("--sequence-parallel", action="store_true", help="norms and residuals on sequence shards")
     add("--recompute", choices=RECOMPUTE, default="none", help="activations computed again")
     add("--engine", choices=ENGINES, default="ddp", help="what sums gradients over dp and cp")
-    add("--schedule", choices=sorted(SCHEDULES), default="1f1b", help="of the pipeline")
+    add("--schedule", choices=SCHEDULES, default="1f1b", help="of the pipeline")
     add("--chunks", type=int, default=1, metavar="V", help="pipeline stages a rank (default 1)")
     add("--micro-batches", type=int, metavar="M", help="parts of a replica's batch; default: --pp")
 
@@ -107,6 +110,8 @@ def asked_run(args: argparse.Namespace) -> Run:
     Raises:
         ValueError: numbers that can't be served, or flags that don't go together.
     """
+    from pyparallel.commands.train_run import Run
+
     check_numbers(args, AXES)
     if args.micro_batches is not None:
         check_count("--micro-batches", args.micro_batches, args.batch // args.dp or 1)

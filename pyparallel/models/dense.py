@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import tempfile
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from pyparallel.checkpoint.format import one_line
 from pyparallel.checkpoint.source import CheckpointError
 from pyparallel.checkpoint.tokenizer import check_tokenizer_files
+from pyparallel.checkpoint.tokenizer_cache import entry_of, keep, unpack
 from pyparallel.comm.group import Group
 from pyparallel.cut.quantize import PackedWeight, quantize_rows
 from pyparallel.ops.next_token import Sampling, sample
@@ -24,7 +27,7 @@ def _transformers() -> Any:
     except ImportError:
         raise ValueError(
             "transformers is not installed, and tokenizers and --check need it; "
-            "install pyparallel[hf]"
+            "install pyparallel-kernels[hf]"
         ) from None
     # Its bars and advice would mix with what the command prints.
     transformers.logging.set_verbosity_error()
@@ -52,9 +55,7 @@ def load_tokenizer(path: str) -> Any:
         raise CheckpointError(f"{path}: no such file or folder for the tokenizer")
     check_tokenizer_files(Path(path))
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            **_place(path), trust_remote_code=False
-        )
+        tokenizer = _read_tokenizer(transformers, Path(path))
         # One whose unknown word is in no vocabulary fails when it meets a character that it has not.
         tokenizer("\U0010fffd")
         return tokenizer
@@ -68,6 +69,35 @@ def load_tokenizer(path: str) -> Any:
         raise CheckpointError(
             f"{path}: no tokenizer could be read from it ({reason}); name its folder with --tokenizer"
         ) from None
+
+
+def _read_tokenizer(transformers: Any, path: Path) -> Any:
+    """As transformers reads it; a GGUF's, which takes it seconds, from what was kept of it, if it is."""
+
+    def read(**place: Any) -> Any:
+        return transformers.AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
+
+    if path.suffix != ".gguf":
+        return read(**_place(str(path)))
+    versions = (transformers.__version__, version("tokenizers"), version("gguf"))
+    entry = entry_of(path, versions)
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="pyparallel-")
+    except OSError:
+        return read(**_place(str(path)))
+    with folder as name:
+        if entry is not None and unpack(entry, Path(name)):
+            # What is kept is whole; should transformers not read it, it is built anew.
+            with contextlib.suppress(Exception):
+                tokenizer = read(**_place(name))
+                tokenizer.name_or_path = str(path.parent)
+                return tokenizer
+        tokenizer = read(**_place(str(path)))
+        if entry is not None:
+            with tempfile.TemporaryDirectory(dir=name) as made:
+                tokenizer.save_pretrained(made)
+                keep(entry, Path(made))
+        return tokenizer
 
 
 def load_dense(path: str, dtype: torch.dtype) -> torch.nn.Module:

@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from pyparallel.limits import environment_number
 from pyparallel.ranks import life
-
-VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-MAX_WORLD = 1 << 20
-
-
-def world_of_torchrun() -> int:
-    """How many ranks torchrun, or what sets its variables, started; 1 where nothing did."""
-    if any(name not in os.environ for name in VARIABLES):
-        return 1
-    return environment_number("WORLD_SIZE", None, least=1, most=MAX_WORLD)
-
-
-def is_first() -> bool:
-    """Whether this process is the one that tells what all of torchrun's ranks did."""
-    return world_of_torchrun() == 1 or os.environ["RANK"] == "0"
+from pyparallel.ranks.torchrun import is_first, world_of_torchrun
 
 
 def run_joined(
@@ -45,10 +29,8 @@ def run_joined(
         ValueError: ``world_size`` is not torchrun's.
         TypeError: the result of a rank is neither JSON nor tensors; on every rank.
     """
-    from torch import distributed as dist
-
     from pyparallel.comm.exchange import encode, gather_objects
-    from pyparallel.mesh import init_distributed
+    from pyparallel.mesh import init_distributed, world_group
 
     started = world_of_torchrun()
     if world_size != started:
@@ -65,7 +47,7 @@ def run_joined(
         encode(told)
     except TypeError as error:
         told = {"error": str(error)}
-    results = gather_objects(dist.group.WORLD, told)
+    results = gather_objects(world_group(), told)
     for rank, result in enumerate(results):
         if "error" in result:
             raise TypeError(
