@@ -14,7 +14,7 @@ FORMATTED = $(shell find csrc tests/native -path '*/build' -prune -o \
 .PHONY: faults train-demo bench bench-collectives bench-decode bench-prefill bench-context_parallel_attention
 .PHONY: bench-sequence_parallel_linear bench-activation_memory bench-pipeline
 .PHONY: bench-linear_all_reduce bench-hugging_face_generate bench-decode_cost bench-planner bench-shares bench-cpu_ranks
-.PHONY: pictures
+.PHONY: pictures docs
 
 install: $(VENV)/.ready
 
@@ -80,6 +80,11 @@ tsan asan mutants:
 # The Triton kernels broken on purpose, in a copy of the tree.
 mutants-kernels: install
 	$(BIN)/python -m tests.kernels.mutants
+
+# The documents and the API's pages from docstrings, in build/docs/site; a link that leads nowhere is an error.
+docs: install
+	$(BIN)/pip install -q --disable-pip-version-check mkdocs 'mkdocstrings[python]'
+	$(BIN)/python docs/site/build.py
 
 # The documents' pictures of how models are cut.
 pictures: install
