@@ -57,12 +57,17 @@ if is_command():
     leave_the_current_folder_out()
 
 import signal  # noqa: E402
+import warnings  # noqa: E402
+
+_format_warning = warnings.formatwarning
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def begin() -> None:
     """Have the three standard streams, and tell in one line what ends the command early."""
     _fill_standard_streams()
     sys.excepthook = _one_line
+    warnings.formatwarning = format_warning
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # What a parent told to be ignored (nohup) stays ignored.
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
@@ -76,6 +81,19 @@ def say(message: str) -> None:
         sys.stderr.flush()
     except (OSError, ValueError, AttributeError):
         drop(2)
+
+
+def format_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """One line for what this library warns of; where in it is nothing to a command's user."""
+    if filename.startswith(_PACKAGE):
+        return f"pyparallel: warning: {' '.join(str(message).split())}\n"
+    return _format_warning(message, category, filename, lineno, line)
 
 
 def drop(descriptor: int) -> None:

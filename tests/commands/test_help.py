@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from pyparallel.cli import COMMANDS
-from pyparallel.commands import flags, generate_flags, train_flags
+from pyparallel.commands import flags, generate_flags, start, train_flags
 from pyparallel.mesh import AXES
 from pyparallel.models.decoder import RECOMPUTE
 from pyparallel.models.load import WEIGHTS
@@ -34,6 +34,12 @@ def test_a_help_imports_nothing_that_takes_long(command: list[str]) -> None:
     assert done.returncode == 0 and done.stdout.startswith("usage: pyparallel"), done.stderr
     imported = [match[1] for line in done.stderr.splitlines() if (match := HEAVY.search(line))]
     assert imported == []
+
+
+def test_a_warning_of_ours_is_one_line() -> None:
+    told = start.format_warning("two\nlines", UserWarning, start.__file__, 3)
+    assert told == "pyparallel: warning: two lines\n"
+    assert "x.py:3: UserWarning: text" in start.format_warning("text", UserWarning, "x.py", 3)
 
 
 def test_what_flags_say_is_what_the_library_says() -> None:
