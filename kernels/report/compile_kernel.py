@@ -101,8 +101,8 @@ def _width_ptx(text: str, verb: str) -> int:
 
 def _width_amd(text: str, verb: str) -> int:
     sizes = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2,
-             "ubyte": 1, "byte": 1, "b128": 16}
-    found = re.findall(rf"(?:global|buffer)_{verb}_(dwordx\d|dword|u?short|u?byte|b128)", text)
+             "ubyte": 1, "byte": 1, "b128": 16, "b96": 12, "b64": 8, "b32": 4, "b16": 2, "b8": 1}
+    found = re.findall(rf"(?:global|buffer)_{verb}_(dwordx\d|dword|u?short|u?byte|b\d+)", text)
     return max((sizes[f] for f in found), default=0)
 
 

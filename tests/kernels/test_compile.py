@@ -87,6 +87,7 @@ def test_widths_are_read_from_the_text():
     assert _width_ptx("ld.shared.v4.b32 x;", "ld") == 0
     assert _width_amd("global_load_dwordx4 v; buffer_store_dwordx2 v", "load") == 16
     assert _width_amd("global_load_dwordx4 v; buffer_store_dwordx2 v", "store") == 8
+    assert _width_amd("global_store_b64 v; global_store_d16_hi_b16 v", "store") == 8
 
 
 def test_unknown_architecture():
