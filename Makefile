@@ -10,7 +10,7 @@ FORMATTED = $(shell find csrc tests/native -path '*/build' -prune -o \
   \( -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' \) -print)
 
 .PHONY: demo install model test test-kernels test-slow test-gpu test-processors tsan asan mutants mutants-kernels \
-  mutants-numerics lint format clean
+  mutants-numerics lint format wheel clean
 .PHONY: faults train-demo bench bench-collectives bench-decode bench-prefill bench-context_parallel_attention
 .PHONY: bench-sequence_parallel_linear bench-activation_memory bench-pipeline
 .PHONY: bench-linear_all_reduce bench-hugging_face_generate bench-decode_cost bench-planner bench-shares bench-cpu_ranks
@@ -118,11 +118,16 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
+	@$(BIN)/mypy
 
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	@$(BIN)/clang-format -i $(FORMATTED)
+
+# The sdist, the wheel that it builds, and whether that works where it is installed.
+wheel: $(VENV)/.ready
+	$(BIN)/python tools/wheel.py
 
 include cuda.mk
 

@@ -1,4 +1,4 @@
-"""What `pip wheel` builds: one wheel that holds the library, its kernels and its extension."""
+"""What `make wheel` builds: an sdist that builds, and a wheel of library, kernels and extension."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
+import pyparallel
+
 ROOT = Path(__file__).parents[1]
 # What a build needs, and no more: not the results of an earlier build.
-INPUTS = ("pyparallel", "kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+INPUTS = (
+    *("pyparallel", "kernels", "csrc", "tools", "setup.py", "pyproject.toml", "MANIFEST.in"),
+    *("cuda.mk", "README.md", "CHANGELOG.md", "LICENSE"),
+)
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +38,8 @@ def run(command: list[str], folder: Path, **environment: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
+def built(tmp_path_factory) -> tuple[Path, Path]:
+    """The sdist, and the wheel that was built from it, installed somewhere else and run there."""
     copy = tmp_path_factory.mktemp("source")
     built = shutil.ignore_patterns("*.so", "__pycache__", "build")
     for name in INPUTS:
@@ -41,10 +48,35 @@ def wheel(tmp_path_factory) -> Path:
             shutil.copytree(source, copy / name, ignore=built)
         else:
             shutil.copy(source, copy / name)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation"]
-    run([*command, "--no-deps", "--wheel-dir", "wheels", "."], copy)
-    (found,) = (copy / "wheels").glob("*.whl")
-    return found
+    told = run([sys.executable, "tools/wheel.py"], copy)
+    assert f"version {pyparallel.__version__}: installed, asked, and run on two ranks" in told
+    (sdist,) = (copy / "dist").glob("*.tar.gz")
+    (found,) = (copy / "dist").glob("*.whl")
+    assert found.name.startswith(f"pyparallel_kernels-{pyparallel.__version__}-")
+    return sdist, found
+
+
+@pytest.fixture(scope="module")
+def wheel(built) -> Path:
+    return built[1]
+
+
+def test_the_sdist_holds_what_compiles_and_no_more(built):
+    with tarfile.open(built[0]) as packed:
+        held = {name.partition("/")[2] for name in packed.getnames()}
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.suffix in (".h", ".inl", ".cpp", ".cu", ".cuh"):
+            assert str(path.relative_to(ROOT)) in held, f"{path}: add its kind to MANIFEST.in"
+    assert {"cuda.mk", "CHANGELOG.md", "LICENSE", "setup.py", "pyproject.toml"} <= held
+    assert not [
+        name for name in held if name.endswith(".so") or name.startswith(("tests", "bench"))
+    ]
+
+
+def test_the_extension_has_no_debug_information(wheel):
+    with zipfile.ZipFile(wheel) as held:
+        (name,) = (n for n in held.namelist() if n.startswith("pyparallel/_C."))
+        assert b".debug_info" not in held.read(name)
 
 
 def test_the_wheel_holds_every_module(wheel):

@@ -18,7 +18,7 @@ def plot(pairs_of: Mapping[str, Sequence[Pair]], folder: Path) -> None:
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
-        print("no plots: pip install matplotlib, or pyparallel[bench]", file=sys.stderr)
+        print("no plots: pip install matplotlib, or pyparallel-kernels[bench]", file=sys.stderr)
         return
     folder.mkdir(parents=True, exist_ok=True)
     for file, pairs in pairs_of.items():

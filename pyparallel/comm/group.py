@@ -59,7 +59,7 @@ class Group:
         """The group of one rank, which needs no peers and no process group."""
         return cls.over(LocalCommunicator())
 
-    def __deepcopy__(self, memo: dict) -> Group:
+    def __deepcopy__(self, memo: dict[int, object]) -> Group:
         # A copied module still talks to the same peers.
         return self
 

@@ -44,8 +44,9 @@ def group_of(given: GroupLike, *, name: str = "group") -> Group:
     device_type = None
     if isinstance(given, DeviceMesh):
         if given.ndim != 1:
-            dims = given.mesh_dim_names or tuple(range(given.ndim))
-            way = f"mesh[{dims[-1]!r}]" if given.mesh_dim_names else "a mesh with mesh_dim_names"
+            names = given.mesh_dim_names
+            dims = tuple(range(given.ndim)) if names is None else names
+            way = "a mesh with mesh_dim_names" if names is None else f"mesh[{names[-1]!r}]"
             raise ValueError(
                 f"{name}: expected a DeviceMesh of one dimension, got {given.ndim}: {dims}; choose one "
                 f"of them, such as {way}"
@@ -54,7 +55,8 @@ def group_of(given: GroupLike, *, name: str = "group") -> Group:
             ranks = given.mesh.flatten().tolist()
             raise _stranger(name, f"a DeviceMesh of the ranks {_short(ranks)}")
         device_type, given = given.device_type, given.get_group()
-    if given is dist.GroupMember.NON_GROUP_MEMBER:
+    # torch's mark for a group of others is a number.
+    if isinstance(given, int) and given == dist.GroupMember.NON_GROUP_MEMBER:
         raise _stranger(name, "a process group of others")
     if not isinstance(given, dist.ProcessGroup):
         raise ValueError(

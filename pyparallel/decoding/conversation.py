@@ -25,7 +25,9 @@ def chat_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
             list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
         )
     except ImportError as error:
-        raise ValueError(f"chat: templates need jinja2: {error}; install pyparallel[hf]") from None
+        raise ValueError(
+            f"chat: templates need jinja2: {error}; install pyparallel-kernels[hf]"
+        ) from None
     except Exception as error:
         # A template is a program, and raises what it likes.
         roles = ", ".join(message["role"] for message in messages)

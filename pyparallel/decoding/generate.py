@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from pyparallel.comm.group_of import GroupLike, group_of
 from pyparallel.decoding.decode_session import CausalLM
@@ -23,7 +24,7 @@ from pyparallel.ops.next_token import Sampling
 
 @torch.inference_mode()
 def generate(
-    model: CausalLM,
+    model: CausalLM | nn.Module,
     prompts: Sequence[Sequence[int]] | Sequence[str],
     *,
     max_new_tokens: int,

@@ -6,6 +6,7 @@ from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from pyparallel.decoding.decode_session import CausalLM
 from pyparallel.decoding.request import Request, checked
@@ -30,7 +31,7 @@ class Piece(NamedTuple):
 
 
 def stream(
-    model: CausalLM,
+    model: CausalLM | nn.Module,
     prompts: Sequence[Sequence[int]] | Sequence[str],
     *,
     max_new_tokens: int,

@@ -120,7 +120,7 @@ def _empty_model(
     except ImportError:
         raise ValueError(
             f"{checkpoint.path}: only transformers knows this model; "
-            f"install it: pip install 'pyparallel[hf]'"
+            f"install it: pip install 'pyparallel-kernels[hf]'"
         ) from None
     values = _config_of(checkpoint)
     model_type, names = values.get("model_type"), values.get("architectures") or [None]

@@ -57,9 +57,10 @@ class Report:
 class Process(Protocol):
     """What is asked of a rank's process here."""
 
-    exitcode: int | None
+    @property
+    def exitcode(self) -> int | None: ...
 
-    def join(self, timeout: float) -> None: ...
+    def join(self, timeout: float | None = None) -> None: ...
 
 
 class Inbox:

@@ -38,7 +38,7 @@ def check_plot(path: Path) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ValueError(
-            "--plot: expected matplotlib to be installed; pip install 'pyparallel[plot]'"
+            "--plot: expected matplotlib to be installed; pip install 'pyparallel-kernels[plot]'"
         ) from None
 
 
