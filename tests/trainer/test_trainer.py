@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.models.peft_truth import TOLERANCE, adapted, near
-from tests.trainer.program import ADAPTED, EVALUATED, HALF, PREDICTED, STEPS, model_of, train
+from tests.trainer.program import train
+from tests.trainer.settings import ADAPTED, EVALUATED, HALF, PREDICTED, STEPS, model_of
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = "model.safetensors"
@@ -143,6 +144,17 @@ def test_adapters_are_the_dense_runs(over_dp_and_tp: Path, tmp_path: Path) -> No
     assert written.keys() == dense.keys()
     for name, weight in written.items():
         near(weight, dense[name], name)
+
+
+def test_what_it_can_not_do_is_one_line(over_dp_and_tp: Path) -> None:
+    said = told(over_dp_and_tp)["refused"]
+    assert len(said) == 12
+    for words, line in said.items():
+        assert words in line
+        assert "\n" not in line
+        if words.startswith("DistributedDataParallel"):
+            assert "(accelerate and Trainer take the whole world)" in line
+            assert "in Trainer's place use pyparallel.Trainer" in line
 
 
 @pytest.mark.slow
