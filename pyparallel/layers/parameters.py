@@ -16,7 +16,7 @@ from pyparallel.cut.quantize import PackedWeight, largest_of_rows, quantize_rows
 from pyparallel.cut.shard import Sharding
 from pyparallel.layers import living
 from pyparallel.layers.owner import check_replaceable
-from pyparallel.layers.state_dicts import refuse_shards
+from pyparallel.layers.state_dicts import teach_checkpoints
 
 
 class ShardedModule(nn.Module):
@@ -48,7 +48,7 @@ class ShardedModule(nn.Module):
         self.register_buffer("weight_scale", None)
         self._dtype: torch.dtype | None = None
         if group.size > 1 and "torch.distributed.checkpoint" in sys.modules:
-            refuse_shards()
+            teach_checkpoints()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -148,7 +148,7 @@ class ShardedModule(nn.Module):
     ) -> None:
         # Who asks for it may import torch's checkpoints afterwards.
         if self.group.size > 1:
-            refuse_shards()
+            teach_checkpoints()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(

@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint never keeps one rank's shards: it refuses them by name."""
+"""torch.distributed.checkpoint never keeps one rank's shards: it has dense tensors, or refuses."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as helpers
 
 from pyparallel.launch import launch
 from pyparallel.layers import ColumnParallelLinear, RowParallelLinear
-from pyparallel.mesh import init_mesh
-from pyparallel.models.parallelize import parallelize
+from pyparallel.mesh import Mesh, init_mesh
+from pyparallel.models.parallelize import named_shardings, parallelize
 from pyparallel.saving.save import restore, save
+from pyparallel.testing import assert_equal
 from pyparallel.training.data import data_parallel
 from tests.transformers_models import build, inputs
 
@@ -36,17 +37,119 @@ class App(dcp.stateful.Stateful):
         return {"model": model, "optimizer": optimizer}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        raise AssertionError("nothing was to be loaded")
+        helpers.set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=state_dict["model"],
+            optim_state_dict=state_dict["optimizer"],
+        )
+
+
+# Fused and stacked projections, Conv1D, tied weights, a second name for a bias.
+FAMILIES = ("llama", "gpt2", "phi3", "bert")
+
+
+def stepped(name: str, mesh: Mesh | None) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model after a step of AdamW, cut or dense."""
+    model = build(name) if mesh is None else parallelize(build(name), mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    model(**inputs(model)).loss.backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def saved(out: Path) -> None:
+    mesh = init_mesh(tp=4)
+    for name in FAMILIES:
+        model, optimizer = stepped(name, mesh)
+        state = model.state_dict()
+        kinds = {key: (type(value), value.data_ptr()) for key, value in state.items()}
+        dcp.save({"model": state, "step": 3}, checkpoint_id=str(out / f"{name} model"))
+        assert {key: (type(value), value.data_ptr()) for key, value in state.items()} == kinds
+        dcp.save({"app": App(model, optimizer)}, checkpoint_id=str(out / f"{name} app"))
+        plain = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        dcp.save(plain, checkpoint_id=str(out / f"{name} plain"))
+        # The dense model's tensors, read without us.
+        whole = build(name).state_dict()
+        torch.save(joined(model, whole), out / f"{name} {mesh.world.rank}.pt")
+
+
+def joined(model: nn.Module, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's parts in their places of otherwise empty dense tensors."""
+    shardings = named_shardings(model)
+    places = {}
+    for name, value in model.named_parameters():
+        places[name] = torch.full_like(whole[name], float("nan"))
+        sharding = shardings[name]
+        rank = 0 if sharding.dim is None else torch.distributed.get_rank()
+        held = ((None,),) if sharding.dim is None else sharding.ranges[rank]
+        parts = (
+            [value] if sharding.dim is None else value.split([b - a for a, b in held], sharding.dim)
+        )
+        for piece, part in zip(held, parts, strict=True):
+            if sharding.dim is None:
+                places[name].copy_(part)
+            else:
+                places[name].narrow(sharding.dim, piece[0], piece[1] - piece[0]).copy_(part)
+    return {name: value.detach() for name, value in places.items()}
+
+
+def read_dense(out: Path) -> None:
+    """One process, the dense model: every element is one that some rank had."""
+    for name in FAMILIES:
+        dense = build(name)
+        with torch.no_grad():
+            for parameter in dense.parameters():
+                parameter.fill_(float("nan"))
+        dcp.load({"model": dense.state_dict()}, checkpoint_id=str(out / f"{name} model"))
+        parts = [torch.load(out / f"{name} {rank}.pt", weights_only=True) for rank in range(4)]
+        for key, value in dense.named_parameters():
+            truth = parts[0][key]
+            for part in parts[1:]:
+                truth = torch.where(truth.isnan(), part[key], truth)
+            assert_equal(value.detach(), truth, f"{name} {key}")
+
+
+def read_elsewhere(out: Path) -> None:
+    """Three ranks: weights and moments are the slices of what four ranks have saved."""
+    mesh = init_mesh(tp=3)
+    for name in FAMILIES:
+        dense = build(name)
+        dcp.load({"model": dense.state_dict()}, checkpoint_id=str(out / f"{name} model"))
+        moments = torch.optim.AdamW(dense.parameters(), lr=0.5)
+        whole = App(dense, moments)
+        dcp.load({"app": whole}, checkpoint_id=str(out / f"{name} app"))
+        for kind in ("app", "plain"):
+            model, optimizer = stepped(name, mesh)
+            if kind == "app":
+                dcp.load({"app": App(model, optimizer)}, checkpoint_id=str(out / f"{name} app"))
+            else:
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                dcp.load(state, checkpoint_id=str(out / f"{name} plain"))
+                optimizer.load_state_dict(state["optimizer"])
+            theirs = dict(dense.named_parameters())
+            shardings = named_shardings(model)
+            for key, value in model.named_parameters():
+                part = shardings[key].split(theirs[key].detach(), mesh.tp.rank)
+                assert_equal(value.detach(), part, f"{name} {kind} {key}")
+                if value in optimizer.state:
+                    for moment in ("exp_avg", "exp_avg_sq"):
+                        exact = moments.state[theirs[key]][moment]
+                        part = shardings[key].split(exact, mesh.tp.rank)
+                        assert_equal(optimizer.state[value][moment], part, f"{name} {key} {moment}")
+            assert optimizer.param_groups[0]["lr"] == 0.01
+
+
+def test_any_mesh_reads_dense_tensors(tmp_path: Path) -> None:
+    launch(saved, 4, tmp_path, threads=1, timeout_s=120.0)
+    read_dense(tmp_path)
+    launch(read_elsewhere, 3, tmp_path, threads=1, timeout_s=120.0)
 
 
 def refused(out: Path) -> None:
     mesh = init_mesh(dp=2, tp=2)
-    model = parallelize(build("llama"), mesh)
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(**inputs(model)).loss.backward()
-    optimizer.step()
+    model, optimizer = stepped("llama", mesh)
     fsdp = data_parallel(parallelize(build("llama"), mesh), mesh, engine="fsdp")
-    whole = helpers.StateDictOptions(full_state_dict=True)
     folder = str(out / "dcp")
 
     def refuses(words: str, call: Callable[..., Any], *args: Any, **options: Any) -> None:
@@ -56,28 +159,50 @@ def refused(out: Path) -> None:
         assert "\n" not in str(error.value)
         assert "use pyparallel." in str(error.value)
 
-    part = "lm_head.weight is one rank's part of a ParallelLMHead.weight that is cut over 2; "
-    head = {"lm_head.weight": model.state_dict()["lm_head.weight"]}
-    refuses(f"{part}use pyparallel.save(", dcp.save, head, checkpoint_id=folder)
-    refuses("is one rank's part", dcp.save, model.state_dict(), checkpoint_id=folder)
-    refuses(f"model.{part}", dcp.save, {"step": 3, "model": head}, checkpoint_id=folder)
-    refuses("is one rank's part", dcp.save, {"model": model}, checkpoint_id=folder)
-    refuses("is one rank's part", dcp.save, fsdp.state_dict(), checkpoint_id=folder)
-    refuses("is one rank's part", dcp.save, {"o": optimizer.state_dict()}, checkpoint_id=folder)
-    refuses("is one rank's part", dcp.async_save, model.state_dict(), checkpoint_id=folder)
-    refuses(f"{part}use pyparallel.restore(", dcp.load, head, checkpoint_id=folder)
-    cut = "expected a module that is not cut"
-    for options in (None, whole):
-        refuses(cut, helpers.get_model_state_dict, model, options=options)
-        refuses(cut, helpers.get_state_dict, fsdp, optimizer, options=options)
-        refuses(cut, helpers.get_optimizer_state_dict, model, optimizer, options=options)
-    refuses(cut, helpers.set_model_state_dict, model, model.state_dict())
-    refuses(cut, dcp.save, {"app": App(model, optimizer)}, checkpoint_id=folder)
+    refuses("and that FSDP has cut too", dcp.save, fsdp.state_dict(), checkpoint_id=folder)
+    refuses("and that FSDP has cut too", dcp.load, fsdp.state_dict(), checkpoint_id=folder)
+    refuses(
+        "copies (dcp.async_save) would not",
+        dcp.async_save,
+        model.state_dict(),
+        checkpoint_id=folder,
+    )
+    shards = {"shards": tuple(model.state_dict().values())}
+    refuses("expected shards in lists", dcp.save, shards, checkpoint_id=folder)
+    for options in ({"full_state_dict": True}, {"cpu_offload": True}):
+        asked = {"options": helpers.StateDictOptions(**options)}
+        refuses("a module that is cut", helpers.get_model_state_dict, model, **asked)
+        refuses("a module that is cut", helpers.get_state_dict, fsdp, optimizer, **asked)
+        refuses("a module that is cut", helpers.get_optimizer_state_dict, model, optimizer, **asked)
+    rounded = ColumnParallelLinear(6, 4, group=mesh.tp)
+    rounded.quantize_weight()
+    refuses("and rounded for inference", dcp.save, rounded.state_dict(), checkpoint_id=folder)
+    stages = init_mesh(pp=2, tp=2)
+    model, optimizer = stepped_stage(stages)
+    refuses(
+        "of 2 stages numbers its own", dcp.save, {"o": optimizer.state_dict()}, checkpoint_id=folder
+    )
     assert not (out / "dcp").exists()
+    dcp.save(model.state_dict(), checkpoint_id=str(out / "stages"))
+
+
+def stepped_stage(mesh: Mesh) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = parallelize(build("llama"), mesh)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return model, optimizer
 
 
 def test_shards_are_refused(tmp_path: Path) -> None:
     launch(refused, 4, tmp_path, threads=1, timeout_s=120.0)
+    dense = build("llama")
+    whole = {name: value.clone() for name, value in dense.state_dict().items()}
+    dcp.load(dense.state_dict(), checkpoint_id=str(tmp_path / "stages"))
+    for name, value in dense.named_parameters():
+        # A step of AdamW by gradients of one: it moved all weights.
+        assert float((value - whole[name]).abs().min()) > 0, name
 
 
 def untouched(out: Path) -> None:
@@ -122,4 +247,3 @@ def test_checkpoints_that_are_imported_after_the_state_was_taken(tmp_path: Path)
         "pyparallel.launch(save_late, 2, pathlib.Path(sys.argv[1]), threads=1, timeout_s=60.0)\n"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, cwd=ROOT)
-    assert not list(tmp_path.iterdir())
