@@ -127,7 +127,7 @@ format: $(VENV)/.ready
 
 # The sdist, the wheel that it builds, and whether that works where it is installed.
 wheel: $(VENV)/.ready
-	$(BIN)/python tools/wheel.py
+	$(BIN)/python tests/wheel.py
 
 include cuda.mk
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CODE = ("kernels", "csrc", "pyparallel", "bench", "tests", "tools")
+CODE = ("kernels", "csrc", "pyparallel", "bench", "tests", "examples")
 MAX_LINES = 300
 MAX_FILES = 30
 MAX_VARIABLES = 9

@@ -48,7 +48,7 @@ def built(tmp_path_factory) -> tuple[Path, Path]:
             shutil.copytree(source, copy / name, ignore=built)
         else:
             shutil.copy(source, copy / name)
-    told = run([sys.executable, "tools/wheel.py"], copy)
+    told = run([sys.executable, "tests/wheel.py"], copy)
     assert f"version {pyparallel.__version__}: installed, asked, and run on two ranks" in told
     (sdist,) = (copy / "dist").glob("*.tar.gz")
     (found,) = (copy / "dist").glob("*.whl")

@@ -2,9 +2,9 @@
 
     python docs/site/build.py
 
-Pages: README.md, CONTRIBUTING.md, docs/*.md, and one a folder of pyparallel from its docstrings. Links to
-what is no page, such as code, are left as text. A link, an anchor or a docstring's name that leads nowhere
-ends the build.
+Pages: README.md, CONTRIBUTING.md, docs/*.md, and one a folder of pyparallel from its docstrings. Links
+to what is no page, such as code, are left as text. A link, an anchor or a docstring's name that leads
+nowhere ends the build.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """``make wheel``: the source distribution, a wheel built from that alone, and whether the wheel works.
 
-    python tools/wheel.py [--out dist] [--bare]
+    python tests/wheel.py [--out dist] [--bare]
 
 The wheel is built from the unpacked sdist, with the torch of the environment that runs this script, and
 is then tried in a virtual environment of its own: imported, asked for its version, and run on two ranks.
