@@ -32,6 +32,9 @@ from tests.transformers_models import inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+# Compared in the other order too; of the rest its files are.
+AFTER = ("llama", "gpt2", "llama tied")
+
 
 def compare(model: nn.Module, truth: Truth, mesh: Mesh, what: str) -> None:
     """Training, generation and merging of one case."""
@@ -61,8 +64,9 @@ def check_both_orders(
         after = peft.PeftModel.from_pretrained(after, root / name, is_trainable=True)
         after.save_pretrained(out / "again")
         assert same_files(out / "again", root / name), f"{name}: loaded and saved"
-        for order, model in (("before", before), ("after", after)):
-            compare(model, truth, mesh, f"{name} {order} R={mesh.tp.size} {sequence}")
+        compare(before, truth, mesh, f"{name} before R={mesh.tp.size} {sequence}")
+        if name in AFTER:
+            compare(after, truth, mesh, f"{name} after R={mesh.tp.size} {sequence}")
 
 
 def same_files(ours: Path, theirs: Path) -> bool:
