@@ -83,10 +83,11 @@ def _named_tensors(model: nn.Module, mesh: Mesh) -> Iterator[Named]:
                 f"{name}: expected a floating dtype, got {packed[name]} weights, which are for "
                 f"inference; load the model without weights="
             )
-        owner = copies.get(name, name)
-        if owner not in known:
+        # transformers has one name for what is tied, and this stage has not the owner.
+        found = known.get(copies.get(name, name), known.get(name))
+        if found is None:
             raise ValueError(f"{name}: not a tensor that checkpoints of this model have")
-        yield Named(value, known[owner], copied=name in copies)
+        yield Named(value, found, copied=name in copies)
 
 
 def unwrap(model: nn.Module) -> list[nn.Module]:

@@ -72,8 +72,26 @@ def load_v(folder: Path, mesh: Mesh) -> list[nn.Module]:
     return load_stages(folder, mesh, chunks=2, order="v")
 
 
+def stages_of_transformers(root: Path, out: Path) -> None:
+    """transformers' own model, whose tied head is a copy on the last stage."""
+    two, one = init_mesh(pp=2, tp=2), init_mesh(dp=2, tp=2)
+    with poisoned_empty():
+        for name in ("llama tied", "gpt2"):
+            for source, target in ((two, one), (one, two)):
+                folder = out / f"transformers {name} {source.pp.size}"
+                model = load(root / name, source, transformers=True)
+                save(model, folder, source, optimizer=with_state(model))
+                model = poison(load(root / name, target, transformers=True))
+                optimizer = torch.optim.AdamW(model.parameters())
+                restore(model, folder, target, optimizer=optimizer)
+                what = f"{name}: pp={source.pp.size} to pp={target.pp.size}"
+                assert_same(model, load(root / name, target, transformers=True), what)
+                assert_state(optimizer, what)
+
+
 def test_pp_2_to_1_to_4(root: Path, tmp_path: Path) -> None:
     launch(across_stages, 4, root, tmp_path, threads=1)
+    launch(stages_of_transformers, 4, root, tmp_path, threads=1)
     for name in NAMES:
         original = open_checkpoint(root / name)
         numbers = 0
