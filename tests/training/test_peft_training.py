@@ -14,8 +14,8 @@ from pyparallel.checkpoint.source import CheckpointError
 from pyparallel.launch import launch
 from pyparallel.mesh import init_mesh
 from pyparallel.models.parallelize import parallelize
-from pyparallel.saving.save import save
-from pyparallel.testing import poisoned_empty
+from pyparallel.saving.save import restore, save
+from pyparallel.testing import assert_equal, poisoned_empty
 from pyparallel.training.data import data_parallel
 from pyparallel.training.grad_norm import clip_grad_norm_
 from pyparallel.training.pipeline import Pipeline
@@ -68,6 +68,8 @@ def train_on_the_mesh(root: Path, truths: dict[str, Tensor], layers: int) -> Non
                 CheckpointError, match=r"save the adapters alone by save_pretrained"
             ):
                 save(model, root / "whole", mesh)
+        else:
+            save(model, root / f"{name} whole", mesh)
 
 
 def load_elsewhere(root: Path, names: list[str], layers: int) -> None:
@@ -81,6 +83,13 @@ def load_elsewhere(root: Path, names: list[str], layers: int) -> None:
         ids = inputs(dense)["input_ids"]
         with Exact(), torch.inference_mode():
             near(model.eval()(ids).logits, dense.eval()(ids).logits, f"{name} on two ranks")
+        if model.config.tie_word_embeddings:
+            continue
+        restored = parallelize(adapted(name, num_hidden_layers=layers), mesh)
+        restore(restored, root / f"{name} whole", mesh)
+        whole = dict(model.named_parameters())
+        for key, value in restored.named_parameters():
+            assert_equal(value.detach(), whole[key].detach(), f"{name} restored {key}")
 
 
 def test_trains_on_2x2x2_and_loads_elsewhere(tmp_path: Path) -> None:
