@@ -50,6 +50,19 @@ def add_timeout(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """``-m`` and ``--tokenizer``: what is read."""
+    parser.add_argument(
+        *("-m", "--model"),
+        required=True,
+        metavar="PATH",
+        help="a folder of safetensors, or a GGUF file",
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="PATH", help="where the tokenizer is, if not with the model"
+    )
+
+
 def add_shares(parser: argparse.ArgumentParser) -> None:
     """``--shares`` of a command that cuts a model over tp."""
     parser.add_argument(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from pyparallel.commands.flags import add_shares, add_timeout
+from pyparallel.commands.flags import add_model, add_shares, add_timeout
 
 DTYPES = ("float32", "bfloat16", "float16")
 SHORT_DTYPES = dict(zip(("fp32", "bf16", "fp16"), DTYPES, strict=True))
@@ -14,14 +14,8 @@ MAX_NEW_TOKENS = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
     add = parser.add_argument
-    add(
-        *("-m", "--model"),
-        required=True,
-        metavar="PATH",
-        help="a folder of safetensors, or a GGUF file",
-    )
-    add("--tokenizer", metavar="PATH", help="where the tokenizer is, if not with the model")
     add(
         *("-p", "--prompt"),
         action="append",

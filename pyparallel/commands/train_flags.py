@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from pyparallel.commands.flags import AXES, add_shares, add_timeout, check_numbers
+from pyparallel.commands.flags import AXES, add_model, add_shares, add_timeout, check_numbers
 from pyparallel.commands.generate_flags import SHORT_DTYPES
 from pyparallel.limits import check_count
 
@@ -22,14 +22,8 @@ _SHORT = {short: name for short, name in SHORT_DTYPES.items() if name in DTYPES}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
     add = parser.add_argument
-    add(
-        *("-m", "--model"),
-        required=True,
-        metavar="PATH",
-        help="a folder of safetensors, or a GGUF file",
-    )
-    add("--tokenizer", metavar="PATH", help="where the tokenizer is, if not with the model")
     add(
         "--text", metavar="PATH", help="a file, or a folder of .py files; default: Python's library"
     )
