@@ -1,4 +1,4 @@
-"""One picture of a model on a mesh: matrices, heads, messages, tokens, pipeline and ranks."""
+"""One picture of a model on a mesh: matrices, heads, messages, tokens, attention, pipeline and ranks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from pyparallel.comm.context import zigzag_parts
 from pyparallel.cut.shares import Shares, are_equal, check_shares
+from pyparallel.drawing.context_attention import context_attention_block
 from pyparallel.drawing.cuts import MatrixCut, matrices_of
 from pyparallel.drawing.matrices import heads_block, matrices_block
 from pyparallel.drawing.messages import Message, messages_block, messages_of
@@ -147,11 +148,22 @@ def draw(
             context=strategy.cp,
         ),
         tokens_block(tokens, group, strategy.cp, sequence_parallel=decoder.sequence_parallel),
+        _context_block(facts, strategy, tokens),
     ]
     if strategy.pp > 1:
         blocks.append(_pipeline_block(facts, strategy, micro_batches, schedule))
     blocks.append(ranks_block(sizes))
     return page([block for block in blocks if block is not None])
+
+
+def _context_block(facts: Facts, strategy: Strategy, tokens: int) -> Block | None:
+    attention = facts.decoder.layers[0].attention
+    layout = attention.qkv_proj.layout
+    (first, last), (first_kv, last_kv) = layout.query[0], layout.kv[0]
+    itemsize = facts.decoder.head.dtype.itemsize
+    return context_attention_block(
+        tokens, strategy.cp, last - first, last_kv - first_kv, facts.config.head_dim, itemsize
+    )
 
 
 def _pipeline_block(

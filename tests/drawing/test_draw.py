@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import defaultdict
@@ -131,6 +132,35 @@ def test_tokens_and_ranks() -> None:
     ranks = [name for name in boxes if name.startswith("rank ")]
     assert ranks == [f"rank {number}/{number % 2}" for number in range(4 * 3 * 2 * 2)]
     assert "and 1 more replicas" in picture and "60 in all" in picture
+
+
+@pytest.mark.parametrize("tp", [1, 12])
+def test_attention_along_cp_is_what_runs(tp: int) -> None:
+    """Every pair of a query and an earlier key is met once, on the ring; Ulysses' parts tile."""
+    tokens, context = 26, 3
+    boxes = named(draw(model_shape(SMALL), Strategy(cp=context, tp=tp), tokens=tokens))
+    steps = [re.fullmatch(r"ring (\d)\.(\d)/(\d)=(\d+)", name) for name in boxes]
+    ring = [tuple(map(int, step.groups())) for step in steps if step]
+    assert [(rank, step) for rank, step, _, _ in ring] == list(
+        itertools.product(range(context), repeat=2)
+    )
+    assert {visited for _, _, visited, _ in ring[:context]} == set(range(context))
+    # What a rank hands on is what its neighbour has at the next step.
+    held = {(rank, step): visited for rank, step, visited, _ in ring}
+    assert all(
+        held[(rank + 1) % context, step + 1] == visited
+        for (rank, step), visited in held.items()
+        if step + 1 < context
+    )
+    assert sum(pairs for *_, pairs in ring) == tokens * (tokens + 1) // 2
+    pieces = [box for name, found in boxes.items() if name.startswith("ulysses") for box in found]
+    areas = sum(width * height for _, _, width, height in pieces)
+    if tp == 1:
+        # Sides are written with two digits.
+        assert areas == pytest.approx(2 * 300 * 110, abs=len(pieces) * 300 * 0.005)
+    else:
+        # One head of a tp rank can't be cut over three ranks of cp, which the picture says.
+        assert pieces == []
 
 
 def test_neighbouring_ranks_differ_in_colour() -> None:

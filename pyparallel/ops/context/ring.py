@@ -65,6 +65,11 @@ def _plans(
     return plans, [sum(stop - start for start, stop in other) for other in held]
 
 
+def visits(rank: int, size: int) -> list[int]:
+    """Whose keys ``rank`` of ``size`` has at each step."""
+    return [(rank - step) % size for step in range(size)]
+
+
 class _Ring:
     """One call's steps: whose keys are here at each, and how blocks of keys travel."""
 
@@ -81,7 +86,7 @@ class _Ring:
         rank, size = self.group.rank, self.group.size
         cut = tuple(ranges), tuple(documents)
         self.plans, self._tokens = _plans(*cut, rank, size, causal, window)
-        self.visits = [(rank - step) % size for step in range(size)]
+        self.visits = visits(rank, size)
         self._shape = k.shape
 
     def shift(self, block: Tensor, step: int) -> Any:
