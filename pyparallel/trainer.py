@@ -211,6 +211,12 @@ def _check(model: nn.Module, mesh: Mesh, args: transformers.TrainingArguments) -
             f"mesh: expected dp and tp alone for Trainer, got {mesh}; train over pp and cp with "
             f"pyparallel.Pipeline, or in a loop of your own"
         )
+    if args.world_size != mesh.world.size:
+        # The loss is scaled by processes // tp: 0 where each rank takes itself for the only one.
+        raise ValueError(
+            f"args: expected TrainingArguments that know all {mesh.world.size} ranks of {mesh}, got "
+            f"{args.world_size}; on CPUs give them use_cpu=True, and make them after init_mesh"
+        )
     refused = {
         "fsdp": (bool(args.fsdp), "the mesh says who holds what"),
         "deepspeed": (bool(args.deepspeed), "the mesh says who holds what"),

@@ -52,6 +52,9 @@ def refused(folder: Path, mesh: Mesh) -> dict[str, str]:
     tell(f"{DDP}, ", lambda: accelerate.Accelerator(cpu=True).prepare(model, optimizer))
     for name, value in REFUSED.items():
         tell(LEAVE.format(name), lambda name=name, value=value: ours(model, **{name: value}))
+    # As of arguments without use_cpu on CPUs, which would train on losses times 0.
+    alone = f"args: expected TrainingArguments that know all 4 ranks of {mesh}, got 1; on CPUs"
+    tell(alone, lambda: ours(model, distributed_state=None))
     tell("model: expected a model that is cut over a mesh, got model_init", ours)
     tell("expected a transformers model that is cut over a mesh", lambda: ours(build("llama")))
     tell("model: expected a transformers model, got a", lambda: ours(model.lm_head))
