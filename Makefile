@@ -13,7 +13,7 @@ FORMATTED = $(shell find csrc tests/native -path '*/build' -prune -o \
   mutants-numerics lint format wheel clean
 .PHONY: faults train-demo bench bench-collectives bench-decode bench-prefill bench-context_parallel_attention
 .PHONY: bench-sequence_parallel_linear bench-activation_memory bench-pipeline
-.PHONY: bench-linear_all_reduce bench-hugging_face_generate bench-decode_cost bench-planner bench-shares bench-cpu_ranks
+.PHONY: bench-linear_all_reduce bench-hugging_face_generate bench-decode_cost bench-planner bench-shares bench-cpu_ranks bench-tensors
 .PHONY: pictures docs
 
 install: $(VENV)/.ready
@@ -95,7 +95,7 @@ bench: bench-collectives bench-decode bench-prefill
 
 bench-collectives bench-decode bench-prefill bench-context_parallel_attention \
 bench-sequence_parallel_linear bench-pipeline bench-linear_all_reduce \
-bench-hugging_face_generate bench-decode_cost bench-shares bench-cpu_ranks: bench-%: install $(MODEL)
+bench-hugging_face_generate bench-decode_cost bench-shares bench-cpu_ranks bench-tensors: bench-%: install $(MODEL)
 	$(BIN)/pytest -q -s --benchmark-enable --benchmark-autosave --benchmark-columns=min,median,iqr \
 	  bench/*/$*.py
 

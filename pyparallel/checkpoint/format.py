@@ -74,6 +74,10 @@ class Checkpoint(ABC):
         """Fill ``out`` with the tensor's indices from ``start`` on of axis ``dim``."""
 
     @abstractmethod
+    def close(self) -> None:
+        """Give back what is open; a read opens it again."""
+
+    @abstractmethod
     def dtype(self, name: str) -> torch.dtype:
         """What a tensor's values are stored as (fp32 where they are quantised)."""
 
@@ -169,8 +173,8 @@ def _kind(mode: int) -> str:
     return f"a {kinds.get(stat.S_IFMT(mode), 'device')}"
 
 
-def open_safetensors(file: Path) -> Any:
-    """A safetensors file, mapped to memory.
+def open_safetensors(file: Path, *, shown: Path | None = None) -> Any:
+    """A safetensors file, mapped to memory; ``shown`` is what messages call it.
 
     Its header is checked by the library: at most 100 MB, and every tensor's type, shape and place add up
     to exactly the file's bytes.
@@ -181,21 +185,23 @@ def open_safetensors(file: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
     regular_file(file)
+    shown = shown or file
     try:
         return safe_open(file, "pt")
     except FileNotFoundError:
-        raise CheckpointError(f"{file}: no such file") from None
+        raise CheckpointError(f"{shown}: no such file") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: not a whole safetensors file ({one_line(error)})") from None
+        raise CheckpointError(
+            f"{shown}: not a whole safetensors file ({one_line(error)})"
+        ) from None
 
 
-def stored_type(file: Path, name: str, tensor: Any) -> torch.dtype:
-    """The dtype of a slice of a safetensors file.
+def stored_type(file: Path, name: str, kind: str) -> torch.dtype:
+    """The dtype that safetensors calls ``kind``.
 
     Raises:
         CheckpointError: it is of a type that torch has not.
     """
-    kind = tensor.get_dtype()
     if kind not in SAFETENSORS_TYPES:
         raise CheckpointError(
             f"{file}: tensor {name} is of type {kind}, expected one of {', '.join(SAFETENSORS_TYPES)}"

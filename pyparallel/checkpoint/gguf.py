@@ -25,6 +25,7 @@ from pyparallel.checkpoint.gguf_metadata import (
     stop_ids,
 )
 from pyparallel.checkpoint.gguf_parts import read_parts
+from pyparallel.checkpoint.tensor_files import TensorFiles
 from pyparallel.cut.quantize import BLOCK, BLOCK_BYTES, block_row_bytes
 from pyparallel.cut.shard import REPLICATED, Range, Sharding
 
@@ -52,6 +53,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._opened = TensorFiles()
         parts = read_parts(path)
         header = parts[0][1]
         self._metadata = scalars(header.metadata)
@@ -164,10 +166,11 @@ class GGUFCheckpoint(Checkpoint):
         """The bytes of whole rows."""
         offset = entry.offset + start * entry.row_bytes
         count = (stop - start) * entry.row_bytes
-        data = np.fromfile(entry.file, np.uint8, count, offset=offset)
-        if data.size != count:
-            raise CheckpointError(f"{entry.file}: it became shorter while it was read")
-        return torch.from_numpy(data).view(stop - start, entry.row_bytes)
+        data = self._opened.bytes_at(entry.file, offset, count)
+        return data.view(stop - start, entry.row_bytes)
+
+    def close(self) -> None:
+        self._opened.close()
 
     @property
     def _head_dim(self) -> int:

@@ -25,22 +25,18 @@ from pyparallel.checkpoint.format import (
     Checkpoint,
     CheckpointError,
     one_line,
-    open_safetensors,
     read_json,
     regular_file,
     stored_type,
 )
 from pyparallel.checkpoint.schema import Key, check_keys, shown
 from pyparallel.checkpoint.state import check_optimizer
+from pyparallel.checkpoint.tensor_files import TensorFiles
 
 INDEX = "pyparallel.index.json"
 FORMAT = 1
 # Names of an optimizer's tensors begin so; none of a model's has a slash.
 OPTIMIZER = "optimizer/"
-# A file that is being read is closed and opened again after so many bytes: its pages are given back.
-MAPPED_BYTES = 16 << 20
-
-
 # How much of an index may be no boxes: the optimizer's counters, and what the user added.
 EXTRA_BYTES = 16 << 20
 # What an index has, and its state.
@@ -111,7 +107,7 @@ class ShardedCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.index = Index.read(path)
-        self._reader: tuple[Path, int, Any] | None = None
+        self._opened = TensorFiles()
         for name, size in self.index.files.items():
             file = inside(path, name, f"{path / INDEX}: files")
             found = regular_file(file)
@@ -124,9 +120,6 @@ class ShardedCheckpoint(Checkpoint):
             for name, stored in self.index.tensors.items()
             if not name.startswith(OPTIMIZER)
         }
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_reader": None}
 
     def config(self) -> Mapping[str, Any]:
         file = self.path / "config.json"
@@ -142,27 +135,19 @@ class ShardedCheckpoint(Checkpoint):
 
     def read_chunk(self, name: str, chunk: Chunk, offsets: Sequence[int], out: Tensor) -> None:
         """Fill ``out`` with the part of a box that begins at ``offsets`` within it."""
-        tensors = self._open(self.path / chunk.file, out.numel() * out.itemsize)
-        try:
-            box = tensors.get_slice(chunk.key(name))
-            stored = tuple(box.get_shape()), stored_type(self.path / chunk.file, name, box)
-            if stored != (chunk.sizes, self.dtype(name)):
-                raise ValueError(f"expected {chunk.sizes} of {self.dtype(name)}, got {stored}")
-            if out.dim() == 0:
-                out.copy_(tensors.get_tensor(chunk.key(name)))
-                return
-            held = tuple(
-                slice(start, start + size) for start, size in zip(offsets, out.shape, strict=True)
-            )
-            out.copy_(box[held])
-        except Exception as error:
+        file, key, dtype = self.path / chunk.file, chunk.key(name), self.dtype(name)
+        box = self._opened.header(file).get(key)
+        if box is None:
+            raise CheckpointError(f"{file}: tensor {key} can't be read (it is not there)")
+        stored = box.shape, stored_type(file, name, box.kind)
+        if stored != (chunk.sizes, dtype):
             raise CheckpointError(
-                f"{self.path / chunk.file}: tensor {chunk.key(name)} can't be read ({error})"
-            ) from None
+                f"{file}: tensor {key} can't be read (expected {chunk.sizes} of {dtype}, got {stored})"
+            )
+        self._opened.read_box(file, box, dtype, offsets, out)
 
     def close(self) -> None:
-        """Close the file that was read last."""
-        self._reader = None
+        self._opened.close()
 
     def _copy(self, name: str, dim: int, start: int, out: Tensor) -> None:
         low = [start if i == dim else 0 for i in range(out.dim())]
@@ -180,15 +165,6 @@ class ShardedCheckpoint(Checkpoint):
                 ]
                 inside = [a - b for (a, _), b in zip(sides, chunk.offsets, strict=True)]
                 self.read_chunk(name, chunk, inside, part)
-        self.close()
-
-    def _open(self, file: Path, num_bytes: int) -> Any:
-        """The opened file; see :data:`MAPPED_BYTES`."""
-        if self._reader is None or self._reader[0] != file or self._reader[1] > MAPPED_BYTES:
-            self._reader = (file, 0, open_safetensors(file))
-        _, done, tensors = self._reader
-        self._reader = (file, done + num_bytes, tensors)
-        return tensors
 
 
 def max_index_bytes(held: int) -> int:

@@ -27,11 +27,11 @@ from pyparallel.checkpoint.format import (
     Checkpoint,
     CheckpointError,
     one_line,
-    open_safetensors,
     stored_type,
 )
 from pyparallel.checkpoint.place import left_behind
 from pyparallel.checkpoint.sharded import INDEX, ShardedCheckpoint
+from pyparallel.checkpoint.tensor_files import TensorFiles
 
 __all__ = ["Checkpoint", "CheckpointError", "SafetensorsCheckpoint", "open_checkpoint"]
 
@@ -49,18 +49,18 @@ class SafetensorsCheckpoint(Checkpoint):
         choice = choose(folder) if path.is_dir() else Choice((path,), None, ())
         self.index_dtype = choice.dtype
         self._config_file = folder / "config.json"
+        self._opened = TensorFiles()
         self._files: dict[str, Path] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         self.shapes = {}
         for file in choice.files:
-            with open_safetensors(file) as tensors:
-                for name in tensors.keys():  # noqa: SIM118  (not a mapping)
-                    # A file may have copies of tensors that the index names another file for.
-                    if choice.weight_map is None or choice.weight_map.get(name) == file:
-                        held = tensors.get_slice(name)
-                        self._files[name] = file
-                        self._dtypes[name] = stored_type(file, name, held)
-                        self.shapes[name] = tuple(held.get_shape())
+            for name, place in self._opened.header(file).items():
+                # A file may have copies of tensors that the index names another file for.
+                if choice.weight_map is None or choice.weight_map.get(name) == file:
+                    self._files[name] = file
+                    self._dtypes[name] = stored_type(file, name, place.kind)
+                    self.shapes[name] = place.shape
+        self.close()
         for name, file in (choice.weight_map or {}).items():
             if name not in self.shapes:
                 raise CheckpointError(f"{path}: tensor {name} of the index is not in {file.name}")
@@ -76,14 +76,13 @@ class SafetensorsCheckpoint(Checkpoint):
         return self._dtypes[name]
 
     def _copy(self, name: str, dim: int, start: int, out: Tensor) -> None:
-        # Opened anew for each tensor: closing unmaps the pages that were read, which would otherwise
-        # add up to the whole file.
-        with open_safetensors(self._files[name]) as tensors:
-            if not self.shapes[name]:
-                out.copy_(tensors.get_tensor(name))
-                return
-            held = (slice(None),) * dim + (slice(start, start + out.shape[dim]),)
-            out.copy_(tensors.get_slice(name)[held])
+        file = self._files[name]
+        starts = [start if axis == dim else 0 for axis in range(out.dim())]
+        place = self._opened.header(file)[name]
+        self._opened.read_box(file, place, self._dtypes[name], starts, out)
+
+    def close(self) -> None:
+        self._opened.close()
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -99,24 +100,25 @@ def load(
             raise
         config = None
     dtype = dtype or stored_dtype(checkpoint)
-    if config is None or transformers:
-        _check_for_transformers(checkpoint, mesh, stage, recompute, weights, transformers)
-        # Only here: transformers is imported where a model of its own is loaded.
-        from pyparallel.models.hugging_face import load_hugging_face, load_transformers
+    with closing(checkpoint):
+        if config is None or transformers:
+            _check_for_transformers(checkpoint, mesh, stage, recompute, weights, transformers)
+            # Only here: transformers is imported where a model of its own is loaded.
+            from pyparallel.models.hugging_face import load_hugging_face, load_transformers
 
-        build = load_transformers if transformers else load_hugging_face
-        model = build(
-            checkpoint,
-            mesh,
-            dtype=dtype,
-            device=device,
-            progress=progress,
-            sequence_parallel=sequence_parallel,
-        )
-    else:
-        model = _empty_decoder(config, mesh, dtype, device, stage, sequence_parallel, recompute)
-        fill(model, checkpoint, device=device, progress=progress, weights=weights)
-        model.eval()
+            build = load_transformers if transformers else load_hugging_face
+            model = build(
+                checkpoint,
+                mesh,
+                dtype=dtype,
+                device=device,
+                progress=progress,
+                sequence_parallel=sequence_parallel,
+            )
+        else:
+            model = _empty_decoder(config, mesh, dtype, device, stage, sequence_parallel, recompute)
+            fill(model, checkpoint, device=device, progress=progress, weights=weights)
+            model.eval()
     model.loaded_from = checkpoint.path
     model.generation = read_generation(checkpoint.path)
     return model
