@@ -6,6 +6,9 @@ ranks connect once, however often it is given.
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
 import weakref
 from typing import TypeAlias
 
@@ -81,6 +84,10 @@ def connected(
         connect(process_group, name) if device_type == "cpu" else connect_gpus(process_group, name)
     )
     communicator.process_group = process_group
+    if not _open:
+        atexit.unregister(_close_at_exit)
+        # Before torch's own end of process, which was registered earlier and so comes later.
+        atexit.register(_close_at_exit, os.getpid())
     _open.append(communicator)
     return Group.over(communicator, shares)
 
@@ -95,6 +102,19 @@ def close_groups() -> None:
     _groups.clear()
     while _open:
         _open.pop().close()
+
+
+def _close_at_exit(process: int) -> None:
+    """Wait for what was sent, as :func:`close_groups` does, where a script ends without it.
+
+    A script that fails goes at once, so that its peers are told; so does a fork of the process.
+    """
+    if os.getpid() != process or getattr(sys, "last_value", None) is not None:
+        return
+    try:
+        close_groups()
+    except RuntimeError as error:
+        print(f"pyparallel: a message was not delivered: {error}", file=sys.stderr, flush=True)
 
 
 def _stranger(name: str, what: str) -> ValueError:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -37,7 +40,7 @@ class TorchCommunicator(Communicator):
         self.size = process_group.size()
         self.name = name
         self._ranks = dist.get_process_group_ranks(process_group)
-        self._sent: list[tuple[dist.Work, Tensor]] = []
+        self._sent: list[tuple[dist.Work, Tensor, int]] = []
         self._closed = False
         self._sequence = 0
         self._failure: PeerError | None = None
@@ -93,11 +96,11 @@ class TorchCommunicator(Communicator):
     def _send(self, tensor: Tensor, dst: int, tag: int) -> None:
         # Gloo's send waits for its receiver, so two ranks that send first would wait for ever: a copy
         # is sent in the background, and kept until the transfer is done.
-        self._sent = [(work, data) for work, data in self._sent if not work.is_completed()]
+        self._sent = [entry for entry in self._sent if not entry[0].is_completed()]
         data = _as_bytes(tensor).clone()
         call = lambda: dist.isend(data, self._ranks[dst], self.process_group, tag)  # noqa: E731
         self._sequence += 1
-        self._sent.append((self._guard("send", call, peer=dst), data))
+        self._sent.append((self._guard("send", call, peer=dst), data, dst))
 
     def _recv(self, tensor: Tensor, src: int, tag: int) -> Finish:
         data, root = _as_bytes(tensor), self._ranks[src]
@@ -109,11 +112,21 @@ class TorchCommunicator(Communicator):
         return self._start("barrier", lambda: dist.barrier(self.process_group, async_op=True))
 
     def _close(self) -> None:
-        if self._failure is None:
-            for work, _ in self._sent:
-                self._guard("send", work.wait)
-        self._sent.clear()
-        self._closed = True
+        try:
+            if self._failure is None and self._sent:
+                self._wait_for_sent()
+        finally:
+            self._sent.clear()
+            self._closed = True
+
+    def _wait_for_sent(self) -> None:
+        """Wait as long as the group's timeout for all together: a peer may live and never ask."""
+        device = self._sent[0][1].device
+        limit = self.process_group._get_backend(device).options._timeout
+        deadline = time.monotonic() + limit.total_seconds()
+        for work, _, peer in self._sent:
+            left = timedelta(seconds=max(deadline - time.monotonic(), 0.001))
+            self._guard("send", partial(work.wait, left), peer=peer)
 
     def _gather(self, output: Tensor, input: Tensor) -> dist.Work:
         return _all_gather_single(
