@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -161,7 +162,7 @@ def _read_rows(
     step = max(1, PIECE_BYTES // held)
     for start in range(0, rows, step):
         stop = min(rows, start + step)
-        piece = torch.empty(stop - start, held, dtype=torch.uint8)
+        piece = torch.from_numpy(np.empty((stop - start, held), np.uint8))
         if alone:
             # All of them under way before the first is waited for.
             for row in range(start, stop):
@@ -176,7 +177,8 @@ def _read_rows(
 
 
 def _exactly(file: Path, opened: int, offset: int, count: int) -> Tensor:
-    out = torch.empty(count, dtype=torch.uint8)
+    # By malloc, which gives a large piece back whole; torch's alignment leaves holes in the heap.
+    out = torch.from_numpy(np.empty(count, np.uint8))
     _fill(file, opened, offset, out)
     return out
 
