@@ -83,11 +83,9 @@ def naming_lost_peers(
     except PeerError:
         raise
     except RuntimeError as error:
-        if hidden := _peer_error_behind(error):
+        if hidden := peer_error_behind(error):
             # torch's pipelines tell what failed as an error of their own.
-            named = PeerError(str(hidden))
-            named.missing = getattr(hidden, "missing", ())
-            raise named from error
+            raise retold(hidden, str(hidden)) from error
         if "too many open files" in str(error).lower():
             raise OSError(errno.EMFILE, f"{what}: too many open files; raise ulimit -n") from error
         if not _of_a_peer(error):
@@ -106,11 +104,19 @@ def naming_lost_peers(
             f"{what} (rank {rank} of {size}) failed, missing ranks: {who} "
             f"({str(error).splitlines()[0][:200]})"
         )
-        named.missing = missing or ()
+        named.operation, named.group, named.missing = what, "world", missing or ()
         raise named from error
 
 
-def _peer_error_behind(error: BaseException) -> PeerError | None:
+def retold(error: PeerError, message: str) -> PeerError:
+    """The same loss in other words: operation, call, group and missing ranks stay."""
+    named = PeerError(message)
+    vars(named).update(vars(error))
+    return named
+
+
+def peer_error_behind(error: BaseException) -> PeerError | None:
+    """The PeerError that an error tells of in its own words, if one does."""
     seen: set[int] = set()
     behind: BaseException | None = error
     while behind is not None and id(behind) not in seen:

@@ -23,6 +23,7 @@ from pyparallel.checkpoint.paths import naming, to_disk
 from pyparallel.checkpoint.place import Place
 from pyparallel.checkpoint.source import Checkpoint, CheckpointError, open_checkpoint
 from pyparallel.comm.exchange import gather_objects
+from pyparallel.comm.peer_watch import naming_lost_peers
 from pyparallel.cut.shard import REPLICATED
 from pyparallel.mesh import Mesh
 from pyparallel.models.fill import NOT_LOADED
@@ -93,9 +94,11 @@ def export(
             )
         return Place(folder, overwrite=overwrite, source=found) if rank == 0 else None
 
-    place = together(begin)
+    place = together(begin, f"export to {folder}")
     try:
-        told = gather_objects(dist.group.WORLD, place and [str(place.working), place.suffix])[0]
+        with naming_lost_peers(f"export to {folder}"):
+            mine = place and [str(place.working), place.suffix]
+            told = gather_objects(dist.group.WORLD, mine)[0]
         where = Path(told[0])
         boxes = where / "boxes"
         save(models, boxes, mesh, source=source)

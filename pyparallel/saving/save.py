@@ -117,7 +117,7 @@ def restore(
     """
     folder = Path(folder).absolute()
     models = [model] if isinstance(model, nn.Module) else list(model)
-    checkpoint = together(lambda: _open(folder))
+    checkpoint = together(lambda: _open(folder), str(folder))
     loaded: dict[str, Any] = {}
 
     def hold() -> Held:
