@@ -18,6 +18,9 @@ from pyparallel.layers import living
 from pyparallel.layers.owner import check_replaceable
 from pyparallel.layers.state_dicts import teach_checkpoints
 
+# In a state dict's own metadata, which torch.save keeps: whose part a module's tensors are.
+_OF_RANK = "pyparallel_rank"
+
 
 class ShardedModule(nn.Module):
     """A module whose parameters are shards.
@@ -150,17 +153,43 @@ class ShardedModule(nn.Module):
         if self.group.size > 1:
             teach_checkpoints()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if self.group.size > 1 and metadata is not None:
+            metadata[_OF_RANK] = self.group.rank
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         # A dense tensor, as a file of adapters has it, is cut here; a shard is taken as it is.
+        rank, of_rank = self.group.rank, local_metadata.get(_OF_RANK)
         for name, sharding in self.shardings.items():
             value = state_dict.get(prefix + name)
-            whole = isinstance(value, Tensor) and tuple(value.shape) == self.dense_shapes[name]
-            if whole and self.group.size > 1:
-                state_dict[prefix + name] = sharding.split(value, self.group.rank)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+            if not isinstance(value, Tensor) or self.group.size == 1:
+                continue
+            if tuple(value.shape) == self.dense_shapes[name]:
+                state_dict[prefix + name] = sharding.split(value, rank)
+            elif of_rank is not None and of_rank != rank:
+                error_msgs.append(
+                    f"{prefix}{name}: expected rank {rank}'s part of {self.group.size}, or the dense "
+                    f"tensor, got rank {of_rank}'s, as its state_dict() has it; save each rank's, or "
+                    f"use pyparallel.save and restore"
+                )
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
 
     def __delattr__(self, name: str) -> None:
         # What torch does first where it makes a parameter from others.

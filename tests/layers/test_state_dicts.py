@@ -194,6 +194,27 @@ def refused(out: Path) -> None:
     dcp.save(model.state_dict(), checkpoint_id=str(out / "stages"))
 
 
+def another_ranks(out: Path) -> None:
+    """Rank 0's torch.save, read by all: the parts are even, and only their owner's fit."""
+    group = init_mesh(tp=2).tp
+    whole = nn.Linear(6, 4)
+    linear = ColumnParallelLinear.from_dense(whole, group=group)
+    file = out / f"{group.rank}.pt"
+    torch.save(nn.Sequential(linear).state_dict(), file)
+    state = torch.load(file, weights_only=True)
+    nn.Sequential(linear).load_state_dict(state)
+    torch.distributed.barrier()
+    theirs = torch.load(out / f"{1 - group.rank}.pt", weights_only=True)
+    expected = f"0.weight: expected rank {group.rank}'s part of 2, or the dense tensor, got rank"
+    with pytest.raises(RuntimeError, match=expected):
+        nn.Sequential(linear).load_state_dict(theirs)
+    nn.Sequential(linear).load_state_dict(nn.Sequential(whole).state_dict())
+
+
+def test_another_ranks_part_is_refused(tmp_path: Path) -> None:
+    launch(another_ranks, 2, tmp_path, threads=1, timeout_s=60.0)
+
+
 def stepped_stage(mesh: Mesh) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = parallelize(build("llama"), mesh)
     optimizer = torch.optim.AdamW(model.parameters())
