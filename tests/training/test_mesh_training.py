@@ -10,7 +10,6 @@ import itertools
 import math
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from torch import nn
@@ -156,12 +155,18 @@ def steps(cases: list[Case], folder: str, truth: Truth) -> int:
     return len(cases)
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Truth]:
+    """The model's folder, and what a step of it gives."""
+    model, folder = build("llama tied", num_hidden_layers=LAYERS), tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    return str(folder), truth_of(model)
+
+
 @pytest.mark.parametrize("world", DRAWN)
-def test_a_step_on_random_meshes_is_the_dense_models(world: int, tmp_path: Path) -> None:
-    model = build("llama tied", num_hidden_layers=LAYERS)
-    model.save_pretrained(tmp_path)
+def test_a_step_on_random_meshes_is_the_dense_models(saved: tuple[str, Truth], world: int) -> None:
     cases = drawn(world)
-    told = launch(steps, world, cases, str(tmp_path), truth_of(model), threads=1)
+    told = launch(steps, world, cases, *saved, threads=1)
     assert told == [len(cases)] * world
 
 
