@@ -25,6 +25,8 @@ OTHERS = (
     "training/test_pipeline_errors.py",
     "training/test_pipeline_hugging_face.py",
     "models/test_whole_calls.py",
+    # In fp64, whose roundings are far below its bound.
+    "training/test_peft_training.py",
 )
 
 
@@ -104,7 +106,9 @@ def test_every_bound_is_met_on_other_processors() -> None:
         if name.startswith(("kernels/", "gpu/", "families/")):
             continue
         if re.search(
-            r"^from tests\.(orders|bounds|pipeline_checks|training_truth)", path.read_text(), re.M
+            r"^from tests\.(orders|bounds|pipeline_checks|training_truth|models\.dense_truth)",
+            path.read_text(),
+            re.M,
         ):
             assert name in listed or name in OTHERS, name
     for name in NUMERICAL:

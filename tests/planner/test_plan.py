@@ -158,7 +158,7 @@ def test_a_picture_that_can_not_be_drawn(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(ValueError, match="expected a folder that is there"):
         check_plot(tmp_path / "nowhere" / "plan.png")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValueError, match=r"pip install 'pyparallel\[plot\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'pyparallel-kernels\[plot\]'"):
         check_plot(tmp_path / "plan.png")
 
 
