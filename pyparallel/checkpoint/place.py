@@ -56,8 +56,9 @@ class Place:
             token = secrets.token_hex(8)
             self.working = _beside(self.folder, token, "writing")
             self.working.mkdir()
+            # Before the list: nobody else asks for the lock of a folder without one.
+            self._lock = _locked(self.working, fcntl.LOCK_EX)
             write_list(self.working, [], finished=False)
-            self._lock = _locked(self.working)
             # New names where old files go on lying beside the new ones for a moment.
             self.suffix = f"-{token}" if self._merges() else ""
 
@@ -174,7 +175,8 @@ class Place:
 def left_behind(folder: Path) -> str:
     """What is to be said of a folder that is not there: an interrupted run's part, or ''."""
     folder = resolve(folder)
-    found = list(_leftovers(folder)) if folder.parent.is_dir() else []
+    # All ranks ask at once: none may take another's question for a writer.
+    found = list(_leftovers(folder, fcntl.LOCK_SH)) if folder.parent.is_dir() else []
     for path in found:
         if path.suffix == ".replaced":
             return f"; the one before lies whole in {path.name}: rename it, or save again"
@@ -212,8 +214,8 @@ def _beside(folder: Path, token: str, kind: str) -> Path:
     return folder.with_name(f".{_stem(folder)}.{token}.{kind}")
 
 
-def _leftovers(folder: Path) -> Iterator[Path]:
-    """Folders of ours beside ``folder`` whose writer is dead."""
+def _leftovers(folder: Path, kind: int) -> Iterator[Path]:
+    """Folders of ours beside ``folder`` whose writer is dead; asked by a lock of ``kind``."""
     pattern = re.compile(rf"\.{re.escape(_stem(folder))}\.[0-9a-f]{{16}}\.(writing|replaced)")
     for path in folder.parent.iterdir():
         if not pattern.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
@@ -222,14 +224,14 @@ def _leftovers(folder: Path) -> Iterator[Path]:
             ours = own_files(path) is not None
         except CheckpointError:
             continue
-        if ours and (lock := _locked(path)) is not None:
+        if ours and (lock := _locked(path, kind)) is not None:
             os.close(lock)
             yield path
 
 
 def _clean(folder: Path) -> None:
     """Remove what dead runs left; what was moved aside for a folder that never came comes back."""
-    for path in list(_leftovers(folder)):
+    for path in list(_leftovers(folder, fcntl.LOCK_EX)):
         if path.suffix == ".replaced" and not os.path.lexists(folder):
             rename(path, folder, NOREPLACE)
         else:
@@ -253,11 +255,11 @@ def _remove_old(path: Path, folder: Path) -> None:
         path.rmdir()
 
 
-def _locked(folder: Path) -> int | None:
-    """A descriptor that holds the folder's lock; None where another process has it."""
+def _locked(folder: Path, kind: int) -> int | None:
+    """A descriptor that holds the folder's lock of that kind; None where another process has it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from pyparallel.checkpoint.paths import resolve
+from pyparallel.checkpoint.place import Place, left_behind
 from pyparallel.checkpoint.source import CheckpointError, open_checkpoint
 from pyparallel.checkpoint.written import LIST
 from pyparallel.cli import main
@@ -236,3 +238,18 @@ def test_resolve(tmp_path: Path) -> None:
     assert resolve(tmp_path / "link/../name") == tmp_path / "real/name"
     assert resolve(str(tmp_path / "real/./name/")) == tmp_path / "real/name"
     assert resolve(tmp_path / "real/inner/..") == tmp_path / "real"
+
+
+def test_ranks_that_ask_at_once_all_hear_of_an_interrupted_run(tmp_path: Path) -> None:
+    """Nobody takes another's question, which is a lock as well, for a writer that lives."""
+    folder = tmp_path / "run"
+    writer = Place(folder, overwrite=False)
+    assert left_behind(folder) == ""
+    # As the kernel does for a writer that dies.
+    os.close(writer._lock)
+    asking = os.open(writer.working, os.O_RDONLY)
+    fcntl.flock(asking, fcntl.LOCK_SH)
+    try:
+        assert left_behind(folder) == "; saving it was interrupted"
+    finally:
+        os.close(asking)
