@@ -55,7 +55,12 @@ def dense_losses(dtype: torch.dtype, warmup: int, schedule: str) -> list[float]:
         ((2, 2, 1, 2), {"micro_batches": 2}),
         ((2, 1, 1, 1), {"engine": "fsdp", "recompute": "layers"}),
         ((1, 2, 1, 1), {"schedule": "interleaved", "chunks": 2, "micro_batches": 2}),
-        ((1, 1, 2, 2), {"sequence_parallel": True, **SCHEDULED, "accumulate": 2}),
+        # Both axes are test_mesh_training.py's too.
+        pytest.param(
+            (1, 1, 2, 2),
+            {"sequence_parallel": True, **SCHEDULED, "accumulate": 2},
+            marks=pytest.mark.slow,
+        ),
         ((1, 1, 1, 3), {"shares": (5, 3, 1)}),
     ],
 )

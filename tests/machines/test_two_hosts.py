@@ -40,6 +40,8 @@ def test_two_hosts_give_the_bits_of_one(hosts: Hosts, tmp_path: Path) -> None:
         assert [mesh[1] for mesh in found] == [mesh[1] for mesh in alone[rank]]
 
 
+# It waits for timeouts, which other tests hold the engines to in less time.
+@pytest.mark.slow
 def test_a_link_that_is_cut_ends_every_rank_inside_the_timeout(
     hosts: Hosts, tmp_path: Path
 ) -> None:

@@ -127,6 +127,8 @@ def with_replicas(cases: Cases) -> None:
                 check_loss(pipeline.evaluate(ids[rows], targets[rows]), truth, 4, what)
 
 
+# Wider than what test_mesh_training.py has of it: every schedule with both engines.
+@pytest.mark.slow
 def test_with_data_parallel(cases: Cases) -> None:
     launch(with_replicas, 4, cases, threads=1)
 

@@ -81,7 +81,7 @@ def compiled(group: Group, sequence_parallel: bool, engine: str) -> None:
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_block_in_one_graph(ranks, sequence_parallel):
     run_ranks(compiled, ranks, sequence_parallel, "aot_eager")
 
