@@ -17,8 +17,8 @@ import pyparallel
 ROOT = Path(__file__).parents[1]
 # What a build needs, and no more: not the results of an earlier build.
 INPUTS = (
-    *("pyparallel", "kernels", "csrc", "tools", "setup.py", "pyproject.toml", "MANIFEST.in"),
-    *("cuda.mk", "README.md", "CHANGELOG.md", "LICENSE"),
+    *("pyparallel", "kernels", "csrc", "setup.py", "pyproject.toml", "MANIFEST.in", "cuda.mk"),
+    *("README.md", "CHANGELOG.md", "LICENSE", "tests/wheel.py"),
 )
 
 pytestmark = pytest.mark.slow
@@ -44,6 +44,7 @@ def built(tmp_path_factory) -> tuple[Path, Path]:
     built = shutil.ignore_patterns("*.so", "__pycache__", "build")
     for name in INPUTS:
         source = ROOT / name
+        (copy / name).parent.mkdir(exist_ok=True)
         if source.is_dir():
             shutil.copytree(source, copy / name, ignore=built)
         else:

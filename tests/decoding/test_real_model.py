@@ -28,12 +28,18 @@ pytestmark = pytest.mark.model
 
 
 @pytest.fixture(scope="module")
-def truth() -> tuple[list[list[int]], list[list[int]], list[torch.Tensor]]:
-    """Prompts, transformers' greedy tokens, and its logits at each of them."""
+def prompts() -> list[list[int]]:
     assert MODEL.exists(), "run `make model` first"
     tokenizer = load_tokenizer(str(MODEL))
+    return [tokenizer(text)["input_ids"] for text in TEXTS]
+
+
+@pytest.fixture(scope="module")
+def truth(
+    prompts: list[list[int]],
+) -> tuple[list[list[int]], list[list[int]], list[torch.Tensor]]:
+    """Prompts, transformers' greedy tokens, and its logits at each of them."""
     dense = load_dense(str(MODEL), torch.float32)
-    prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
     tokens, logits = [], []
     for prompt in prompts:
         with torch.inference_mode():
@@ -72,8 +78,7 @@ def answer_int8(checkpoint: Checkpoint, prompts: list[list[int]]) -> list[list[i
 
 
 @pytest.mark.slow
-def test_int8_tokens_are_those_of_the_dense_model_rounded_alike(truth: tuple) -> None:
-    prompts = truth[0]
+def test_int8_tokens_are_those_of_the_dense_model_rounded_alike(prompts: list[list[int]]) -> None:
     dense = load_dense(str(MODEL), torch.float32)
     round_to_int8(dense)
     tokens = []
