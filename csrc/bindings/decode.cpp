@@ -69,9 +69,9 @@ DecoderLayer layer_of(const py::dict& d) {
 
 class PythonDecoder {
  public:
-  PythonDecoder(const py::dict& shape, const py::dict& weights, PythonGroup* group, int threads,
-                std::vector<int> cores)
-      : group_(group) {
+  PythonDecoder(const py::dict& shape, const py::dict& weights, PythonGroup* group,
+                PythonGroup* context, int threads, std::vector<int> cores)
+      : group_(group), context_(context) {
     const DecoderShape s = shape_of(shape);
     DecoderWeights w;
     w.embedding = weight_of(field<WeightTuple>(weights, "embedding"));
@@ -82,29 +82,32 @@ class PythonDecoder {
       w.layers.push_back(layer_of(layer.cast<py::dict>()));
     }
     auto team = std::make_shared<Team>(threads, std::move(cores));
-    std::shared_ptr<Peers> peers;
-    if (group_ != nullptr) {
-      group_->run_released([&](Group& g) {
-        if (g.size() > 1) peers = std::make_shared<GroupPeers>(g, Decoder::exchange_bytes(s));
-      });
-    }
-    decoder_ = std::make_unique<Decoder>(s, std::move(w), std::move(peers), std::move(team));
+    std::shared_ptr<Peers> peers = peers_of(group_, Decoder::exchange_bytes(s));
+    std::shared_ptr<Peers> others = peers_of(context_, Decoder::context_bytes(s));
+    decoder_ = std::make_unique<Decoder>(s, std::move(w), std::move(peers), std::move(team),
+                                         std::move(others));
   }
 
   template <class Body>
   void run(Body body) {
-    if (group_ != nullptr) {
-      group_->run_released([&](Group&) { body(*decoder_); });
-    } else {
-      py::gil_scoped_release release;
-      body(*decoder_);
-    }
+    Released released({group_, context_});
+    body(*decoder_);
   }
 
   Decoder& decoder() { return *decoder_; }
 
  private:
+  static std::shared_ptr<Peers> peers_of(PythonGroup* group, int64_t bytes) {
+    std::shared_ptr<Peers> peers;
+    if (group == nullptr) return peers;
+    group->run_released([&](Group& g) {
+      if (g.size() > 1) peers = std::make_shared<GroupPeers>(g, bytes);
+    });
+    return peers;
+  }
+
   PythonGroup* group_;
+  PythonGroup* context_;
   std::unique_ptr<Decoder> decoder_;
 };
 
@@ -118,13 +121,15 @@ std::vector<int64_t> greedy(Decoder& decoder) {
 
 static void bind_decode(py::module_& m) {
   py::class_<PythonDecoder>(m, "Decoder", "One rank's share of a decoder; a call a token.")
-      .def(py::init<const py::dict&, const py::dict&, PythonGroup*, int, std::vector<int>>(),
-           py::arg("shape"), py::arg("weights"), py::arg("group"), py::arg("threads"),
-           py::arg("cores"), py::keep_alive<1, 4>())
+      .def(py::init<const py::dict&, const py::dict&, PythonGroup*, PythonGroup*, int,
+                    std::vector<int>>(),
+           py::arg("shape"), py::arg("weights"), py::arg("group"), py::arg("context"),
+           py::arg("threads"), py::arg("cores"), py::keep_alive<1, 4>(), py::keep_alive<1, 5>())
       .def(
           "use_cache",
           [](PythonDecoder& self, int64_t batch, int64_t slots, const std::vector<uintptr_t>& keys,
-             const std::vector<uintptr_t>& values, uintptr_t cos, uintptr_t sin) {
+             const std::vector<uintptr_t>& values, uintptr_t cos, uintptr_t sin,
+             int64_t length, uintptr_t positions) {
             DecoderCache cache;
             cache.batch = batch;
             cache.slots = slots;
@@ -132,10 +137,12 @@ static void bind_decode(py::module_& m) {
             for (const uintptr_t address : values) cache.values.push_back(pointer(address));
             cache.cos = pointer<const float>(cos);
             cache.sin = pointer<const float>(sin);
+            cache.length = length;
+            cache.positions = pointer<const int64_t>(positions);
             self.decoder().use_cache(std::move(cache));
           },
           py::arg("batch"), py::arg("slots"), py::arg("keys"), py::arg("values"), py::arg("cos"),
-          py::arg("sin"))
+          py::arg("sin"), py::arg("length"), py::arg("positions"))
       .def(
           "prefill",
           [](PythonDecoder& self, const std::vector<int64_t>& tokens, int64_t row, int64_t start) {
@@ -167,7 +174,12 @@ static void bind_decode(py::module_& m) {
           "The likeliest token of each row of logits, over all ranks; of equal ones the lowest.")
       .def_property_readonly(
           "logits",
-          [](PythonDecoder& self) { return reinterpret_cast<uintptr_t>(self.decoder().logits()); })
+          [](PythonDecoder& self) {
+            const float* logits = nullptr;
+            self.run([&](Decoder& d) { logits = d.logits(); });
+            return reinterpret_cast<uintptr_t>(logits);
+          },
+          "Where they lie; a call of all context ranks.")
       .def_property_readonly("logit_rows",
                              [](PythonDecoder& self) { return self.decoder().logit_rows(); });
 }

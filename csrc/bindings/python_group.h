@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <exception>
+#include <initializer_list>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -48,33 +49,51 @@ class PythonGroup {
 
   // As run(), with the interpreter lock given away throughout.
   template <class Body>
-  void run_released(Body body) {
-    struct Released {
-      explicit Released(PythonGroup& self) : self(self) {
-        PyThreadState* thread = PyEval_SaveThread();
-        self.mutex_.lock();
-        self.thread_ = thread;
-        self.released_ = true;
-      }
-      ~Released() {
-        self.released_ = false;
-        PyThreadState* thread = std::exchange(self.thread_, nullptr);
-        self.mutex_.unlock();
-        PyEval_RestoreThread(thread);
-      }
-      PythonGroup& self;
-    };
-    Released released(*this);
-    body(group);
-  }
+  void run_released(Body body);
 
   cpu::Group group;
 
  private:
+  friend class Released;
   std::mutex mutex_;
   PyThreadState* thread_ = nullptr;
   bool released_ = false;
 };
+
+// While one lives, the interpreter lock is given away and its groups, those that are not null, are this
+// thread's.
+class Released {
+ public:
+  explicit Released(std::initializer_list<PythonGroup*> groups) : thread_(PyEval_SaveThread()) {
+    for (PythonGroup* group : groups) {
+      if (group == nullptr) continue;
+      group->mutex_.lock();
+      group->thread_ = thread_;
+      group->released_ = true;
+      groups_.push_back(group);
+    }
+  }
+  ~Released() {
+    for (PythonGroup* group : groups_) {
+      group->released_ = false;
+      group->thread_ = nullptr;
+      group->mutex_.unlock();
+    }
+    PyEval_RestoreThread(thread_);
+  }
+  Released(const Released&) = delete;
+  Released& operator=(const Released&) = delete;
+
+ private:
+  PyThreadState* thread_;
+  std::vector<PythonGroup*> groups_;
+};
+
+template <class Body>
+void PythonGroup::run_released(Body body) {
+  Released released({this});
+  body(group);
+}
 
 // Sets the Python error for what a call of a group threw.
 void set_python_error(std::exception_ptr thrown);

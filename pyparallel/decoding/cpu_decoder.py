@@ -4,6 +4,9 @@ A :class:`~pyparallel.models.decoder.Decoder` is read once into the addresses of
 kernels (``csrc/cpu``) read these in place. Activations are fp32; weights and cache keep the model's
 dtype. Sums over ranks run in rank order, as everywhere.
 
+Where the context is cut as well, its ranks decode as one team: each holds the cache of its own tokens,
+and computes its part of every matrix's outputs (``csrc/cpu/decoder/context.cpp``).
+
 Legend: B sequences, T slots of the cache, V_r this rank's vocabulary, R ranks.
 """
 
@@ -19,7 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from pyparallel import _C, backend
+from pyparallel.comm.group import Group
 from pyparallel.comm.shared.engine import SharedMemoryCommunicator
+from pyparallel.layers.context_kv_cache import ContextKVCache
 from pyparallel.layers.kv_cache import KVCache
 from pyparallel.layers.parallel_mlp import GATED
 from pyparallel.layers.parameters import ShardedModule
@@ -53,41 +58,70 @@ class CPUDecoder:
         self._attentions = [layer.attention for layer in model.layers]
         self._rotary = model.rotary
         self.group = model.group
+        context = model.context if isinstance(model, ContextDecoder) else Group.single()
         self.head_start = model.head._start
         self.vocab_rows = model.head.weight.shape[0]
         # Everything the C++ side holds addresses of, and what of it had to be copied.
         self._kept: list[Tensor] = []
         self._copies: list[tuple[Tensor, Tensor]] = []
-        self.cache: list[KVCache] | None = None
+        self.cache: list[KVCache] | list[ContextKVCache] | None = None
         threads = threads or torch.get_num_threads()
-        cores = _cores(self.group.rank, self.group.size, threads) if pin else []
-        engine = self.group.communicator.engine if self.group.size > 1 else None
+        rank = context.rank * self.group.size + self.group.rank
+        cores = _cores(rank, context.size * self.group.size, threads) if pin else []
         self.engine = _C.Decoder(
-            self._shape(model), self._weights(model), group=engine, threads=threads, cores=cores
+            self._shape(model),
+            self._weights(model),
+            group=_engine_of(self.group),
+            context=_engine_of(context),
+            threads=threads,
+            cores=cores,
         )
 
     def start(self, batch: int, slots: int, *, prompt: int = 0) -> None:
-        """Begin ``batch`` sequences of up to ``slots`` tokens, with empty caches.
+        """Begin ``batch`` sequences of up to ``slots`` tokens, with empty caches; of a whole context.
 
         Args:
             prompt: how many tokens the first call of each has, where rotary frequencies depend on it.
         """
+        cache = [attention.new_cache(batch, slots) for attention in self._attentions]
+        self._use(cache, batch, slots, prompt, None)
+
+    def resume(self, cache: list[ContextKVCache], *, prompt: int) -> None:
+        """Go on behind prompts whose keys and values lie in the caches of a cut context.
+
+        Args:
+            cache: of each layer, from :meth:`ContextDecoder.new_cache`, with the prompts written.
+        """
+        first = cache[0]
+        held = first.slots.positions_of(first.keys.shape[2], torch.device("cpu"))
+        self._use(cache, first.keys.shape[0], first.length, prompt, held)
+
+    def _use(
+        self,
+        cache: list[KVCache] | list[ContextKVCache],
+        batch: int,
+        length: int,
+        prompt: int,
+        held: Tensor | None,
+    ) -> None:
         # Weights are read in place. What is a copy is taken anew, however its source was changed.
         for source, copy in self._copies:
             copy.copy_(source)
-        self.cache = [attention.new_cache(batch, slots) for attention in self._attentions]
+        self.cache = cache
         cos = sin = None
         if self._rotary is not None:
-            cos, sin = (t.contiguous() for t in self._rotary.table(slots, prompt))
+            cos, sin = (t.contiguous() for t in self._rotary.table(length, prompt))
         # Held for as long as their addresses are in use.
-        self._tables = (cos, sin)
+        self._tables = (cos, sin, held)
         self.engine.use_cache(
             batch,
-            slots,
-            [layer.keys.data_ptr() for layer in self.cache],
-            [layer.values.data_ptr() for layer in self.cache],
+            cache[0].keys.shape[2],
+            [layer.keys.data_ptr() for layer in cache],
+            [layer.values.data_ptr() for layer in cache],
             _address(cos),
             _address(sin),
+            length,
+            _address(held),
         )
 
     def prefill(self, tokens: Sequence[int], *, row: int = 0, start: int = 0) -> None:
@@ -200,8 +234,6 @@ def reason_against(model: nn.Module, *args: Any) -> str | None:
     """Why the C++ decoder can't run this model, or None."""
     if not isinstance(model, Decoder):
         return f"expected a pyparallel Decoder, got {type(model).__name__}"
-    if isinstance(model, ContextDecoder):
-        return "its KV cache holds whole sequences, and this model's are cut over ranks"
     if model.drops:
         return "it drops, in training"
     if model.stage.count > 1:
@@ -214,9 +246,14 @@ def reason_against(model: nn.Module, *args: Any) -> str | None:
         return f"expected one of fp32, bf16, fp16 throughout, got {sorted(map(str, dtypes))}"
     if args and len(args[0]) > 1 and model.rows_apart:
         return "its rotary frequencies depend on each prompt's length"
-    if model.group.size > 1 and not isinstance(model.group.communicator, SharedMemoryCommunicator):
-        return f"expected ranks that share memory, got {model.group.communicator.name}"
+    for group in (model.group, getattr(model, "context", Group.single())):
+        if group.size > 1 and not isinstance(group.communicator, SharedMemoryCommunicator):
+            return f"expected ranks that share memory, got {group.communicator.name}"
     return unlike_plain(model)
+
+
+def _engine_of(group: Group) -> _C.SharedMemoryGroup | None:
+    return group.communicator.engine if group.size > 1 else None
 
 
 def _address(tensor: Tensor | None) -> int:

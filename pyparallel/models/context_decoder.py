@@ -61,6 +61,9 @@ class ContextDecoder(Decoder):
         self.context = context
         self.algorithm = algorithm
 
+    def _cut(self) -> dict[str, Any]:
+        return {**super()._cut(), "context": self.context, "algorithm": self.algorithm}
+
     def shards(self, length: int, *, documents: Any = None) -> ContextShards:
         """How sequences of ``length`` tokens are cut; ``documents`` as in :meth:`ContextShards.of`."""
         return ContextShards.of(length, self.context, documents=documents, algorithm=self.algorithm)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +108,19 @@ class Decoder(nn.Module):
         """Make a tied head's weight the embedding's, where this stage has both."""
         if self.config.tied and self.stage.is_first and self.stage.is_last:
             self.head.share_weight(self.embedding)
+
+    def meta_twin(self) -> Decoder:
+        """What its config and ranks describe, without memory for weights."""
+        return type(self)(self.config, "meta", **self._cut())
+
+    def _cut(self) -> dict[str, Any]:
+        """The arguments that say how it lies on the ranks."""
+        return {
+            "group": self.group,
+            "stage": self.stage,
+            "sequence_parallel": self.sequence_parallel,
+            "recompute": self.recompute,
+        }
 
     @property
     def tied_weight(self) -> nn.Parameter | None:

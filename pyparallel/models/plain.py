@@ -79,14 +79,7 @@ def _described(model: Decoder) -> dict[str, _Described]:
     """The modules of the model that the config describes."""
     known = _built.get(model)
     if known is None or known[0] is not model.config:
-        twin = type(model)(
-            model.config,
-            "meta",
-            group=model.group,
-            stage=model.stage,
-            sequence_parallel=model.sequence_parallel,
-            recompute=model.recompute,
-        )
+        twin = model.meta_twin()
         known = _built[model] = model.config, {n: _describe(m) for n, m in twin.named_modules()}
     return known[1]
 

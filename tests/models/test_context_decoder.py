@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from pyparallel.checkpoint.source import open_checkpoint
 from pyparallel.comm.collectives import all_reduce_raw, count_collectives
 from pyparallel.comm.group import Group
+from pyparallel.decoding.cpu_decoder import reason_against
 from pyparallel.decoding.generate import generate
 from pyparallel.launch import launch
 from pyparallel.mesh import Mesh, init_mesh
@@ -156,6 +157,7 @@ def continuations(cp: int, tp: int, folders: dict) -> dict:
     made = {}
     for family, folder in folders.items():
         model = load(folder, mesh)
+        assert reason_against(model, PROMPTS, 64) is None, "the C++ decoder is not used"
         options = {"max_new_tokens": NEW_TOKENS, "stop_ids": ()}
         with poisoned_empty():
             made[family] = [

@@ -13,6 +13,8 @@
 #include "cpu/decoder/decoder.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/ops/team.h"
+#include "cpu_context_checks.h"
+#include "cpu_decoder_model.h"
 #include "cpu_element_checks.h"
 #include "cpu_kernel_checks.h"
 
@@ -24,49 +26,10 @@ namespace {
 
 // A decoder of one rank: prefill, then decode, on `threads`; returns all logits it left.
 std::vector<float> decode(int threads) {
-  Random random(7);
-  const int64_t H = 40, D = 12, N = 4, Nk = 2, F = 50, V = 61, T = 300, B = 2;
-  DecoderShape shape{};
-  shape.hidden = H;
-  shape.heads = N;
-  shape.kv_heads = Nk;
-  shape.head_dim = D;
-  shape.rotary_dim = 8;
-  shape.intermediate = F;
-  shape.vocab_size = shape.vocab_rows = V;
-  shape.eps = 1e-5f;
-  shape.softmax_scale = 0.3f;
-  std::vector<std::vector<float>> held;
-  const auto hold = [&](int64_t n) {
-    held.push_back(values(random, n));
-    return held.back().data();
-  };
-  const auto weight = [&](int64_t rows, int64_t columns) {
-    return Weight{hold(rows * columns), nullptr, nullptr, Precision::f32};
-  };
-  DecoderWeights weights;
-  weights.embedding.data = hold(V * H);
-  weights.final_norm = {hold(H), nullptr};
-  weights.head = weight(V, H);
-  DecoderCache cache;
-  cache.batch = B;
-  cache.slots = T;
-  cache.cos = hold(T * 4);
-  cache.sin = hold(T * 4);
-  for (int layer = 0; layer < 2; ++layer) {
-    DecoderLayer l;
-    l.attention_norm = {hold(H), nullptr};
-    l.qkv = weight((N + 2 * Nk) * D, H);
-    l.out = weight(H, N * D);
-    l.mlp_norm = {hold(H), nullptr};
-    l.up = weight(2 * F, H);
-    l.down = weight(H, F);
-    weights.layers.push_back(l);
-    cache.keys.push_back(hold(B * Nk * T * D));
-    cache.values.push_back(hold(B * Nk * T * D));
-  }
-  Decoder decoder(shape, weights, nullptr, std::make_shared<Team>(threads));
-  decoder.use_cache(cache);
+  DecoderModel model;
+  const int64_t V = model.shape.vocab_rows, B = DecoderModel::kBatch;
+  Decoder decoder(model.shape, model.weights, nullptr, std::make_shared<Team>(threads));
+  decoder.use_cache(model.cache(DecoderModel::kLength));
   std::vector<float> all;
   const auto keep = [&] {
     all.insert(all.end(), decoder.logits(), decoder.logits() + decoder.logit_rows() * V);
@@ -143,6 +106,12 @@ int main() {
     }
     const auto alone = decode(1), together = decode(3);
     expect(alone == together, "bits depend on the number of threads");
+    for (const int ranks : {2, 3, 5}) {
+      for (const int64_t prompt : {1, 30, 290}) {
+        check_context(ranks, prompt, 0);
+        check_context(ranks, prompt, 17);
+      }
+    }
     for (const float x : alone) expect(std::isfinite(x), "a logit is not finite");
     std::printf("%s: ok\n", isa_name(Isa(level)));
   }

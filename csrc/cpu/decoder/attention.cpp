@@ -1,9 +1,30 @@
 // The attention half of a decoder layer: rotation and cache, then one position a row, or one sequence.
+#include <algorithm>
+#include <cmath>
 #include <cstddef>
+#include <limits>
 
 #include "cpu/decoder/decoder.h"
 
 namespace pyparallel::cpu {
+
+namespace {
+
+// log sum exp of G heads' scores over all parts of the keys; of no part: minus infinity.
+void note_log_sums(SoftmaxState states, int64_t parts, int64_t G, float* log_sums) {
+  for (int64_t g = 0; g < G; ++g) {
+    float largest = -std::numeric_limits<float>::infinity(), total = 0.0f;
+    for (int64_t part = 0; part < parts; ++part) {
+      largest = std::max(largest, states.maximum[part * G + g]);
+    }
+    for (int64_t part = 0; part < parts; ++part) {
+      total += std::exp(states.maximum[part * G + g] - largest) * states.total[part * G + g];
+    }
+    log_sums[g] = parts == 0 ? largest : largest + std::log(total);
+  }
+}
+
+}  // namespace
 
 // attended = softmax(q K^T) V of normed's projections, which are stored in the cache first.
 void Decoder::attention(const Rows& rows, size_t l, int thread) {
@@ -13,7 +34,11 @@ void Decoder::attention(const Rows& rows, size_t l, int thread) {
   } else {
     attend_each(rows, l, thread);
   }
-  team_->barrier(thread);
+  if (context_) {
+    merge_context(rows, thread);
+  } else {
+    team_->barrier(thread);
+  }
 }
 
 // Only what later positions need of a layer: its keys and values, stored in the cache.
@@ -30,7 +55,7 @@ void Decoder::keys_and_values(const Rows& rows, size_t l, int thread) {
 // Outputs [first, (Nq + 2 Nk) D) of normed's projections.
 void Decoder::project(const Rows& rows, size_t l, int64_t first, int thread) {
   linear(qkv_call(rows, l, thread, first));
-  team_->barrier(thread);
+  meet(projected_.get(), rows.M, projected(), thread);
 }
 
 LinearCall Decoder::qkv_call(const Rows& rows, size_t l, int thread, int64_t first) const {
@@ -49,6 +74,8 @@ void Decoder::rotate_and_store(const Rows& rows, size_t l, int64_t m, int64_t he
   const int64_t D = s.head_dim, half = s.rotary_dim / 2, position = rows.positions[m];
   float* x = projected_.get() + m * projected() + head * D;
   const bool query = head < s.heads, key = !query && head < s.heads + s.kv_heads;
+  const int64_t kept = query ? -1 : slot_of(position);
+  if (!query && kept < 0) return;
   const float* norm = query ? layer.q_norm : key ? layer.k_norm : nullptr;
   if (norm != nullptr) kernels_->rms_norm(x, norm, s.eps, D, x);
   if ((query || key) && half > 0) {
@@ -56,9 +83,26 @@ void Decoder::rotate_and_store(const Rows& rows, size_t l, int64_t m, int64_t he
   }
   if (query) return kernels_->scale(x, s.softmax_scale, D);
   const int64_t kv = (head - s.heads) % s.kv_heads;
-  const int64_t slot = ((rows.sequences[m] * s.kv_heads + kv) * cache_.slots + position) * D;
+  const int64_t slot = ((rows.sequences[m] * s.kv_heads + kv) * cache_.slots + kept) * D;
   auto* cache = static_cast<unsigned char*>(key ? cache_.keys[l] : cache_.values[l]);
   kernels_->from_float(x, s.cache_precision, D, cache + slot * bytes_of(s.cache_precision));
+}
+
+int64_t Decoder::slot_of(int64_t position) const {
+  if (cache_.positions == nullptr) return position;
+  const int64_t* end = cache_.positions + cache_.slots;
+  const int64_t* at = std::lower_bound(cache_.positions, end, position);
+  return at != end && *at == position ? at - cache_.positions : -1;
+}
+
+Part Decoder::seen_by(int64_t position, int64_t window) const {
+  const Part seen{window > 0 ? max_of(0, position + 1 - window) : 0, position + 1};
+  if (cache_.positions == nullptr) return seen;
+  const auto slots_before = [&](int64_t p) {
+    return std::lower_bound(cache_.positions, cache_.positions + cache_.slots, p) -
+           cache_.positions;
+  };
+  return {slots_before(seen.begin), slots_before(seen.end)};
 }
 
 AttentionCall Decoder::attention_call(size_t layer, int64_t row, int64_t sequence,
@@ -89,15 +133,14 @@ void Decoder::attend_each(const Rows& rows, size_t l, int thread) {
   const DecoderLayer& layer = weights_.layers[l];
   const int64_t G = group(), D = s.head_dim;
   const int64_t most = ceil_div(cache_.slots, kSplitKeys);
-  const auto first_key = [&](int64_t m) {
-    return layer.window > 0 ? max_of(0, rows.positions[m] + 1 - layer.window) : 0;
-  };
-  const auto splits = [&](int64_t m) {
-    return ceil_div(rows.positions[m] + 1 - first_key(m), kSplitKeys);
-  };
-  int64_t tasks = 0;
-  for (int64_t m = 0; m < rows.M; ++m) tasks += splits(m) * s.kv_heads;
-  const bool whole = tasks == rows.M * s.kv_heads;
+  const auto seen = [&](int64_t m) { return seen_by(rows.positions[m], layer.window); };
+  const auto splits = [&](int64_t m) { return ceil_div(seen(m).size(), kSplitKeys); };
+  int64_t tasks = 0, longest = 0;
+  for (int64_t m = 0; m < rows.M; ++m) {
+    tasks += splits(m) * s.kv_heads;
+    longest = max_of(longest, splits(m));
+  }
+  const bool whole = longest <= 1 && tasks == rows.M * s.kv_heads;
   const auto rotate = [&](int64_t m, int64_t kv) {
     for (int64_t g = 0; g < G; ++g) rotate_and_store(rows, l, m, kv * G + g);
     rotate_and_store(rows, l, m, s.heads + kv);
@@ -112,6 +155,10 @@ void Decoder::attend_each(const Rows& rows, size_t l, int thread) {
   };
   const auto merge = [&](int64_t m, int64_t kv) {
     float* out = attention_call(l, m, rows.sequences[m], kv).out;
+    if (context_) {
+      note_log_sums(state_at(m, kv, 0), splits(m), G, log_sums_.get() + m * s.heads + kv * G);
+    }
+    if (splits(m) == 0) return;
     kernels_->merge_attention(out_at(m, kv), G * D, state_at(m, kv, 0), splits(m), G, D, out, D);
   };
   const Part heads = share(rows.M * s.kv_heads, team_->size(), thread, 1);
@@ -128,8 +175,8 @@ void Decoder::attend_each(const Rows& rows, size_t l, int thread) {
         if (whole) rotate(m, kv);
         AttentionCall call = attention_call(l, m, rows.sequences[m], kv);
         call.out = out_at(m, kv) + split * G * D;
-        const int64_t begin = first_key(m) + split * kSplitKeys;
-        const int64_t end = min_of(begin + kSplitKeys, rows.positions[m] + 1);
+        const int64_t begin = seen(m).begin + split * kSplitKeys;
+        const int64_t end = min_of(begin + kSplitKeys, seen(m).end);
         kernels_->decode_attention(call, begin, end, state_at(m, kv, split));
         if (whole) merge(m, kv);
       }

@@ -19,11 +19,12 @@ void expect(bool ok, const char* name, const std::string& text) {
 }  // namespace
 
 Decoder::Decoder(const DecoderShape& shape, DecoderWeights weights, std::shared_ptr<Peers> peers,
-                 std::shared_ptr<Team> team)
+                 std::shared_ptr<Team> team, std::shared_ptr<Peers> context)
     : shape_(shape),
       weights_(std::move(weights)),
       peers_(std::move(peers)),
-      team_(std::move(team)) {
+      team_(std::move(team)),
+      context_(std::move(context)) {
   const auto positive = [](int64_t value, const char* name) {
     expect(value > 0, name, "expected at least 1, got " + std::to_string(value));
   };
@@ -41,6 +42,8 @@ Decoder::Decoder(const DecoderShape& shape, DecoderWeights weights, std::shared_
              std::to_string(shape.rotary_dim));
   expect(ranks() <= kMaxRanks, "ranks",
          "expected at most " + std::to_string(kMaxRanks) + ", got " + std::to_string(ranks()));
+  expect(contexts() <= kMaxRanks, "context",
+         "expected at most " + std::to_string(kMaxRanks) + ", got " + std::to_string(contexts()));
   scratch_.resize(size_t(team_->size()));
 }
 
@@ -48,6 +51,11 @@ void Decoder::use_cache(DecoderCache cache) {
   const size_t layers = weights_.layers.size();
   expect(cache.batch > 0, "batch", "expected at least 1, got " + std::to_string(cache.batch));
   expect(cache.slots > 0, "slots", "expected at least 1, got " + std::to_string(cache.slots));
+  expect(cache.length >= cache.slots || cache.positions != nullptr, "length",
+         "expected at least slots=" + std::to_string(cache.slots) + ", got " +
+             std::to_string(cache.length));
+  expect((cache.positions != nullptr) == (contexts() > 1), "positions",
+         "expected those of the slots where the context is cut, and none elsewhere");
   expect(cache.keys.size() == layers && cache.values.size() == layers, "keys, values",
          "expected one for each of the " + std::to_string(layers) + " layers, got " +
              std::to_string(cache.keys.size()) + " and " + std::to_string(cache.values.size()));
@@ -75,6 +83,10 @@ void Decoder::reserve(int64_t M) {
   attended_ = allocate<float>(M * s.heads * s.head_dim);
   inner_ = allocate<float>(M * s.intermediate);
   if (ranks() == 1) local_partial_ = allocate<float>(M * s.hidden);
+  if (contexts() > 1) {
+    log_sums_ = allocate<float>(M * s.heads);
+    gathered_ = allocate<float>(team_->size() * contexts() * s.heads * (s.head_dim + 2));
+  }
   logits_ = allocate<float>(cache_.batch * s.vocab_rows);
   const int64_t splits =
       min_of(M, cache_.batch) * s.kv_heads * ceil_div(cache_.slots, kSplitKeys) * group();
@@ -93,9 +105,9 @@ void Decoder::check(const Rows& rows) const {
     expect(rows.tokens[m] >= 0 && rows.tokens[m] < shape_.vocab_size, "tokens",
            "expected 0 <= token < " + std::to_string(shape_.vocab_size) + ", got " +
                std::to_string(rows.tokens[m]));
-    expect(rows.positions[m] >= 0 && rows.positions[m] < cache_.slots, "positions",
+    expect(rows.positions[m] >= 0 && rows.positions[m] < cache_.length, "positions",
            "position " + std::to_string(rows.positions[m]) + " does not fit the cache's " +
-               std::to_string(cache_.slots) + " slots; make a longer cache");
+               std::to_string(cache_.length) + " slots; make a longer cache");
     expect(rows.sequences[m] >= 0 && rows.sequences[m] < cache_.batch, "sequences",
            "expected 0 <= row < batch=" + std::to_string(cache_.batch) + ", got " +
                std::to_string(rows.sequences[m]));
@@ -105,6 +117,8 @@ void Decoder::check(const Rows& rows) const {
 void Decoder::prefill(const int64_t* tokens, int64_t M, int64_t sequence, int64_t start) {
   expect(M > 0, "tokens", "expected at least one, got none");
   expect(cache_.batch > 0, "cache", "expected use_cache() before the first call");
+  expect(contexts() == 1, "prefill", "expected a whole context, got one cut over " +
+                                         std::to_string(contexts()) + " ranks");
   std::vector<int64_t> sequences(size_t(M), sequence), positions(static_cast<size_t>(M));
   for (int64_t m = 0; m < M; ++m) positions[size_t(m)] = start + m;
   check({tokens, sequences.data(), positions.data(), M, true});
@@ -135,6 +149,7 @@ void Decoder::forward(const Rows& rows, bool want_logits) {
   reserve(rows.M);
   partial_ = ranks() == 1 ? local_partial_.get() : static_cast<float*>(peers_->mine(0));
   logit_rows_ = want_logits ? (rows.one_sequence ? 1 : rows.M) : 0;
+  logits_joined_ = false;
   team_->run([&](int thread) { pass(rows, want_logits, thread); });
 }
 
@@ -154,7 +169,7 @@ float* Decoder::normed_of(const Rows& rows, int thread) const {
 void Decoder::mlp(const Rows& rows, const DecoderLayer& layer, const float* residual, int thread) {
   const int64_t M = rows.M, H = shape_.hidden;
   linear(up_call(rows, layer, thread));
-  team_->barrier(thread);
+  meet(inner_.get(), M, shape_.intermediate, thread);
   LinearCall down = call_of(layer.down, inner_.get(), M, shape_.intermediate, partial_, H);
   down.residual = residual;
   down.residual_stride = H;
@@ -188,11 +203,17 @@ LinearCall Decoder::call_of(const Weight& weight, const float* x, int64_t M, int
   return call;
 }
 
+Part Decoder::outputs_of(int c, int64_t N, int64_t first) const {
+  const Part part = share(N - first, contexts(), c, kOutputGrain);
+  return {first + part.begin, first + part.end};
+}
+
 // This thread's part of the outputs [first, N).
 LinearCall Decoder::part_of(LinearCall call, int64_t N, int thread, int64_t first) const {
-  const Part part = share(N - first, team_->size(), thread, kOutputGrain);
-  call.begin = first + part.begin;
-  call.end = first + part.end;
+  const Part own = outputs_of(context_ ? context_->rank() : 0, N, first);
+  const Part part = share(own.size(), team_->size(), thread, kOutputGrain);
+  call.begin = own.begin + part.begin;
+  call.end = own.begin + part.end;
   call.workspace = scratch_[size_t(thread)].get();
   return call;
 }

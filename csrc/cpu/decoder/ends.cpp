@@ -52,33 +52,43 @@ LinearCall Decoder::head_call(const Rows& rows, int thread) const {
   return part_of(call, V, thread);
 }
 
+const float* Decoder::logits() {
+  if (!logits_joined_) join_outputs(logits_.get(), logit_rows_, shape_.vocab_rows);
+  logits_joined_ = true;
+  return logits_.get();
+}
+
 void Decoder::greedy(int64_t* tokens) {
   struct Best {
     float value;
     int64_t token;
   };
-  std::vector<Best> local;
+  std::vector<Best> best;
   const int64_t V = shape_.vocab_rows;
+  const Part own = outputs_of(context_ ? context_->rank() : 0, V);
   for (int64_t m = 0; m < logit_rows_; ++m) {
-    const float* row = logits_.get() + m * V;
-    const int64_t at = V > 0 ? kernels_->argmax(row, V) : 0;
-    local.push_back(V > 0 ? Best{row[at], shape_.vocab_begin + at}
-                          : Best{-std::numeric_limits<float>::infinity(), shape_.vocab_size - 1});
+    const float* row = logits_.get() + m * V + own.begin;
+    const int64_t at = own.size() > 0 ? kernels_->argmax(row, own.size()) : 0;
+    best.push_back(own.size() > 0
+                       ? Best{row[at], shape_.vocab_begin + own.begin + at}
+                       : Best{-std::numeric_limits<float>::infinity(), shape_.vocab_size - 1});
   }
-  const int64_t bytes = logit_rows_ * int64_t(sizeof(Best));
-  parts_[0] = local.data();
-  if (ranks() > 1) {
-    std::memcpy(peers_->mine(bytes), local.data(), size_t(bytes));
-    peers_->exchange(bytes, parts_);
-  }
-  for (int64_t m = 0; m < logit_rows_; ++m) {
-    Best best = static_cast<const Best*>(parts_[0])[m];
-    for (int r = 1; r < ranks(); ++r) {
-      const Best other = static_cast<const Best*>(parts_[r])[m];
-      if (other.value > best.value) best = other;
+  // Ranks hold ascending tokens, first over the context, then over the vocabulary's cut.
+  for (Peers* peers : {context_.get(), peers_.get()}) {
+    if (peers == nullptr) continue;
+    const int64_t bytes = logit_rows_ * int64_t(sizeof(Best));
+    const void* parts[kMaxRanks];
+    std::memcpy(peers->mine(bytes), best.data(), size_t(bytes));
+    peers->exchange(bytes, parts);
+    for (int64_t m = 0; m < logit_rows_; ++m) {
+      best[size_t(m)] = static_cast<const Best*>(parts[0])[m];
+      for (int r = 1; r < peers->size(); ++r) {
+        const Best other = static_cast<const Best*>(parts[r])[m];
+        if (other.value > best[size_t(m)].value) best[size_t(m)] = other;
+      }
     }
-    tokens[m] = best.token;
   }
+  for (int64_t m = 0; m < logit_rows_; ++m) tokens[m] = best[size_t(m)].token;
 }
 
 }  // namespace pyparallel::cpu

@@ -32,7 +32,8 @@ void Decoder::pass(const Rows& rows, bool want_logits, int thread) {
 void Decoder::run(const Rows& rows, int64_t from, int64_t to, int thread) {
   for (int64_t step = from; step < to; ++step) {
     compute(rows, step, thread);
-    show_partial(rows.M, thread);
+    // Every context rank has embedded all of them itself.
+    show_partial(rows.M, step > 0, thread);
     add_step(rows, step, thread);
   }
 }
@@ -107,8 +108,9 @@ Decoder::Rows Decoder::keep_last(const Rows& rows, int thread) const {
 }
 
 // All ranks' partials are there: parts_.
-void Decoder::show_partial(int64_t M, int thread) {
+void Decoder::show_partial(int64_t M, bool joins, int thread) {
   team_->barrier(thread, [&] {
+    if (joins) join_outputs(partial_, M, shape_.hidden);
     if (ranks() == 1) {
       parts_[0] = partial_;
       return;

@@ -1,4 +1,7 @@
-"""``decode_session`` on the CPU: the whole decoder in C++, one call a token."""
+"""``decode_session`` on the CPU: the whole decoder in C++, one call a token.
+
+Prompts whose tokens are cut over ranks go through the modules, each rank's on its own.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ from torch import Tensor
 
 from pyparallel.decoding.cpu_decoder import compiled
 from pyparallel.decoding.cpu_decoder import reason_against as reason  # noqa: F401
+from pyparallel.decoding.decode_session import ModuleSession
 from pyparallel.decoding.transcript import Transcript
+from pyparallel.models.context_decoder import ContextDecoder
 from pyparallel.models.decoder import Decoder
 from pyparallel.ops.next_token import Said, Sampling, sample
 
@@ -18,12 +23,20 @@ class CPUSession:
 
     def __init__(self, model: Decoder, prompts: Sequence[Sequence[int]], slots: int) -> None:
         self.decoder = compiled(model)
-        self.decoder.start(len(prompts), slots, prompt=len(prompts[0]))
+        self.spread = None
+        if isinstance(model, ContextDecoder):
+            self.spread = ModuleSession(model, prompts, slots)
+        else:
+            self.decoder.start(len(prompts), slots, prompt=len(prompts[0]))
         self.prompts = prompts
         self.said = Transcript(prompts)
 
     def prefill(self, sampling: Sampling, draws: Tensor) -> list[int]:
         """The first new token of each prompt."""
+        if self.spread is not None:
+            chosen = self.spread.prefill(sampling, draws)
+            self.decoder.resume(self.spread.cache, prompt=max(map(len, self.prompts)))
+            return chosen
         chosen = []
         for row, prompt in enumerate(self.prompts):
             self.decoder.prefill(prompt, row=row)
