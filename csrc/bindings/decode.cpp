@@ -128,8 +128,8 @@ static void bind_decode(py::module_& m) {
       .def(
           "use_cache",
           [](PythonDecoder& self, int64_t batch, int64_t slots, const std::vector<uintptr_t>& keys,
-             const std::vector<uintptr_t>& values, uintptr_t cos, uintptr_t sin,
-             int64_t length, uintptr_t positions) {
+             const std::vector<uintptr_t>& values, uintptr_t cos, uintptr_t sin, int64_t length,
+             uintptr_t positions) {
             DecoderCache cache;
             cache.batch = batch;
             cache.slots = slots;

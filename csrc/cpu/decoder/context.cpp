@@ -105,8 +105,8 @@ void Decoder::merge_row(int64_t m, int64_t row, int thread) {
       }
     }
   }
-  kernels_->merge_attention(outs, N * D, {maxima, totals}, C, N, D,
-                            attended_.get() + row * N * D, D);
+  kernels_->merge_attention(outs, N * D, {maxima, totals}, C, N, D, attended_.get() + row * N * D,
+                            D);
 }
 
 }  // namespace pyparallel::cpu

@@ -117,8 +117,8 @@ void Decoder::check(const Rows& rows) const {
 void Decoder::prefill(const int64_t* tokens, int64_t M, int64_t sequence, int64_t start) {
   expect(M > 0, "tokens", "expected at least one, got none");
   expect(cache_.batch > 0, "cache", "expected use_cache() before the first call");
-  expect(contexts() == 1, "prefill", "expected a whole context, got one cut over " +
-                                         std::to_string(contexts()) + " ranks");
+  expect(contexts() == 1, "prefill",
+         "expected a whole context, got one cut over " + std::to_string(contexts()) + " ranks");
   std::vector<int64_t> sequences(size_t(M), sequence), positions(static_cast<size_t>(M));
   for (int64_t m = 0; m < M; ++m) positions[size_t(m)] = start + m;
   check({tokens, sequences.data(), positions.data(), M, true});

@@ -77,7 +77,7 @@ struct DecoderCache {
   int64_t slots = 0;
   int64_t length = 0;                  // positions of a sequence, over all context ranks
   const int64_t* positions = nullptr;  // [slots]
-  std::vector<void*> keys;  // of each layer [batch, Nk, slots, D]
+  std::vector<void*> keys;             // of each layer [batch, Nk, slots, D]
   std::vector<void*> values;
   const float* cos = nullptr;  // [length, rotary_dim / 2]
   const float* sin = nullptr;
