@@ -47,10 +47,23 @@ def pieces_of(
             ranks are equal or do not overlap.
         prefix: of the dense tensors' names.
     """
-    local, begin = _local(value)
+    yield from pieces_at(*_local(value), value.shape, found, rank, owned=owned, prefix=prefix)
+
+
+def pieces_at(
+    local: Tensor,
+    begin: Sequence[int],
+    whole: Sequence[int],
+    found: Sequence[Source],
+    rank: int,
+    *,
+    owned: bool,
+    prefix: str = "",
+) -> Iterator[Piece]:
+    """:func:`pieces_of` a shard of shape ``whole``, of which the box ``local`` at ``begin`` is here."""
     filled = 0
     for source in found:
-        sharding, shape = source.sharding, list(value.shape)
+        sharding, shape = source.sharding, list(whole)
         # The axes of the parameter, in the order in which the dense tensor is stored.
         order = range(len(shape))[:: -1 if source.transposed else 1]
         axis = None if sharding.dim is None else order[sharding.dim]
@@ -86,7 +99,7 @@ def _clip(first: int, size: int, dense: int, low: int, held: int) -> tuple[int, 
     return start - low, stop - start, dense + start - first
 
 
-def _local(value: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+def _local(value: Tensor) -> tuple[Tensor, Sequence[int]]:
     """What of a tensor is in this process, and where it begins."""
     value = value.detach()
     if isinstance(value, DTensor):

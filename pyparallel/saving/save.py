@@ -1,6 +1,6 @@
 """``save`` and ``restore``: a training run's model and optimizer, on any mesh.
 
-On torch.distributed.checkpoint. Every tensor is kept as the dense tensor it is a part of, under its
+Every tensor is kept as the dense tensor it is a part of, under its
 Hugging Face name; a rank writes the boxes it holds, and reads the parts of boxes that it needs. So what
 one mesh saved loads on any other: another tp, pp, cp, dp or FSDP, with sequence parallelism or without.
 """
@@ -16,17 +16,21 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from pyparallel.checkpoint.grid import box_key
 from pyparallel.checkpoint.paths import resolve
-from pyparallel.checkpoint.place import left_behind
-from pyparallel.checkpoint.sharded import ShardedCheckpoint, is_sharded
+from pyparallel.checkpoint.place import Place, left_behind
+from pyparallel.checkpoint.sharded import INDEX, Index, ShardedCheckpoint, is_sharded
 from pyparallel.checkpoint.source import CheckpointError
-from pyparallel.checkpoint.storage import PieceReader, PieceWriter
+from pyparallel.checkpoint.storage import Read, read_boxes, write_boxes
 from pyparallel.mesh import Mesh
-from pyparallel.saving.exchange import read_pieces, together, write_pieces
+from pyparallel.saving.exchange import exchange, exchange_shared, together
 from pyparallel.saving.files import source_of, write_files
 from pyparallel.saving.names import named_tensors, unwrap
 from pyparallel.saving.optimizer import empty_optimizer, merge_optimizers, optimizer_pieces
-from pyparallel.saving.planner import Held, PieceLoadPlanner, PieceSavePlanner
+from pyparallel.saving.pieces import Piece
+from pyparallel.saving.plan import plan, stored, written_by
+from pyparallel.saving.told import kinds_of, tell
+from pyparallel.saving.wanted import check_extra, reads_of
 
 T = TypeVar("T")
 
@@ -62,32 +66,61 @@ def save(
     """
     folder = resolve(folder)
     models = [model] if isinstance(model, nn.Module) else list(model)
+    rank, what = dist.get_rank(), str(folder)
+    # Rank 0's alone; the others are told where it is.
+    place: Place | None = None
+    kept: dict[str, Any] = {}
 
-    def hold() -> Held:
+    def hold() -> tuple[list[Piece], Any]:
+        nonlocal place
+        kept.update(_json("extra", dict(extra or {})))
         named = named_tensors(models, mesh)
         pieces = [piece for tensor in named for piece in tensor.pieces(mesh, owned=True)]
-        state: dict[str, Any] = {"extra": _json("extra", dict(extra or {})), "optimizer": None}
+        state = None
         if optimizer is not None:
-            more, state["optimizer"] = optimizer_pieces(optimizer, named, mesh)
+            more, state = optimizer_pieces(optimizer, named, mesh)
             pieces += more
-        return Held(pieces, state)
+        if rank == 0:
+            place = Place(folder, overwrite=overwrite)
+        return pieces, state
 
-    def merge(states: list[dict[str, Any]]) -> dict[str, Any]:
-        merged = dict(states[0])
-        if optimizer is not None:
-            merged["optimizer"] = merge_optimizers(state["optimizer"] for state in states)
-        return merged
+    def tell_held(held: tuple[list[Piece], Any]) -> tuple[Any, Any]:
+        pieces, state = held
+        kinds, boxes = tell(pieces)
+        return [kinds, state], [boxes, place and [str(place.working), place.suffix]]
 
-    def add_files(written: Path) -> None:
-        chain = unwrap(models[0])
-        write_files(written, chain[-1], source_of(source, chain))
-
-    writer = PieceWriter(folder, dist.get_rank(), add_files, overwrite=overwrite)
     try:
-        write_pieces(writer, PieceSavePlanner(hold, merge), str(folder))
+        (pieces, _), told, shared = exchange_shared(hold, tell_held, what)
+        working, suffix = told[0][1][1]
+        held = [(number, boxes) for number, (boxes, _) in told]
+        cuts = together(lambda: plan([kinds_of(kinds) for kinds, _ in shared], held, what), what)
+
+        def write() -> list[tuple[int, int]]:
+            own = {(piece.name, piece.offsets): piece.tensor for piece in pieces}
+            boxes = (
+                (box_key(name, box.offsets), own[name, box.offsets])
+                for name, box in written_by(rank, cuts)
+            )
+            return write_boxes(boxes, Path(working), rank, suffix)
+
+        _, written = exchange(write, lambda sizes: sizes, what)
+
+        def finish() -> None:
+            if place is None:
+                return
+            states = None if optimizer is None else merge_optimizers(part for _, part in shared)
+            tensors, files = stored(cuts, written, suffix, what)
+            index = Index(tensors, files, {"extra": kept, "optimizer": states})
+            (place.working / INDEX).write_text(index.to_json())
+            chain = unwrap(models[0])
+            write_files(place.working, chain[-1], source_of(source, chain))
+            place.appear(INDEX)
+
+        together(finish, what)
     except CheckpointError:
         # All ranks have failed together. Where one has died the others may still write.
-        writer.close()
+        if place is not None:
+            place.close()
         raise
 
 
@@ -117,21 +150,23 @@ def restore(
     """
     folder = Path(folder).absolute()
     models = [model] if isinstance(model, nn.Module) else list(model)
-    checkpoint = together(lambda: _open(folder), str(folder))
+    what = str(folder)
+    checkpoint = together(lambda: _open(folder), what)
     loaded: dict[str, Any] = {}
 
-    def hold() -> Held:
+    def wanted() -> tuple[list[Read], list[str]]:
         named = named_tensors(models, mesh)
         pieces = [piece for tensor in named for piece in tensor.pieces(mesh, owned=False)]
         if optimizer is not None:
             loaded["optimizer"], more = empty_optimizer(
-                optimizer, named, checkpoint.index, mesh, str(folder)
+                optimizer, named, checkpoint.index, mesh, what
             )
             pieces += more
-        return Held(pieces)
+        return reads_of(checkpoint, pieces, what), sorted({piece.name for piece in pieces})
 
-    planner = PieceLoadPlanner(hold, str(folder), with_optimizer=optimizer is not None)
-    read_pieces(PieceReader(checkpoint), planner, str(folder))
+    (reads, _), _, names = exchange_shared(wanted, lambda found: (found[1], None), what)
+    together(lambda: check_extra(checkpoint, names, what, optimizer is not None), what)
+    together(lambda: read_boxes(checkpoint, reads), what)
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
     return checkpoint.index.state.get("extra", {})
@@ -144,7 +179,7 @@ def _open(folder: Path) -> ShardedCheckpoint:
         raise CheckpointError(
             f"{folder}: not written by pyparallel.save(); read other checkpoints with load()"
         )
-    return ShardedCheckpoint(folder)
+    return ShardedCheckpoint(folder, part=dist.get_rank(), of=dist.get_world_size())
 
 
 def _json(name: str, value: T) -> T:

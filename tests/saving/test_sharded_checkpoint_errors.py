@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -66,19 +67,64 @@ def add_tensor(index: dict[str, Any]) -> None:
     index["tensors"]["model.layers.9.extra"] = index["tensors"][NORM]
 
 
+def cut_of(index: dict[str, Any]) -> dict[str, Any]:
+    """The boxes of the embedding."""
+    return index["boxes"][index["tensors"][EMBEDDING]["boxes"]]
+
+
+def chunks_of(index: dict[str, Any]) -> list[Any]:
+    """The boxes of the embedding, made its own and listed one by one."""
+    cut = cut_of(index)
+    rows, (_, columns) = cut["edges"]
+    sides = zip(cut["cells"], itertools.pairwise(rows), strict=True)
+    chunks = [[cell, [a, 0], [b - a, columns]] for cell, (a, b) in sides]
+    index["tensors"][EMBEDDING]["boxes"] = len(index["boxes"])
+    index["boxes"].append({"shape": [rows[-1], columns], "chunks": chunks})
+    return chunks
+
+
 def move_a_box(index: dict[str, Any]) -> None:
-    index["tensors"][EMBEDDING]["chunks"][0][1] = [40, 0]
+    chunks_of(index)[0][1] = [40, 0]
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing": (edit(lambda index: index["tensors"].pop(NORM)), f"tensor {NORM} is missing"),
     "extra": (edit(add_tensor), "tensor model.layers.9.extra is not one of this model"),
     "a box lost": (
-        edit(lambda index: index["tensors"][EMBEDDING]["chunks"].pop()),
+        edit(lambda index: chunks_of(index).pop()),
         f"tensor {EMBEDDING} of shape (61, 36) is not whole",
     ),
+    "listed": (edit(lambda index: chunks_of(index).append(1)), "not a whole index"),
+    "a cell lost": (
+        edit(lambda index: cut_of(index)["cells"].pop()),
+        "1 cells are not those between its edges",
+    ),
+    "an edge back": (
+        edit(lambda index: cut_of(index)["edges"][0].append(3)),
+        "expected edges from 0 upwards, got (0, ",
+    ),
+    "a file too many": (
+        edit(lambda index: cut_of(index).update(cells=[0, 9])),
+        "expected the number of one of 2 files, got 9",
+    ),
+    "no such boxes": (
+        edit(lambda index: index["tensors"][NORM].update(boxes=True)),
+        "expected the number of one of",
+    ),
+    "huge": (
+        edit(lambda index: cut_of(index).update(edges=[[0, 1, 2**30], [0, 2**30]])),
+        "no shape (1073741824, 1073741824)",
+    ),
+    "large": (
+        edit(lambda index: cut_of(index).update(edges=[[0, 31, 2**30], [0, 36]])),
+        "can't hold its boxes of",
+    ),
+    "a larger file": (
+        edit(lambda index: cut_of(index).update(edges=[[0, 1, 61], [0, 36]])),
+        "boxes of",
+    ),
     "a box outside": (edit(move_a_box), f"tensor {EMBEDDING} of shape (61, 36) has no box"),
-    "format": (edit(lambda index: index.update(format=7)), "expected format 1, got 7"),
+    "format": (edit(lambda index: index.update(format=7)), "expected format 1 or 2, got 7"),
     "no files": (edit(lambda index: index.pop("files")), "not a whole index"),
     "dtype": (
         edit(lambda index: index["tensors"][NORM].update(dtype="nn")),

@@ -134,7 +134,7 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         ),
         "optimizer: step of a: expected a number",
     ),
-    "format": (lambda index: index.update(format=True), "expected format 1, got True"),
+    "format": (lambda index: index.update(format=True), "expected format 1 or 2, got True"),
 }
 
 
