@@ -1,4 +1,4 @@
-"""Two machines on one: network namespaces joined by a veth pair, and torchrun on both."""
+"""Several machines on one: network namespaces joined by a bridge, and ranks on all of them."""
 
 from __future__ import annotations
 
@@ -6,34 +6,44 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pyroute2 import IPRoute, NetNS, netns
+from pyroute2 import NetNS, netns
 
 ROOT = Path(__file__).parents[2]
 PORT = 29_400
+# Addresses in the order of the hosts stay in it as texts, by which torchrun numbers them.
+MAX_HOSTS = 9
 
 
 class Hosts:
-    """Hosts 0 and 1, with addresses of their own on one link."""
+    """``count`` hosts with addresses of their own, each by one link on a bridge of its own namespace."""
 
-    def __init__(self) -> None:
-        self.names = [f"pyparallel-{os.getpid()}-{host}" for host in range(2)]
+    def __init__(self, count: int) -> None:
+        if not 1 <= count <= MAX_HOSTS:
+            raise ValueError(f"count: expected 1 to {MAX_HOSTS} hosts, got {count}")
+        own = os.getpid()
+        self.names = [f"pyparallel-{own}-{host}" for host in range(count)]
         # A name of an interface has at most 15 characters.
-        self.links = [f"pp{os.getpid()}-{host}" for host in range(2)]
-        self.addresses = ["10.77.0.1", "10.77.0.2"]
+        self.links = [f"pp{own}-{host}" for host in range(count)]
+        self.addresses = [f"10.77.0.{host + 1}" for host in range(count)]
+        self.switch = f"pyparallel-{own}-switch"
         self.processes: list[subprocess.Popen[str]] = []
 
     def open(self) -> None:
-        for name in self.names:
+        for name in (self.switch, *self.names):
             netns.create(name)
-        with IPRoute() as here:
-            here.link("add", ifname=self.links[0], kind="veth", peer={"ifname": self.links[1]})
+        with NetNS(self.switch) as switch:
+            switch.link("add", ifname="bridge", kind="bridge")
+            bridge = switch.link_lookup(ifname="bridge")[0]
+            switch.link("set", index=bridge, state="up")
             for name, link in zip(self.names, self.links, strict=True):
-                index = here.link_lookup(ifname=link)[0]
-                here.link("set", index=index, net_ns_fd=name)
+                switch.link("add", ifname=f"{link}s", kind="veth", peer={"ifname": link})
+                port, end = (switch.link_lookup(ifname=n)[0] for n in (f"{link}s", link))
+                switch.link("set", index=port, master=bridge, state="up")
+                switch.link("set", index=end, net_ns_fd=name)
         for name, link, address in zip(self.names, self.links, self.addresses, strict=True):
             with NetNS(name) as host:
                 index = host.link_lookup(ifname=link)[0]
@@ -42,42 +52,93 @@ class Hosts:
                     host.link("set", index=up, state="up")
 
     def close(self) -> None:
-        for name in self.names:
+        for name in (*self.names, self.switch):
             if name in netns.listnetns():
                 # torchrun's ranks are sessions of their own, and would outlive it where they hang.
-                for process in _inside(name):
+                for process in inside(name):
                     with suppress(ProcessLookupError):
                         os.kill(process, signal.SIGKILL)
-                # The link goes with its namespaces.
+                # The links go with their namespaces.
                 netns.remove(name)
         for process in self.processes:
             process.communicate()
 
-    def cut(self) -> None:
-        """Take the link down: packets are lost, and nobody is told."""
-        with NetNS(self.names[1]) as host:
-            host.link("set", index=host.link_lookup(ifname=self.links[1])[0], state="down")
+    def cut(self, host: int = 1) -> None:
+        """Take the link of ``host`` down: packets are lost both ways, and nobody is told."""
+        with NetNS(self.names[host]) as away:
+            away.link("set", index=away.link_lookup(ifname=self.links[host])[0], state="down")
 
-    def torchrun(self, ranks: int, module: str, *args: str) -> list[subprocess.Popen[str]]:
-        """``python -m module *args`` on ``ranks`` ranks of each host, by torchrun's rendezvous."""
-        for host, name in enumerate(self.names):
+    def slow(self, megabits: int) -> None:
+        """Let every link carry ``megabits`` a second each way, by the kernel's token bucket."""
+        ends = [(self.switch, f"{link}s") for link in self.links]
+        for name, link in (*zip(self.names, self.links, strict=True), *ends):
+            with NetNS(name) as host:
+                index = host.link_lookup(ifname=link)[0]
+                rate = megabits * 1_000_000 // 8
+                # A queue of 50 ms, as a switch has.
+                host.tc("add", "tbf", index, 0x10000, rate=rate, burst=64 * 1024, latency="50ms")
+
+    def torchrun(
+        self, ranks: int | Sequence[int], module: str, *args: str, options: Sequence[str] = ()
+    ) -> list[subprocess.Popen[str]]:
+        """``python -m module *args`` by torchrun's rendezvous, whose store is on host 0.
+
+        Args:
+            ranks: on each host, or one number for all; the first host's come first.
+            options: more of torchrun's, such as ``--max-restarts``.
+        """
+        commands = []
+        for host, number in enumerate(self._on_each(ranks)):
             command = [sys.executable, "-m", "torch.distributed.run"]
-            command += ["--nnodes", "2", "--nproc-per-node", str(ranks)]
-            command += ["--rdzv-backend", "c10d", "--rdzv-id", "two-hosts"]
+            command += ["--nnodes", str(len(self.names)), "--nproc-per-node", str(number)]
+            command += ["--rdzv-backend", "c10d", "--rdzv-id", "hosts"]
             command += ["--rdzv-endpoint", f"{self.addresses[0]}:{PORT}"]
             command += ["--rdzv-conf", f"is_host={int(host == 0)}"]
-            command += ["--local-addr", self.addresses[host], "-m", module, *args]
+            command += ["--local-addr", self.addresses[host], *options, "-m", module, *args]
+            commands.append((host, command, {}))
+        return self._start(commands)
+
+    def ranks(
+        self, ranks: int | Sequence[int], module: str, *args: str
+    ) -> list[subprocess.Popen[str]]:
+        """``python -m module *args`` on each rank without torchrun, by the variables that it would set.
+
+        A process a rank, in their order; the first rank has the store.
+        """
+        numbers = self._on_each(ranks)
+        commands = []
+        for host, number in enumerate(numbers):
+            for local in range(number):
+                variables = {
+                    "RANK": sum(numbers[:host]) + local,
+                    "WORLD_SIZE": sum(numbers),
+                    "LOCAL_RANK": local,
+                    "LOCAL_WORLD_SIZE": number,
+                    "MASTER_ADDR": self.addresses[0],
+                    "MASTER_PORT": PORT,
+                }
+                told = {name: str(value) for name, value in variables.items()}
+                commands.append((host, [sys.executable, "-m", module, *args], told))
+        return self._start(commands)
+
+    def _on_each(self, ranks: int | Sequence[int]) -> list[int]:
+        return [ranks] * len(self.names) if isinstance(ranks, int) else list(ranks)
+
+    def _start(
+        self, commands: Sequence[tuple[int, list[str], dict[str, str]]]
+    ) -> list[subprocess.Popen[str]]:
+        for host, command, variables in commands:
             self.processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "tests.machines.enter", name, *command],
+                    [sys.executable, "-m", "tests.machines.enter", self.names[host], *command],
                     cwd=ROOT,
-                    env=self._environment(host),
+                    env={**self._environment(host), **variables},
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
                     text=True,
                 )
             )
-        return self.processes[-2:]
+        return self.processes[-len(commands) :]
 
     def _environment(self, host: int) -> dict[str, str]:
         kept = {
@@ -87,7 +148,7 @@ class Hosts:
         return {**kept, **more, "PYTHONPATH": str(ROOT)}
 
 
-def _inside(name: str) -> list[int]:
+def inside(name: str) -> list[int]:
     """The processes in a network namespace."""
     wanted = (Path("/var/run/netns") / name).stat().st_ino
     found = []
@@ -99,15 +160,22 @@ def _inside(name: str) -> list[int]:
 
 
 @contextmanager
-def two_hosts() -> Iterator[Hosts]:
-    """Two hosts that are gone afterwards, with all that runs on them.
+def some_hosts(count: int) -> Iterator[Hosts]:
+    """Hosts that are gone afterwards, with all that runs on them.
 
     Raises:
         PermissionError: this user may not make network namespaces.
     """
-    hosts = Hosts()
+    hosts = Hosts(count)
     try:
         hosts.open()
         yield hosts
     finally:
         hosts.close()
+
+
+@contextmanager
+def two_hosts() -> Iterator[Hosts]:
+    """:func:`some_hosts`, two of them."""
+    with some_hosts(2) as hosts:
+        yield hosts
