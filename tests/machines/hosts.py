@@ -172,10 +172,3 @@ def some_hosts(count: int) -> Iterator[Hosts]:
         yield hosts
     finally:
         hosts.close()
-
-
-@contextmanager
-def two_hosts() -> Iterator[Hosts]:
-    """:func:`some_hosts`, two of them."""
-    with some_hosts(2) as hosts:
-        yield hosts

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pyparallel.launch import launch
-from tests.machines.hosts import Hosts, two_hosts
+from tests.machines.hosts import Hosts
 from tests.machines.job import TIMEOUT_S, same
 
 RANKS = range(4)
-
-
-@pytest.fixture
-def hosts() -> Iterator[Hosts]:
-    if os.geteuid() != 0:
-        pytest.skip("only root may make network namespaces")
-    with two_hosts() as opened:
-        yield opened
 
 
 def test_two_hosts_give_the_bits_of_one(hosts: Hosts, tmp_path: Path) -> None:
