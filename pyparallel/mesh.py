@@ -21,7 +21,9 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from pyparallel.comm.exchange import gather_objects
 from pyparallel.comm.group import Group
 from pyparallel.comm.group_of import connected, remember
+from pyparallel.comm.heartbeat import watch_hosts
 from pyparallel.comm.peer_watch import naming_lost_peers
+from pyparallel.comm.shared.engine import end_waits
 from pyparallel.cut.shares import Shares, are_equal, check_shares
 from pyparallel.limits import check_count, check_timeout, environment_number
 
@@ -193,6 +195,7 @@ def _init_mesh(
     # An axis of all ranks may be torch's world itself; layers want to know of the axis.
     for axis, process_group in process_groups.items():
         remember(process_group, groups[axis])
+    watch_hosts(world, end_waits)
     _meshes.append(mesh)
     return mesh
 

@@ -32,13 +32,20 @@ from pyparallel.comm.checks import (
     message_counts,
     part_counts,
 )
+from pyparallel.comm.lost_hosts import naming_lost_hosts
 
 # What an algorithm leaves to be done before its output may be read, if anything.
 Finish = Callable[[], None] | None
 
 
 class PeerError(RuntimeError):
-    """A rank of the group is dead, stuck, or made another call than this one."""
+    """A rank of the group is dead, stuck, or made another call than this one.
+
+    Where a whole host is lost the message begins with it and its ranks.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(naming_lost_hosts(message))
 
 
 class Work:

@@ -19,6 +19,7 @@ from pyparallel.comm.communicator import Communicator
 from pyparallel.comm.connect import connect
 from pyparallel.comm.cuda.connect import connect_gpus
 from pyparallel.comm.group import Group
+from pyparallel.comm.heartbeat import note_connections
 from pyparallel.comm.local_engine import LocalCommunicator
 from pyparallel.cut.shares import Shares
 
@@ -89,6 +90,7 @@ def connected(
         # Before torch's own end of process, which was registered earlier and so comes later.
         atexit.register(_close_at_exit, os.getpid())
     _open.append(communicator)
+    note_connections()
     return Group.over(communicator, shares)
 
 

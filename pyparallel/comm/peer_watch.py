@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 import torch.distributed as dist
 
 from pyparallel.comm.communicator import PeerError
+from pyparallel.comm.lost_hosts import lost_among
 
 POLL_S = 0.1
 # How long survivors wait for one another's word before they call a rank missing.
@@ -93,8 +94,8 @@ def naming_lost_peers(
         if store is None and dist.is_initialized():
             store = dist.distributed_c10d._get_default_store()
             rank, size = dist.get_rank(), dist.get_world_size()
-        missing = None
-        if store is not None:
+        missing = lost_among(range(size))
+        if missing is None and store is not None:
             missing = bounded_roll_call(dist.PrefixStore("pyparallel/lost", store), rank, size)
         if missing is None:
             who = "unknown, since the store can't be reached either"

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyparallel.comm.communicator import Communicator, Finish, PeerError
+from pyparallel.comm.lost_hosts import lost_among
 from pyparallel.comm.peer_watch import bounded_roll_call
 from pyparallel.comm.rank_order import rank_ordered_reduce
 from pyparallel.cut.shares import part_sizes
@@ -169,7 +170,9 @@ class TorchCommunicator(Communicator):
         """What failed, and which ranks are missing: those that do not answer over torch's store."""
         if self.size == 2:
             peer = 1 - self.rank
-        missing: tuple[int, ...] | None = (peer,) if peer is not None else None
+        missing = lost_among(self._ranks)
+        if missing is None and peer is not None:
+            missing = (peer,)
         if missing is None:
             prefix = f"pyparallel/{self.name}/{'-'.join(map(str, self._ranks))}"
             store = dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store())

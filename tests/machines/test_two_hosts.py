@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from pyparallel.launch import launch
 from tests.machines.hosts import Hosts
 from tests.machines.job import TIMEOUT_S, same
+from tests.machines.waiting import wait_for
 
 RANKS = range(4)
 
@@ -58,13 +58,6 @@ def test_a_link_that_is_cut_ends_every_rank_inside_the_timeout(
     # The store is on the first host. torchrun on the other asks for it for minutes, without ranks.
     output, _ = started[0].communicate(timeout=60)
     assert started[0].returncode != 0, output
-
-
-def wait_for(condition: Callable[[], bool], limit_s: float) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not so within {limit_s} s"
-        time.sleep(0.05)
 
 
 def has_ended(process: int) -> bool:

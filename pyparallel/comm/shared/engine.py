@@ -7,6 +7,7 @@ this file hands addresses over. How ranks find each other is in ``rendezvous.py`
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,17 @@ from pyparallel.comm.shared.host_tensors import CODES, REDUCIBLE_CODES, REDUCTIO
 DEFAULT_TIMEOUT_S = 300.0
 # Ranks that join have all arrived already.
 JOIN_TIMEOUT_S = 60.0
+
+
+_engines: list[weakref.ref[SharedMemoryGroup]] = []
+
+
+def end_waits() -> None:
+    """Have every wait of this process's engines end with what is missing, as at its timeout."""
+    for known in tuple(_engines):
+        engine = known()
+        if engine is not None:
+            engine.timeout_s = 0.0
 
 
 class SharedMemoryCommunicator(Communicator):
@@ -53,6 +65,8 @@ class SharedMemoryCommunicator(Communicator):
         self.engine = SharedMemoryGroup(
             name, rank, size, memory_descriptor, list(process_descriptors), timeout_s
         )
+        _engines[:] = [known for known in _engines if known() is not None]
+        _engines.append(weakref.ref(self.engine))
         # True if done, False if the arguments are not plain; see csrc/bindings/collectives_fast.cpp.
         fast = fast_collectives(self.engine)
         self._fast_all_reduce: Callable[..., bool] = fast["all_reduce"]
