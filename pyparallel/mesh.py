@@ -16,12 +16,13 @@ from functools import cached_property
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.distributed_c10d import _set_pg_timeout, default_pg_timeout
 
 from pyparallel.comm.exchange import gather_objects
 from pyparallel.comm.group import Group
 from pyparallel.comm.group_of import connected, remember
 from pyparallel.comm.heartbeat import watch_hosts
+from pyparallel.comm.interfaces import check_interfaces
 from pyparallel.comm.peer_watch import naming_lost_peers
 from pyparallel.comm.shared.engine import end_waits
 from pyparallel.cut.shares import Shares, are_equal, check_shares
@@ -245,11 +246,24 @@ def init_distributed(timeout_s: float | None) -> None:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         return
     world = environment_number("WORLD_SIZE", None, least=1, most=MAX_WORLD)
-    environment_number("RANK", None, least=0, most=world - 1)
+    rank = environment_number("RANK", None, least=0, most=world - 1)
     local_world = environment_number("LOCAL_WORLD_SIZE", 1, least=1, most=world)
+    backend = "gloo"
     if torch.cuda.device_count() >= local_world:
         local = environment_number("LOCAL_RANK", None, least=0, most=local_world - 1)
         torch.cuda.set_device(local)
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout)
-    else:
-        dist.init_process_group("gloo", timeout=timeout)
+        backend = "cpu:gloo,cuda:nccl"
+    if local_world == world:
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    # As torch does it by itself, with a look at the hosts before they connect.
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout or default_pg_timeout))
+    store.set_timeout(timeout or default_pg_timeout)
+    check_interfaces(store, rank, world)
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("default_pg", store),
+        rank=rank,
+        world_size=world,
+        timeout=timeout,
+    )

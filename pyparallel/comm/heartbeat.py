@@ -34,7 +34,7 @@ import torch.distributed as dist
 
 from pyparallel.comm.exchange import gather_objects
 from pyparallel.comm.lost_hosts import forget_lost, tell_lost
-from pyparallel.comm.rendezvous import HELLO_S, machine_identity
+from pyparallel.comm.rendezvous import HELLO_S, machines_of
 from pyparallel.comm.tcp_connections import Connection, hang_up, tcp_connections
 
 # Without an answer for so long a host is lost; it is asked every second.
@@ -84,22 +84,18 @@ def watch_hosts(world: dist.ProcessGroup, end_waits: Callable[[], None]) -> None
         return
     _watched.add(world)
     forget_lost()
-    identities = gather_objects(world, machine_identity())
-    ranks_of: dict[str, list[int]] = {}
-    for rank, identity in enumerate(identities):
-        ranks_of.setdefault(identity, []).append(rank)
-    if len(ranks_of) == 1:
+    machines, rank = machines_of(world), world.rank()
+    if len(machines) == 1:
         return
-    rank, local = world.rank(), ranks_of[identities[world.rank()]]
+    own = next(number for number, ranks in enumerate(machines) if rank in ranks)
     addresses, token = _addresses(), secrets.token_bytes(TOKEN_BYTES)
-    listener = _listen(addresses) if rank == local[0] else None
+    listener = _listen(addresses) if rank == machines[own][0] else None
     port = 0 if listener is None else listener.getsockname()[1]
     told = gather_objects(world, [socket.gethostname(), addresses, port, token.hex()])
     hosts = []
-    for ranks in ranks_of.values():
+    for ranks in machines:
         name, of_host, at, secret = told[ranks[0]]
-        hosts.append(Host(name, tuple(ranks), tuple(of_host), at, bytes.fromhex(secret)))
-    own = list(ranks_of.values()).index(local)
+        hosts.append(Host(name, ranks, tuple(of_host), at, bytes.fromhex(secret)))
     heartbeat = Heartbeat(hosts, own, listener, end_waits)
     _heartbeats.append(heartbeat)
     heartbeat.start()

@@ -1,0 +1,35 @@
+"""Hosts that are set up in odd ways are told apart, or told the way out, in a second or so."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+from tests.machines.hosts import Hosts
+from tests.machines.setups import CASES
+
+# A minute before, and half an hour; what is left is the start of ranks on a busy machine.
+SOON_S = 10.0
+
+
+def test_odd_hosts_work_or_are_told_the_way_out(hosts: Hosts, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {socket.gethostname()}\n")
+    started = hosts.ranks([2, 1], "tests.machines.setups", str(tmp_path))
+    outputs = [process.communicate(timeout=100)[0] for process in started]
+    told = {
+        case.__name__: [
+            json.loads((tmp_path / f"{case.__name__}-{rank}").read_text()) for rank in range(3)
+        ]
+        for case in CASES
+    }
+    for engine, machines, total, seconds in told["clones"]:
+        assert (engine, machines, total) == ("HierarchicalCommunicator", [[0, 1], [2]], 6), outputs
+        assert seconds < SOON_S
+    for error, seconds in told["named_loopback"]:
+        # The first rank that is wrong is named, to all.
+        assert error.startswith(
+            "rank 0: expected an address that the job's other hosts can reach, got 127.0.1.1"
+        )
+        assert f"(it has {hosts.links[0]} 10.77.0.1); set GLOO_SOCKET_IFNAME" in error
+        assert seconds < SOON_S
