@@ -30,6 +30,7 @@ COMMANDS = {
     "generate": "answer prompts with a model cut over the ranks of this machine",
     "train": "fine-tune a model on text, cut over the ranks of this machine",
     "export": "write a checkpoint, sharded or GGUF, as one Hugging Face folder",
+    "merge": "put together what hosts wrote of a checkpoint, each its own part",
     "plan": "which strategies a model wants on a cluster, how fast, and why",
     "draw": "a picture of what each rank holds, and of the messages of one layer",
     "doctor": "what this machine and this build offer",

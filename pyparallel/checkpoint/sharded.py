@@ -9,6 +9,7 @@ It opens like any other checkpoint, so ``load`` and ``generate`` take one.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,11 @@ class ShardedCheckpoint(Checkpoint):
         self._opened = TensorFiles()
         for name, size in list(self.index.files.items())[part::of]:
             file = inside(path, name, f"{path / INDEX}: files")
+            if not os.path.lexists(file):
+                raise CheckpointError(
+                    f"{file}: no such file; if hosts wrote each its own part (save(per_host=True)), put "
+                    f"them together: pyparallel merge"
+                )
             found = regular_file(file)
             if found != size:
                 raise CheckpointError(

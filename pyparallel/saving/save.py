@@ -21,10 +21,11 @@ from pyparallel.checkpoint.paths import resolve
 from pyparallel.checkpoint.place import Place, left_behind
 from pyparallel.checkpoint.sharded import INDEX, Index, ShardedCheckpoint, is_sharded
 from pyparallel.checkpoint.source import CheckpointError
-from pyparallel.checkpoint.storage import Read, read_boxes, write_boxes
+from pyparallel.checkpoint.storage import Read, file_name, read_boxes, write_boxes
 from pyparallel.mesh import Mesh
 from pyparallel.saving.exchange import exchange, exchange_shared, together
 from pyparallel.saving.files import source_of, write_files
+from pyparallel.saving.hosts import check_seen, first_of_folder, on_this_host
 from pyparallel.saving.names import named_tensors, unwrap
 from pyparallel.saving.optimizer import empty_optimizer, merge_optimizers, optimizer_pieces
 from pyparallel.saving.pieces import Piece
@@ -44,6 +45,7 @@ def save(
     extra: Mapping[str, Any] | None = None,
     source: str | Path | None = None,
     overwrite: bool = False,
+    per_host: bool = False,
 ) -> None:
     """Write a sharded checkpoint; called by every rank of the mesh.
 
@@ -53,13 +55,15 @@ def save(
     Args:
         model: a :class:`Decoder`, a parallelized transformers model or any module with sharded layers in
             it; may be wrapped by DDP, cut by ``fully_shard``, or compiled. Several stages as a list.
-        folder: on a file system that all ranks share.
+        folder: on a file system that all ranks share, unless ``per_host``.
         optimizer: its state and options are kept too.
         extra: anything else, as JSON can hold it (rank 0's is kept); :func:`restore` returns it.
         source: the folder or GGUF file whose config and tokenizer are kept too, so that
             :func:`pyparallel.load` can open the checkpoint; by default the one the model is from.
         overwrite: replace a checkpoint that is there: the files that pyparallel wrote, and no other; a
             folder that it did not write is refused. See :mod:`pyparallel.checkpoint.place`.
+        per_host: each host has a ``folder`` of its own, for what its ranks write. Put together by
+            :func:`pyparallel.saving.merge.merge` (``pyparallel merge``) they are the checkpoint.
 
     Raises:
         CheckpointError: on every rank, if any rank fails.
@@ -67,7 +71,8 @@ def save(
     folder = resolve(folder)
     models = [model] if isinstance(model, nn.Module) else list(model)
     rank, what = dist.get_rank(), str(folder)
-    # Rank 0's alone; the others are told where it is.
+    first = first_of_folder(per_host=per_host)
+    # The first rank's alone; the others are told where it is.
     place: Place | None = None
     kept: dict[str, Any] = {}
 
@@ -80,8 +85,12 @@ def save(
         if optimizer is not None:
             more, state = optimizer_pieces(optimizer, named, mesh)
             pieces += more
-        if rank == 0:
+        if rank == first:
             place = Place(folder, overwrite=overwrite)
+            if per_host and place.suffix:
+                raise CheckpointError(
+                    f"{folder}: holds other files too; with per_host expected a folder of its own"
+                )
         return pieces, state
 
     def tell_held(held: tuple[list[Piece], Any]) -> tuple[Any, Any]:
@@ -91,11 +100,13 @@ def save(
 
     try:
         (pieces, _), told, shared = exchange_shared(hold, tell_held, what)
-        working, suffix = told[0][1][1]
+        working, suffix = told[first][1][1]
+        of_all = Path(told[0][1][1][0])
         held = [(number, boxes) for number, (boxes, _) in told]
         cuts = together(lambda: plan([kinds_of(kinds) for kinds, _ in shared], held, what), what)
 
         def write() -> list[tuple[int, int]]:
+            check_seen(folder, Path(working), first=first, of_all=of_all)
             own = {(piece.name, piece.offsets): piece.tensor for piece in pieces}
             boxes = (
                 (box_key(name, box.offsets), own[name, box.offsets])
@@ -107,6 +118,10 @@ def save(
 
         def finish() -> None:
             if place is None:
+                return
+            if rank != 0:
+                # The index is one, and lies with rank 0's part.
+                place.appear(file_name(rank, 0, suffix))
                 return
             states = None if optimizer is None else merge_optimizers(part for _, part in shared)
             tensors, files = stored(cuts, written, suffix, what)
@@ -151,7 +166,8 @@ def restore(
     folder = Path(folder).absolute()
     models = [model] if isinstance(model, nn.Module) else list(model)
     what = str(folder)
-    checkpoint = together(lambda: _open(folder), what)
+    where = on_this_host()
+    checkpoint = together(lambda: _open(folder, where), what)
     loaded: dict[str, Any] = {}
 
     def wanted() -> tuple[list[Read], list[str]]:
@@ -172,9 +188,14 @@ def restore(
     return checkpoint.index.state.get("extra", {})
 
 
-def _open(folder: Path) -> ShardedCheckpoint:
+def _open(folder: Path, where: str) -> ShardedCheckpoint:
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder{left_behind(folder)}")
+        raise CheckpointError(f"{folder}: no such folder{where}{left_behind(folder)}")
+    if not is_sharded(folder) and any(folder.glob("rank_*.safetensors")):
+        raise CheckpointError(
+            f"{folder}: a part of a checkpoint{where}, without its index; put together what each host "
+            f"has: pyparallel merge"
+        )
     if not is_sharded(folder):
         raise CheckpointError(
             f"{folder}: not written by pyparallel.save(); read other checkpoints with load()"

@@ -15,9 +15,12 @@ from pathlib import Path
 
 import torch
 
+from pyparallel.checkpoint.source import CheckpointError
 from pyparallel.comm import interfaces, rendezvous
 from pyparallel.comm.collectives import all_reduce_raw
+from pyparallel.layers import ColumnParallelLinear
 from pyparallel.mesh import init_mesh
+from pyparallel.saving.save import restore, save
 
 # Of <sched.h> and <sys/mount.h>.
 CLONE_NEWNS, MS_BIND, MS_REC, MS_PRIVATE = 0x20000, 0x1000, 0x4000, 0x40000
@@ -60,7 +63,27 @@ def named_loopback(folder: Path) -> object:
     return ["", 0.0]
 
 
-CASES = (clones, named_loopback)
+def folders(folder: Path) -> object:
+    """What each host has at FOLDER/own is its own."""
+    (folder / "own").mkdir(exist_ok=True)
+    mount_over(folder / "own", folder / f"host-{int(os.environ['RANK']) // 2}")
+    mesh = init_mesh(tp=3)
+    torch.manual_seed(0)
+    model = ColumnParallelLinear.from_dense(torch.nn.Linear(5, 8), group=mesh.tp)
+    told = []
+    try:
+        save(model, folder / "own/saved", mesh)
+    except CheckpointError as error:
+        told.append(str(error))
+    save(model, folder / "own/saved", mesh, extra={"step": 3}, per_host=True)
+    try:
+        restore(model, folder / "own/saved", mesh)
+    except CheckpointError as error:
+        told.append(str(error))
+    return told
+
+
+CASES = (clones, named_loopback, folders)
 
 
 if __name__ == "__main__":
