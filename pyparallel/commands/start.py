@@ -60,11 +60,15 @@ import signal  # noqa: E402
 import warnings  # noqa: E402
 
 _format_warning = warnings.formatwarning
+# The commands that start ranks.
+_WITH_RANKS = ("generate", "train")
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def begin() -> None:
-    """Have the three standard streams, and tell in one line what ends the command early."""
+    """Have the three standard streams, tell in one line what ends the command early, and start what the
+    ranks are forked from, which imports torch as long as this process does.
+    """
     _fill_standard_streams()
     sys.excepthook = _one_line
     warnings.formatwarning = format_warning
@@ -72,6 +76,13 @@ def begin() -> None:
         # What a parent told to be ignored (nohup) stays ignored.
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, _end)
+    if sys.argv[1:2] and sys.argv[1] in _WITH_RANKS and not only_tells():
+        from pyparallel.ranks.process import start_early
+        from pyparallel.ranks.torchrun import VARIABLES
+
+        # Under torchrun there are ranks.
+        if any(name not in os.environ for name in VARIABLES):
+            start_early(sys.argv[1])
 
 
 def say(message: str) -> None:
@@ -116,7 +127,10 @@ def _fill_standard_streams() -> None:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    # Imports are under way: nothing was started and nothing is held.
+    # Imports are under way, of the module that starts the ranks' server too.
+    end_server = getattr(sys.modules.get("pyparallel.ranks.process"), "end_server", None)
+    if end_server is not None:
+        end_server()
     say(f"ended by {signal.Signals(number).name}")
     os._exit(128 + number)
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 
-from pyparallel.ranks.server import STATUS, clear_close_on_exec
+from pyparallel.ranks.server import BLOCKED, STATUS, clear_close_on_exec
 
 # What nearly every program of ranks imports, where the launcher itself may have had no need of it.
 PRELOAD = (
@@ -33,6 +33,11 @@ PRELOAD = (
 )
 # What takes long to import, and ranks are likely to need where the launcher has imported it.
 PRELOAD_TOO = ("pyparallel.saving.save", "pyparallel.training.data", "pyparallel.training.pipeline")
+# Of the commands that start ranks, what these need beside it.
+PRELOAD_OF = {
+    "generate": ("pyparallel.commands.generate_ranks",),
+    "train": ("pyparallel.commands.train_ranks", *PRELOAD_TOO),
+}
 # How often a process that does not answer is looked at.
 LOOK_S = 0.2
 # The first statement of a program has the current folder on the path of its imports; this one needs none
@@ -117,7 +122,8 @@ class _Server:
         self.process: subprocess.Popen | None = None
         self.channel: socket.socket | None = None
 
-    def ensure(self) -> None:
+    def ensure(self, preload: Sequence[str] = ()) -> None:
+        """Start the process, if there is none; it imports ``preload`` too."""
         if self.owner == os.getpid() and self.process.poll() is None:
             return
         if self.channel is not None:
@@ -132,6 +138,7 @@ class _Server:
             # A program that told multiprocessing what its processes need tells us too.
             "preload": [
                 *PRELOAD,
+                *preload,
                 *(name for name in PRELOAD_TOO if name in sys.modules),
                 *(name for name in _asked_for() if name != "__main__"),
             ],
@@ -141,6 +148,8 @@ class _Server:
             *(sys.executable, *subprocess._args_from_interpreter_flags(), "-c", BOOT),
             *(str(inherited), json.dumps(options), "\n".join(given)),
         ]
+        # A Ctrl-C is for the launcher; a terminal sends it to the server too, which begins deaf to it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
         try:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, pass_fds=(inherited,), cwd=_start_folder()
@@ -148,6 +157,7 @@ class _Server:
         except OSError as error:
             raise StartError(f"the server of ranks could not be started: {error}") from error
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             os.close(inherited)
         self.channel, self.owner = ours, os.getpid()
 
@@ -230,6 +240,13 @@ def _start_folder() -> str | None:
 
 
 server = _Server()
+
+
+def start_early(command: str) -> None:
+    """Start the server of a command that will ask for ranks, to import while the command prepares."""
+    with server.lock, contextlib.suppress(StartError):
+        # Who launches is told why it can't be.
+        server.ensure(PRELOAD_OF[command])
 
 
 @atexit.register

@@ -24,6 +24,8 @@ from pyparallel.ranks.parent_death import die_with_parent
 # where its exit status goes.
 DESCRIPTORS = 6
 STATUS = struct.Struct("!i")
+# The signals that are the launcher's to answer; it starts this process with them blocked.
+BLOCKED = (signal.SIGINT, signal.SIGHUP)
 
 
 def fill_standard_streams() -> None:
@@ -40,9 +42,13 @@ def serve(control: int, options: dict[str, Any]) -> NoReturn:
     """Fork a rank for each request until the launcher is gone."""
     fill_standard_streams()
     # The launcher alone decides what Ctrl-C and a closed terminal mean for ranks.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    launcher = os.pidfd_open(options["launcher"])
+    for number in BLOCKED:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED)
+    try:
+        launcher = os.pidfd_open(options["launcher"])
+    except ProcessLookupError:
+        os._exit(1)
     if options["lasting"]:
         die_with_parent(options["launcher"])
     elif os.getppid() != options["launcher"]:
