@@ -138,6 +138,8 @@ def _environment(given: dict[str, str], rank: int, world_size: int) -> None:
         LOCAL_WORLD_SIZE=str(world_size),
         # Everything is on this machine: no other interface listens, and no host name is looked up.
         GLOO_SOCKET_IFNAME="lo",
+        # It asks the store for all peers' addresses at once, not for each twice.
+        GLOO_ENABLE_STORE_V2_API="1",
     )
 
 

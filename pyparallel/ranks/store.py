@@ -7,6 +7,7 @@ What is said is a JSON header and the value's bytes; nothing is unpickled.
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import threading
@@ -78,7 +79,13 @@ class StoreServer:
                 return True, str(len(self._data)).encode()
             else:
                 there = self._changed.wait_for(lambda: all(k in self._data for k in keys), number)
-                return there, self._data[keys[0]] if there and do == "get" else b""
+                if not there or do not in ("get", "all"):
+                    return there, b""
+                values = [self._data[key] for key in keys]
+                lengths = (
+                    json.dumps(list(map(len, values))).encode() + b"\0" if do == "all" else b""
+                )
+                return True, lengths + b"".join(values)
             self._changed.notify_all()
             return True, value
 
@@ -154,7 +161,10 @@ class InheritedStore(dist.Store):
         return int(self._ask("count", [])[1])
 
     def multi_get(self, keys: Sequence[str]) -> list[bytes]:
-        return [self.get(key) for key in keys]
+        header, _, values = self._await("all", keys, None).partition(b"\0")
+        lengths = json.loads(header)
+        ends = itertools.accumulate(lengths)
+        return [values[end - length : end] for end, length in zip(ends, lengths, strict=True)]
 
     def multi_set(self, keys: Sequence[str], values: Sequence[str | bytes]) -> None:
         for key, value in zip(keys, values, strict=True):
