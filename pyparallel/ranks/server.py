@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import os
 import select
 import signal
@@ -56,6 +57,10 @@ def serve(control: int, options: dict[str, Any]) -> NoReturn:
     for name in options["preload"]:
         with contextlib.suppress(ImportError):
             __import__(name)
+    # A rank's collector would write into the header of every object that it inherits, and so copy their
+    # pages: 50 MB a rank.
+    gc.collect()
+    gc.freeze()
     channel = socket.socket(fileno=control)
     woken, wakes = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wakes)
