@@ -73,6 +73,9 @@ static void bind_collectives(py::module_& m) {
       .def_property(
           "timeout_s", [](PythonGroup& self) { return self.group.waiter().timeout_s; },
           [](PythonGroup& self, double value) { self.group.waiter().timeout_s = value; })
+      .def_property(
+          "rest_after_s", [](PythonGroup& self) { return self.group.waiter().rest_after_s; },
+          [](PythonGroup& self, double value) { self.group.waiter().rest_after_s = value; })
       .def("barrier", [](PythonGroup& self) { self.run([](Group& g) { g.barrier(); }); })
       .def("all_reduce",
            [](PythonGroup& self, uintptr_t data, int64_t n, uint32_t dtype, uint32_t reduction) {

@@ -1,34 +1,46 @@
 """Groups that span machines: shared memory inside each, torch.distributed between them.
 
-Every machine's ranks are consecutive. K lanes, K being the fewest ranks on any machine, carry the
-traffic between machines: local rank l < K of every machine handles piece l of the data, so all of a
-machine's ranks share its network.
+Every machine's ranks are consecutive, and all of them carry a part of what goes between machines
+(:mod:`pyparallel.comm.spanning.lanes`). Long tensors go in slices, many under way at once
+(:mod:`pyparallel.comm.spanning.ticks`); of short ones every rank's is sent to everybody, at once.
 
 Sums keep the rank order, and with it the bits of a single machine: a running total, in fp32 where the
 type is narrower, goes through the machines in order, each adding its ranks' contributions one by one.
-
-Cost of an all-reduce of n bytes over M machines of L ranks: inside, one all-to-all of n and one
-all-gather of n; between machines 2 (M - 1) steps of n / L a lane (twice that for 16-bit types, whose
-totals travel in fp32 on the way there).
+docs/collectives.md has what each call costs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate, zip_longest
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
 from pyparallel.comm.call_order import CallOrder
 from pyparallel.comm.checks import Takes
-from pyparallel.comm.communicator import Communicator, Work
+from pyparallel.comm.communicator import Communicator, PeerError, Work
+from pyparallel.comm.rank_order import rank_ordered_reduce
 from pyparallel.comm.shared.engine import SharedMemoryCommunicator
 from pyparallel.comm.shared.host_tensors import CODES
+from pyparallel.comm.spanning.desk import GOT, PUT_IN, Desk
+from pyparallel.comm.spanning.gather import gather_short, gathered
+from pyparallel.comm.spanning.machines import Machines
+from pyparallel.comm.spanning.ticks import Slice, in_ticks
 from pyparallel.comm.torch_engine import TorchCommunicator
-from pyparallel.cut.shares import part_sizes
 
-_FOLDS = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
+# A slice costs each rank some messages and a wait for its neighbours, whatever its size: so it is not
+# short. Nor is it long: the last one's way through all machines is not hidden behind others, and what is
+# on the desks of a machine's ranks should stay in the cache.
+SHORTEST_SLICE, LONGEST_SLICE = 1 << 20, 4 << 20
+# So many slices for each machine, between those two.
+SLICES_A_MACHINE = 3
+# Up to this many bytes of all ranks together go to everybody.
+SHORT_BYTES = 64 * 1024
+# Neighbours wait for the network too, whose threads need the cores.
+REST_AFTER_S = 0.0002
 
 
 class HierarchicalCommunicator(Communicator):
@@ -56,58 +68,93 @@ class HierarchicalCommunicator(Communicator):
         self._inside = inside
         self._machines = [list(ranks) for ranks in machines]
         self._machine = machine
-        self._lanes = min(len(ranks) for ranks in self._machines)
-        # This rank's counterparts, one on each machine; none if it carries no lane.
-        self._counterparts = (
-            [ranks[inside.rank] for ranks in self._machines] if inside.rank < self._lanes else []
-        )
+        self._desk = Desk(inside, LONGEST_SLICE)
+        self._over = Machines(between, inside, self._desk, self._machines, machine)
+        inside.engine.rest_after_s = REST_AFTER_S
         self._order = CallOrder(self.name)
+        self._failure: PeerError | None = None
 
     def _issue(self, async_op: bool, call: Callable[..., None], *arguments: Any) -> Work | None:
-        return self._order.run(async_op, call, *arguments)
+        return self._order.run(async_op, self._guarded, call, *arguments)
+
+    def _guarded(self, call: Callable[..., None], *arguments: Any) -> None:
+        """The call, unless one before it failed: of two engines one may still seem to work."""
+        if self._failure is not None:
+            raise self._failure
+        try:
+            call(*arguments)
+        except PeerError as error:
+            self._failure = error
+            raise
 
     def _all_reduce(self, tensor: Tensor, op: str) -> None:
         flat = tensor.view(-1)
-        pieces = self._pieces(flat.numel())
-        total = self._fold_over_ranks(flat, pieces, op, last=len(self._machines) - 1)
-        if self._counterparts and total.numel():
-            # The last machine has the result; the others take it from there.
-            if self._machine == len(self._machines) - 1:
-                for peer in self._counterparts[:-1]:
-                    self._between.send(total, peer)
-            else:
-                self._between.recv(total, self._counterparts[-1])
-        self._inside.all_gather(flat, total, counts=pieces)
+        if self.size * flat.nbytes <= SHORT_BYTES:
+            rank_ordered_reduce(self._everybodys(flat), op, flat)
+            return
+        slices = (
+            self._reduced(slice, op, number % len(self._machines))
+            for number, slice in enumerate(_slices(flat, self._slice_bytes(flat)))
+        )
+        self._run(slices, "all_reduce", op, flat.numel())
+
+    def _reduced(self, slice: Tensor, op: str, relay: int) -> Slice:
+        over, pending = self._over, self._over.pending()
+        yield from over.fold(slice, op, over.own(slice), pending)
+        yield from over.spread(slice, over.last, relay, pending)
+        pending.settle()
 
     def _reduce_scatter(self, output: Tensor, input: Tensor, counts: list[int], op: str) -> None:
-        blocks = self._blocks(input.view(-1), counts)
-        for machine, block in enumerate(blocks):
-            pieces = self._pieces(block.numel())
-            total = self._fold_over_ranks(block, pieces, op, last=machine)
-            if machine == self._machine:
-                whole = torch.empty_like(block)
-                self._inside.all_gather(whole, total, counts=pieces)
-                local = [counts[rank] for rank in self._machines[machine]]
-                output.view(-1).copy_(whole.split(local)[self._inside.rank])
+        flat = input.view(-1)
+        if self.size * flat.nbytes <= SHORT_BYTES:
+            parts = [row.split(counts)[self.rank] for row in self._everybodys(flat)]
+            rank_ordered_reduce(parts, op, output)
+            return
+        ends = list(accumulate(counts, initial=0))
+        num_bytes = self._slice_bytes(flat)
+        slices = (
+            self._scattered(output.view(-1), slice, op, machine, start, ends)
+            for machine, ranks in enumerate(self._machines)
+            for start, slice in _placed_slices(flat, ends[ranks[0]], ends[ranks[-1] + 1], num_bytes)
+        )
+        self._run(slices, "reduce_scatter", op, counts)
+
+    def _scattered(
+        self, output: Tensor, slice: Tensor, op: str, machine: int, start: int, ends: list[int]
+    ) -> Slice:
+        """Reduce what lies at ``start`` of the input and belongs to ranks of ``machine``."""
+        over, pending = self._over, self._over.pending()
+        own = pending.memory(over.own(slice).numel(), slice.dtype)
+        yield from over.fold(slice, op, own, pending)
+        yield from over.give(slice, own, machine, pending)
+        if self._machine == machine:
+            self._desk.show(GOT, own)
+        yield
+        if self._machine == machine:
+            first, last = ends[self.rank] - start, ends[self.rank + 1] - start
+            for rank, (begin, end) in enumerate(over.parts(slice)):
+                begin_here, end_here = max(begin, first), min(end, last)
+                if begin_here >= end_here:
+                    continue
+                part, skipped = output[begin_here - first : end_here - first], begin_here - begin
+                if rank == self._inside.rank:
+                    part.copy_(own[skipped : skipped + part.numel()])
+                else:
+                    part.copy_(self._desk.read(GOT, rank, part, skipped))
+        pending.settle()
 
     def _all_gather(self, output: Tensor, input: Tensor, counts: list[int]) -> None:
-        blocks = self._blocks(output.view(-1), counts)
-        local = [counts[rank] for rank in self._machines[self._machine]]
-        self._inside.all_gather(blocks[self._machine], input.view(-1), counts=local)
-        if self._counterparts:
-            own = blocks[self._machine]
-            piece = own.split(self._pieces(own.numel()))[self._inside.rank]
-            for machine, peer in enumerate(self._counterparts):
-                if machine != self._machine and piece.numel():
-                    self._between.send(piece, peer)
-        for machine, block in enumerate(blocks):
-            if machine == self._machine:
-                continue
-            pieces = self._pieces(block.numel())
-            piece = block.split(pieces)[self._inside.rank]
-            if piece.numel():
-                self._between.recv(piece, self._counterparts[machine])
-            self._inside.all_gather(block, piece, counts=pieces)
+        flat = output.view(-1)
+        if flat.nbytes <= SHORT_BYTES:
+            gather_short(self._over, flat, input.view(-1), counts)
+            return
+        parts = flat.split(counts)
+        parts[self.rank].copy_(input.view(-1))
+        num_bytes = self._slice_bytes(flat) // self.size
+        pieces = (_slices(part, num_bytes) for part in parts)
+        rounds = enumerate(zip_longest(*pieces, fillvalue=flat[:0]))
+        slices = (gathered(self._over, round, number) for number, round in rounds)
+        self._run(slices, "all_gather", counts)
 
     def _all_to_all(
         self, output: Tensor, input: Tensor, received: list[int], sent: list[int]
@@ -131,17 +178,25 @@ class HierarchicalCommunicator(Communicator):
                 self._between.recv(incoming[peer], peer)
 
     def _broadcast(self, tensor: Tensor, src: int) -> None:
-        local = self._machines[self._machine]
-        if src in local:
-            if self.rank == src:
-                for ranks in self._machines:
-                    if src not in ranks:
-                        self._between.send(tensor, ranks[0])
-            self._inside.broadcast(tensor, local.index(src))
-        else:
-            if self.rank == local[0]:
-                self._between.recv(tensor, src)
-            self._inside.broadcast(tensor, 0)
+        root = next(m for m, ranks in enumerate(self._machines) if src in ranks)
+        slices = _slices(tensor.view(-1), self._slice_bytes(tensor))
+        # A single slice goes straight; of more, each other machine passes on its share.
+        relays = [m for m in range(len(self._machines)) if m != root] if len(slices) > 1 else [root]
+        told = (
+            self._told(slice, src, root, relays[number % len(relays)])
+            for number, slice in enumerate(slices)
+        )
+        self._run(told, "broadcast", src, tensor.numel())
+
+    def _told(self, slice: Tensor, src: int, root: int, relay: int) -> Slice:
+        pending = self._over.pending()
+        if self._machine == root:
+            self._desk.show(PUT_IN, slice if self.rank == src else slice[:0])
+        yield
+        if self._machine == root and self.rank != src:
+            slice.copy_(self._desk.read(PUT_IN, self._over.local(src), slice))
+        yield from self._over.spread(slice, root, relay, pending, whole=True)
+        pending.settle()
 
     def _send(self, tensor: Tensor, dst: int, tag: int) -> None:
         local = self._machines[self._machine]
@@ -162,47 +217,34 @@ class HierarchicalCommunicator(Communicator):
 
     def _close(self) -> None:
         self._order.close()
+        self._desk.close()
         self._inside.close()
         self._between.close()
 
-    def _fold_over_ranks(self, flat: Tensor, pieces: list[int], op: str, *, last: int) -> Tensor:
-        """Fold ``flat`` over all ranks, each local rank its piece; the result is on machine ``last``.
+    def _everybodys(self, flat: Tensor) -> Sequence[Tensor]:
+        """The tensors of all ranks."""
+        rows = flat.new_empty(self.size, flat.numel())
+        gather_short(self._over, rows.view(-1), flat, [flat.numel()] * self.size)
+        return rows.unbind()
 
-        On the other machines, and for local ranks without a lane, the values are undefined.
-        """
-        length = pieces[self._inside.rank]
-        contributions = flat.new_empty(self._inside.size, length)
-        self._inside.all_to_all(
-            contributions.view(-1),
-            flat,
-            output_counts=[length] * self._inside.size,
-            input_counts=pieces,
-        )
-        result = flat.new_empty(length)
-        if length == 0:
-            return result
-        narrow = flat.dtype in (torch.float16, torch.bfloat16)
-        total = torch.empty(length, dtype=torch.float32 if narrow else flat.dtype)
-        rows = list(contributions.unbind())
-        if self._machine == 0:
-            total.copy_(rows.pop(0))
-        else:
-            self._between.recv(total, self._counterparts[self._machine - 1])
-        for row in rows:
-            _FOLDS[op](total, row.to(total.dtype), out=total)
-        final = len(self._machines) - 1
-        if self._machine < final:
-            self._between.send(total, self._counterparts[self._machine + 1])
-        elif last != final:
-            self._between.send(total, self._counterparts[last])
-        if self._machine == last and last != final:
-            self._between.recv(total, self._counterparts[final])
-        return result.copy_(total)
+    def _slice_bytes(self, tensor: Tensor) -> int:
+        wanted = tensor.nbytes // (SLICES_A_MACHINE * len(self._machines))
+        return min(max(wanted, SHORTEST_SLICE), LONGEST_SLICE)
 
-    def _pieces(self, length: int) -> list[int]:
-        """``length`` cut over the lanes; nothing for local ranks without one."""
-        return part_sizes(length, self._lanes) + [0] * (self._inside.size - self._lanes)
+    def _run(self, slices: Iterable[Slice], *call: object) -> None:
+        """Run the slices of a call, whose description all ranks of this machine must agree on."""
+        self._desk.begin(crc32(repr(call).encode()))
+        in_ticks(slices, self._desk.next_tick)
 
-    def _blocks(self, flat: Tensor, parts: list[int]) -> list[Tensor]:
-        """``flat``, the parts of all ranks, cut by machine."""
-        return list(flat.split([sum(parts[rank] for rank in ranks) for ranks in self._machines]))
+
+def _slices(flat: Tensor, num_bytes: int) -> Sequence[Tensor]:
+    return flat.split(max(1, num_bytes // flat.itemsize)) if flat.numel() else []
+
+
+def _placed_slices(
+    flat: Tensor, start: int, stop: int, num_bytes: int
+) -> Iterator[tuple[int, Tensor]]:
+    """The slices between two places, each with its own."""
+    for slice in _slices(flat[start:stop], num_bytes):
+        yield start, slice
+        start += slice.numel()

@@ -109,6 +109,16 @@ class TorchCommunicator(Communicator):
             "recv", lambda: dist.irecv(data, root, self.process_group, tag), peer=src
         )
 
+    def start_send(self, tensor: Tensor, dst: int, tag: int) -> Callable[[], None]:
+        """Send without a copy; what it returns waits until ``tensor`` may be written again."""
+        data = _as_bytes(tensor)
+        return self._start("send", lambda: self.process_group.send([data], dst, tag), peer=dst)
+
+    def start_recv(self, tensor: Tensor, src: int, tag: int) -> Callable[[], None]:
+        """Receive while other work goes on; what it returns waits until ``tensor`` is filled."""
+        data = _as_bytes(tensor)
+        return self._start("recv", lambda: self.process_group.recv([data], src, tag), peer=src)
+
     def _barrier(self) -> Finish:
         return self._start("barrier", lambda: dist.barrier(self.process_group, async_op=True))
 

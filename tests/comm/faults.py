@@ -8,19 +8,21 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing import connection
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from pyparallel.comm.communicator import PeerError
+from pyparallel.comm.communicator import Communicator, PeerError
+from pyparallel.comm.connect import connect
 from pyparallel.comm.shared.engine import SharedMemoryCommunicator
 
 LENGTH = 3000
 
 
-def one_call(comm: SharedMemoryCommunicator, operation: str, length: int = LENGTH) -> None:
+def one_call(comm: Communicator, operation: str, length: int = LENGTH) -> None:
     """One call of that kind, on every rank."""
     x = torch.ones(length)
     whole = torch.ones(length * comm.size)
@@ -64,9 +66,16 @@ class Report:
 
 
 def run_with_faults(
-    body: Callable[..., None], size: int, *args: Any, timeout_s: float, wait_s: float = 60.0
+    body: Callable[..., None],
+    size: int,
+    *args: Any,
+    timeout_s: float,
+    wait_s: float = 60.0,
+    machines: str | None = None,
 ) -> dict[int, Report | str]:
     """``body(communicator, *args)`` on each rank, which must end in a PeerError or not at all.
+
+    ``machines`` names the machine of each rank, where they are not all on this one.
 
     Returns the report of each rank, "ended" if the body returned, or "lost" if the rank died; a rank
     that is stopped is lost after the others have reported. No process is left.
@@ -77,7 +86,7 @@ def run_with_faults(
     for rank in range(size):
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(
-            target=_rank, args=(sender, body, args, rank, size, store.port, timeout_s)
+            target=_rank, args=(sender, body, args, rank, size, store.port, timeout_s, machines)
         )
         process.start()
         sender.close()
@@ -124,11 +133,17 @@ def _rank(
     size: int,
     port: int,
     timeout_s: float,
+    machines: str | None,
 ) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    comm = SharedMemoryCommunicator.create(dist.group.WORLD, "victims", timeout_s=timeout_s)
+    if machines is None:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+        comm = SharedMemoryCommunicator.create(dist.group.WORLD, "victims", timeout_s=timeout_s)
+    else:
+        limit = timedelta(seconds=timeout_s)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
+        comm = connect(dist.group.WORLD, "victims", timeout_s=timeout_s, machine=machines[rank])
     result: Report | str = "ended"
     try:
         body(comm, *args)

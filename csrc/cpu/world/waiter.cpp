@@ -24,8 +24,6 @@ using std::chrono::milliseconds;
 constexpr int kSpinTurns = 64;
 constexpr auto kLookEvery = milliseconds(1);
 constexpr auto kAskEvery = milliseconds(50);
-// After this long the core is left idle between turns; the peer is busy with something else.
-constexpr auto kRestAfter = milliseconds(20);
 constexpr auto kRest = microseconds(50);
 
 int core_count() {
@@ -83,7 +81,7 @@ void Waiter::slow_turn() {
     looked_ = now;
     look(now);
   }
-  if (now - since_ < kRestAfter) {
+  if (duration<double>(now - since_).count() < rest_after_s) {
     sched_yield();
   } else {
     const timespec rest{0, std::chrono::nanoseconds(kRest).count()};

@@ -55,6 +55,8 @@ class Waiter {
   [[noreturn]] bool unexpected(int peer, const Description& said, const Description& expected);
 
   double timeout_s = 300.0;
+  // After this long the core is left idle between turns; the peer is busy with something else.
+  double rest_after_s = 0.02;
   // Run in every turn of a longer wait: what this rank still has to do for its peers.
   std::function<void()> meanwhile;
   WaitHooks hooks;
