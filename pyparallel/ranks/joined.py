@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,7 @@ def run_joined(
         TypeError: the result of a rank is neither JSON nor tensors; on every rank.
     """
     from pyparallel.comm.exchange import encode, gather_objects
+    from pyparallel.comm.peer_watch import naming_lost_peers
     from pyparallel.mesh import init_distributed, world_group
 
     started = world_of_torchrun()
@@ -40,7 +42,8 @@ def run_joined(
         )
     if threads is not None:
         torch.set_num_threads(threads)
-    init_distributed(timeout_s)
+    with naming_lost_peers("start-up", rank=int(os.environ["RANK"]), size=started):
+        init_distributed(timeout_s)
     with life.reporting(on_report if is_first() else None):
         told: dict[str, Any] = {"result": fn(*args)}
     try:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from pyroute2 import NetNS, netns
 
+from tests.machines.packet_loss import dropping_program
+
 ROOT = Path(__file__).parents[2]
 PORT = 29_400
 # Addresses in the order of the hosts stay in it as texts, by which torchrun numbers them.
@@ -77,6 +79,31 @@ class Hosts:
                 rate = megabits * 1_000_000 // 8
                 # A queue of 50 ms, as a switch has.
                 host.tc("add", "tbf", index, 0x10000, rate=rate, burst=64 * 1024, latency="50ms")
+
+    def lose(self, fraction: float) -> None:
+        """Drop this fraction of what every host sends, each packet by its own chance.
+
+        Raises:
+            OSError: the kernel has no way to.
+        """
+        program = dropping_program(fraction)
+        for name, link in zip(self.names, self.links, strict=True):
+            with NetNS(name) as host:
+                index = host.link_lookup(ifname=link)[0]
+                host.tc("add", "clsact", index)
+                options = {"fd": program, "name": "loss", "parent": "ffff:fff3", "classid": 1}
+                host.tc("add-filter", "bpf", index, ":1", direct_action=True, **options)
+        os.close(program)
+
+    def dropped(self, host: int) -> tuple[int, int]:
+        """Packets that :meth:`lose` has dropped of those that the host sent, and what it sent in all."""
+        with NetNS(self.names[host]) as away:
+            index = away.link_lookup(ifname=self.links[host])[0]
+            sent = away.get_links(index)[0].get_attr("IFLA_STATS64")["tx_packets"]
+            for queue in away.get_qdiscs(index):
+                if queue.get_attr("TCA_KIND") == "clsact":
+                    dropped = queue.get_attr("TCA_STATS")["drop"]
+        return dropped, sent + dropped
 
     def torchrun(
         self, ranks: int | Sequence[int], module: str, *args: str, options: Sequence[str] = ()

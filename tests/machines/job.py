@@ -1,4 +1,4 @@
-"""What the ranks of two hosts do: ``python -m tests.machines.job same|cut FOLDER``, under torchrun."""
+"""What the ranks of two hosts do: ``python -m tests.machines.job same|cut|kill FOLDER``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from pyparallel.mesh import Mesh, init_mesh
 # Ranks along the axes: tensor parallel inside a host with data parallel across, and across both.
 MESHES = ({"dp": 2, "tp": 2}, {"tp": 4})
 TIMEOUT_S = 4.0
+# torch's own.
+LONG_S = 1800.0
 
 
 def step(mesh: Mesh, number: int) -> list[Tensor]:
@@ -43,9 +45,10 @@ def same() -> list:
     return found
 
 
-def cut(folder: Path) -> dict:
-    """Steps until the link is cut; what this rank was told then, and when."""
-    mesh = init_mesh(dp=2, tp=2, timeout_s=TIMEOUT_S)
+def until_told(folder: Path, timeout_s: float) -> dict:
+    """Steps until a rank or the link is gone; what this rank was told then, and when."""
+    mesh = init_mesh(dp=2, tp=2, timeout_s=timeout_s)
+    (folder / f"process {mesh.world.rank}").write_text(str(os.getpid()))
     for number in range(10_000):
         if number == 20 and mesh.world.rank == 0:
             (folder / "under way").touch()
@@ -54,13 +57,14 @@ def cut(folder: Path) -> dict:
         except PeerError as error:
             return {"error": str(error), "at": time.time(), "process": os.getpid()}
         time.sleep(0.01)
-    raise AssertionError("the link was never cut")
+    raise AssertionError("nothing was ever gone")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     place = Path(sys.argv[2])
-    result = same() if sys.argv[1] == "same" else cut(place)
+    limits = {"cut": TIMEOUT_S, "kill": LONG_S}
+    result = same() if sys.argv[1] == "same" else until_told(place, limits[sys.argv[1]])
     (place / os.environ["RANK"]).write_text(json.dumps(result))
-    if sys.argv[1] == "cut":
+    if sys.argv[1] != "same":
         raise SystemExit(1)

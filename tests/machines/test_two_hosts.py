@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -58,6 +60,20 @@ def test_a_link_that_is_cut_ends_every_rank_inside_the_timeout(
     # The store is on the first host. torchrun on the other asks for it for minutes, without ranks.
     output, _ = started[0].communicate(timeout=60)
     assert started[0].returncode != 0, output
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_told_in_under_five_seconds(hosts: Hosts, tmp_path: Path) -> None:
+    hosts.ranks(2, "tests.machines.job", "kill", str(tmp_path))
+    wait_for((tmp_path / "under way").exists, 200)
+    os.kill(int((tmp_path / "process 3").read_text()), signal.SIGKILL)
+    killed_at = time.time()
+    left = [0, 1, 2]
+    wait_for(lambda: all((tmp_path / str(rank)).exists() for rank in left), 30)
+    told = [json.loads((tmp_path / str(rank)).read_text()) for rank in left]
+    assert all(last["at"] - killed_at < 5 for last in told), told
+    # Its neighbours in both groups; the last one hears of one of those.
+    assert "missing ranks: 1 " in told[1]["error"] or "rank 1 died" in told[2]["error"], told
 
 
 def has_ended(process: int) -> bool:

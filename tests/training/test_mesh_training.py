@@ -12,7 +12,7 @@ import random
 from dataclasses import dataclass
 
 import pytest
-from torch import nn
+from torch import Tensor, nn
 
 from pyparallel.comm.rendezvous import gather_objects
 from pyparallel.launch import launch
@@ -105,7 +105,8 @@ def drawn(world: int) -> list[Case]:
     return cases
 
 
-def check(case: Case, folder: str, truth: Truth) -> None:
+def check(case: Case, folder: str, truth: Truth) -> Tensor:
+    """The loss of a step on the case's mesh, all of which is the dense model's."""
     mesh = init_mesh(**dict(zip(AXES, case.sizes, strict=True)), shares=case.shares)
     stages = load_stages(
         folder,
@@ -136,6 +137,7 @@ def check(case: Case, folder: str, truth: Truth) -> None:
         optimizer_of(stage).step()
         check_stepped(stage, truth, mesh, str(case))
     check_copies(stages, mesh)
+    return loss
 
 
 def check_copies(stages: list[nn.Module], mesh: Mesh) -> None:
