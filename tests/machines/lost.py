@@ -23,7 +23,6 @@ from pyparallel.mesh import Mesh, init_mesh
 from pyparallel.models.load import load
 from pyparallel.saving.save import save
 from pyparallel.training.pipeline import Pipeline
-from tests.training.pipeline_checks import batch_of
 
 TIMEOUT_S = 1800.0
 Call = Callable[[], object]
@@ -43,9 +42,9 @@ def neighbour(folder: Path) -> Call:
 def pipeline(folder: Path) -> Call:
     mesh = init_mesh(pp=2, tp=2, timeout_s=TIMEOUT_S)
     stages = Pipeline(load(folder / "model", mesh), mesh, num_microbatches=2)
-    ids, targets = batch_of()
-    stages.step(ids, targets)
-    return lambda: stages.step(ids, targets)
+    ids = torch.arange(2, 12).view(2, 5)
+    stages.step(ids, ids)
+    return lambda: stages.step(ids, ids)
 
 
 def saving(folder: Path) -> Call:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.machines.ends import LAST
 from tests.machines.hosts import Hosts
 
 
+# tests/comm/test_ending_script.py holds the end of one machine's scripts to it in less time.
+@pytest.mark.slow
 def test_what_was_sent_arrives_though_the_script_ends(hosts: Hosts, tmp_path: Path) -> None:
     hosts.slow(100)
     # torchrun's variables are all of torchrun that an end of a script depends on.
