@@ -96,6 +96,9 @@ def watch_hosts(world: dist.ProcessGroup, end_waits: Callable[[], None]) -> None
     for ranks in machines:
         name, of_host, at, secret = told[ranks[0]]
         hosts.append(Host(name, ranks, tuple(of_host), at, bytes.fromhex(secret)))
+    if not any(host.addresses for host in hosts):
+        # Containers of one machine that share its network: none is lost without the others.
+        return
     heartbeat = Heartbeat(hosts, own, listener, end_waits)
     _heartbeats.append(heartbeat)
     heartbeat.start()

@@ -1,4 +1,4 @@
-"""Ranks that wait while a host is lost: ``python -m tests.machines.lost FOLDER`` on each of 2 + 2 ranks.
+"""Ranks that wait while a host is lost: ``python -m tests.machines.lost FOLDER [CASE...]`` on each of 4.
 
 Every case is a job of its own, of forks of these processes. The ranks of one host wait in a call that
 those of the other never make; what they are told, and when, lies in FOLDER/CASE-RANK. Afterwards they
@@ -84,7 +84,7 @@ def run(case: str, number: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for number, case in enumerate(CASES):
+    for number, case in enumerate(sys.argv[2:] or CASES):
         if os.fork() == 0:
             run(case, number, Path(sys.argv[1]))
     os.wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,25 @@ def test_a_lost_host_is_named_within_ten_seconds(hosts: Hosts, tmp_path: Path) -
         )
         assert away in told["error"], (case, rank, told)
         assert told["at"] - cut_at < TOLD_WITHIN_S, (case, rank, told)
+
+
+@pytest.mark.slow
+def test_a_lost_host_is_named_to_those_who_wait_for_another(
+    open_hosts: Callable[[int], Hosts], tmp_path: Path
+) -> None:
+    """Ranks 0 and 1 wait for rank 2, whose host lives; rank 3's is lost."""
+    hosts = open_hosts(3)
+    hosts.ranks([2, 1, 1], "tests.machines.lost", str(tmp_path), "all_reduce")
+    wait_for(lambda: all((tmp_path / f"all_reduce-{r}-waits").exists() for r in range(4)), 100)
+    time.sleep(1)
+    hosts.cut(2)
+    cut_at = time.time()
+    wait_for(lambda: all((tmp_path / f"all_reduce-{r}").exists() for r in (0, 1)), 20)
+    for rank in (0, 1):
+        told = json.loads((tmp_path / f"all_reduce-{rank}").read_text())
+        assert "at 10.77.0.3 (rank 3) is lost" in told["error"], told
+        assert "10.77.0.2 (" not in told["error"], told
+        assert told["at"] - cut_at < TOLD_WITHIN_S, told
 
 
 # It waits for longer than a loss would take to be told, twice.
