@@ -109,6 +109,11 @@ bench-planner: install
 bench-checkpoint-planning: install
 	$(BIN)/python -m bench.checkpoint.planning
 
+# What grows with what, and whether faster than the work; root makes the network namespaces.
+bench-growth: install $(MODEL)
+	$(BIN)/pip install -q --disable-pip-version-check matplotlib
+	$(BIN)/python -m bench.growth --page docs/growth.md --plot docs/growth.svg
+
 bench-activation_memory: install
 	$(BIN)/python bench/training/activation_memory.py
 
