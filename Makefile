@@ -13,7 +13,7 @@ FORMATTED = $(shell find csrc tests/native -path '*/build' -prune -o \
   mutants-numerics lint format wheel clean
 .PHONY: faults train-demo bench bench-collectives bench-decode bench-prefill bench-context_parallel_attention
 .PHONY: bench-sequence_parallel_linear bench-activation_memory bench-pipeline
-.PHONY: bench-checkpoint-planning
+.PHONY: bench-checkpoint-planning bench-collectives-machines
 .PHONY: bench-linear_all_reduce bench-hugging_face_generate bench-decode_cost bench-planner bench-shares bench-cpu_ranks bench-tensors
 .PHONY: pictures docs
 
@@ -113,6 +113,10 @@ bench-checkpoint-planning: install
 bench-growth: install $(MODEL)
 	$(BIN)/pip install -q --disable-pip-version-check matplotlib
 	$(BIN)/python -m bench.growth --page docs/growth.md --plot docs/growth.svg
+
+# Collectives between machines, as network namespaces, against Gloo's; as root.
+bench-collectives-machines: install
+	$(BIN)/python -m bench.comm.collectives_machines --json .benchmarks/collectives_machines.json
 
 bench-activation_memory: install
 	$(BIN)/python bench/training/activation_memory.py

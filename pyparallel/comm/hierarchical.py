@@ -26,7 +26,7 @@ from pyparallel.comm.rank_order import rank_ordered_reduce
 from pyparallel.comm.shared.engine import SharedMemoryCommunicator
 from pyparallel.comm.shared.host_tensors import CODES
 from pyparallel.comm.spanning.desk import GOT, PUT_IN, Desk
-from pyparallel.comm.spanning.gather import gather_short, gathered
+from pyparallel.comm.spanning.gather import broadcast_short, gather_short, gathered
 from pyparallel.comm.spanning.machines import Machines
 from pyparallel.comm.spanning.ticks import Slice, in_ticks
 from pyparallel.comm.torch_engine import TorchCommunicator
@@ -37,7 +37,7 @@ from pyparallel.comm.torch_engine import TorchCommunicator
 SHORTEST_SLICE, LONGEST_SLICE = 1 << 20, 4 << 20
 # So many slices for each machine, between those two.
 SLICES_A_MACHINE = 3
-# Up to this many bytes of all ranks together go to everybody.
+# Up to this many bytes of all ranks together go from everybody to everybody, in one hop.
 SHORT_BYTES = 64 * 1024
 # Neighbours wait for the network too, whose threads need the cores.
 REST_AFTER_S = 0.0002
@@ -179,7 +179,12 @@ class HierarchicalCommunicator(Communicator):
 
     def _broadcast(self, tensor: Tensor, src: int) -> None:
         root = next(m for m, ranks in enumerate(self._machines) if src in ranks)
-        slices = _slices(tensor.view(-1), self._slice_bytes(tensor))
+        flat = tensor.view(-1)
+        if flat.nbytes <= SHORT_BYTES:
+            if flat.numel():
+                broadcast_short(self._over, flat, src, root)
+            return
+        slices = _slices(flat, self._slice_bytes(flat))
         # A single slice goes straight; of more, each other machine passes on its share.
         relays = [m for m in range(len(self._machines)) if m != root] if len(slices) > 1 else [root]
         told = (

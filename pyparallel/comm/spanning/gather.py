@@ -1,4 +1,4 @@
-"""How parts of all ranks come to all ranks of several machines.
+"""How what ranks have comes to all ranks of several machines, without a sum.
 
 Every rank sends its part once to each other machine, whose ranks take the parts in by turns and show
 them to one another: each link carries a byte once in each direction.
@@ -84,3 +84,20 @@ def gather_short(over: Machines, output: Tensor, input: Tensor, counts: Sequence
         for wait in waits:
             wait()
     over.inside.broadcast(output, 0)
+
+
+def broadcast_short(over: Machines, data: Tensor, src: int, root: int) -> None:
+    """``data`` = rank ``src``'s, who is on machine ``root``: one message to each other machine."""
+    if over.index != root:
+        if over.inside.rank == 0:
+            over.between.start_recv(data, src, SPREAD)()
+        over.inside.broadcast(data, 0)
+        return
+    local = over.ranks[root]
+    waits = []
+    if src == local[over.inside.rank]:
+        leaders = [ranks[0] for ranks in over.ranks if src not in ranks]
+        waits = [over.between.start_send(data, leader, SPREAD) for leader in leaders]
+    over.inside.broadcast(data, over.local(src))
+    for wait in waits:
+        wait()
