@@ -13,7 +13,7 @@ FORMATTED = $(shell find csrc tests/native -path '*/build' -prune -o \
   mutants-numerics lint format wheel clean
 .PHONY: faults train-demo bench bench-collectives bench-decode bench-prefill bench-context_parallel_attention
 .PHONY: bench-sequence_parallel_linear bench-activation_memory bench-pipeline
-.PHONY: bench-checkpoint-planning bench-collectives-machines
+.PHONY: bench-checkpoint-planning bench-collectives-machines bench-growth bench-whole_models bench-cold_reads
 .PHONY: bench-linear_all_reduce bench-hugging_face_generate bench-decode_cost bench-planner bench-shares bench-cpu_ranks bench-tensors
 .PHONY: pictures docs
 
@@ -105,6 +105,9 @@ bench-hugging_face_generate bench-decode_cost bench-shares bench-cpu_ranks bench
 DATA ?= ../shared/planner
 bench-planner: install
 	$(BIN)/python -m bench.planner.report "$(DATA)" --plots .benchmarks/planner --json .benchmarks/planner/errors.json
+
+bench-whole_models bench-cold_reads: bench-%: install
+	$(BIN)/python -m bench.checkpoint.$*
 
 bench-checkpoint-planning: install
 	$(BIN)/python -m bench.checkpoint.planning

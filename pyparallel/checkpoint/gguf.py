@@ -134,7 +134,7 @@ class GGUFCheckpoint(Checkpoint):
                 f"{gguf.GGMLQuantizationType(entry.kind).name}, expected a vector or matrix of floats"
             )
         if out.dim() == 1:
-            values = _dequantized(self._stored(entry, 0, 1), entry)[0]
+            values = _dequantized(self._stored(entry, 0, 1, slice(0, entry.row_bytes)), entry)[0]
             values = _deinterleave(values, self._head_dim) if entry.interleaved else values
             out.copy_(values[start : start + out.shape[0]])
             return
@@ -158,16 +158,17 @@ class GGUFCheckpoint(Checkpoint):
         step = max(grain, PIECE_BYTES // max(1, entry.row_bytes) // grain * grain)
         for start in range(*rows, step):
             stop = min(rows[1], start + step)
-            piece = self._stored(entry, start, stop)[:, held]
+            piece = self._stored(entry, start, stop, held)
             piece = _deinterleave(piece, self._head_dim) if entry.interleaved else piece
             yield slice(start - rows[0], stop - rows[0]), piece
 
-    def _stored(self, entry: _Entry, start: int, stop: int) -> Tensor:
-        """The bytes of whole rows."""
+    def _stored(self, entry: _Entry, start: int, stop: int, held: slice) -> Tensor:
+        """Of rows the bytes that are wanted of each."""
         offset = entry.offset + start * entry.row_bytes
-        count = (stop - start) * entry.row_bytes
-        data = self._opened.bytes_at(entry.file, offset, count)
-        return data.view(stop - start, entry.row_bytes)
+        wanted = held.stop - held.start
+        return self._opened.rows_at(
+            entry.file, offset, stop - start, entry.row_bytes, held.start, wanted
+        )
 
     def close(self) -> None:
         self._opened.close()

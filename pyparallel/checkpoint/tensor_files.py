@@ -24,6 +24,8 @@ from pyparallel.checkpoint.format import CheckpointError, open_safetensors, regu
 
 # Descriptors of one checkpoint at a time; the one that was used longest ago makes room.
 MAX_OPEN = 64
+# What the library bounds a header by.
+MAX_HEADER_BYTES = 100_000_000
 # Of the temporary copy of what does not lie in the file as it will in memory, in bytes.
 PIECE_BYTES = 1 << 20
 # Rows with at least so many unwanted bytes between them are read one by one: 4 pages, since the kernel
@@ -77,8 +79,14 @@ class TensorFiles:
         if file not in self._headers:
             # By the descriptor, so that what the library checks is what is read.
             opened = self._descriptor(file)
+            # The library maps the file, and what is mapped is read far ahead where a page is missing, or
+            # marked by an earlier reading ahead: the header is there before, and nothing else.
+            os.posix_fadvise(opened, 0, 0, os.POSIX_FADV_RANDOM)
+            size = int.from_bytes(os.pread(opened, 8, 0), "little")
+            header = 8 + min(size, MAX_HEADER_BYTES)
+            os.posix_fadvise(opened, 0, header, os.POSIX_FADV_WILLNEED)
             with open_safetensors(Path(f"/proc/self/fd/{opened}"), shown=file):
-                size = int.from_bytes(os.pread(opened, 8, 0), "little")
+                pass
             entries = json.loads(_exactly(file, opened, 8, size).numpy().tobytes())
             entries.pop("__metadata__", None)
             self._headers[file] = {
@@ -89,13 +97,21 @@ class TensorFiles:
             }
         return self._headers[file]
 
-    def bytes_at(self, file: Path, offset: int, count: int) -> Tensor:
-        """``count`` bytes of a file, uint8.
+    def rows_at(
+        self, file: Path, offset: int, rows: int, row_bytes: int, skip: int, wanted: int
+    ) -> Tensor:
+        """Of rows one after another from ``offset`` on, of each ``wanted`` bytes from ``skip`` on.
+
+        Returns:
+            uint8 ``[rows, wanted]``.
 
         Raises:
             CheckpointError: it can't be read, ended before, or is another one than before.
         """
-        return _exactly(file, self._descriptor(file), offset, count)
+        opened = self._descriptor(file)
+        alone = _alone(row_bytes, wanted)
+        os.posix_fadvise(opened, 0, 0, os.POSIX_FADV_RANDOM if alone else os.POSIX_FADV_NORMAL)
+        return _rows(file, opened, offset, rows, row_bytes, skip, wanted)
 
     def read_box(
         self, file: Path, place: Place, dtype: torch.dtype, starts: Sequence[int], out: Tensor
@@ -103,7 +119,7 @@ class TensorFiles:
         """Fill ``out`` with the box of its shape that begins at ``starts`` of a tensor, converted.
 
         Raises:
-            CheckpointError: as :meth:`bytes_at`.
+            CheckpointError: as :meth:`rows_at`.
         """
         if out.numel() == 0:
             return
@@ -113,10 +129,9 @@ class TensorFiles:
             shape = place.shape
         opened, item = self._descriptor(file), dtype.itemsize
         cut = max((i for i, n in enumerate(shape) if out.shape[i] != n), default=0)
-        part = out.numel() * item < math.prod(shape) * item
-        os.posix_fadvise(
-            opened, 0, 0, os.POSIX_FADV_RANDOM if part and cut else os.POSIX_FADV_NORMAL
-        )
+        # What follows a part is another rank's, and is not read ahead.
+        part = out.numel() < math.prod(shape)
+        os.posix_fadvise(opened, 0, 0, os.POSIX_FADV_RANDOM if part else os.POSIX_FADV_NORMAL)
         # Rows along this axis; of each, a run of bytes.
         axis = max(cut - 1, 0)
         strides = [math.prod(shape[i + 1 :]) * item for i in range(len(shape))]
@@ -157,23 +172,37 @@ def _read_rows(
     if dense and out.dtype == dtype and out.is_contiguous() and out.device.type == "cpu":
         _fill(file, opened, base, out.detach().view(-1).view(torch.uint8))
         return
-    alone = row_bytes - wanted >= HOLE_BYTES
-    held = wanted if alone else row_bytes
-    step = max(1, PIECE_BYTES // held)
+    alone = _alone(row_bytes, wanted)
+    if not alone:
+        # A file that is not read ahead is under way as a whole before the first piece is waited for.
+        os.posix_fadvise(opened, base, rows * row_bytes, os.POSIX_FADV_WILLNEED)
+    step = max(1, PIECE_BYTES // (wanted if alone else row_bytes))
     for start in range(0, rows, step):
         stop = min(rows, start + step)
-        piece = torch.from_numpy(np.empty((stop - start, held), np.uint8))
-        if alone:
-            # All of them under way before the first is waited for.
-            for row in range(start, stop):
-                where = base + row * row_bytes + skip
-                os.posix_fadvise(opened, where, wanted, os.POSIX_FADV_WILLNEED)
-            for row in range(start, stop):
-                _fill(file, opened, base + row * row_bytes + skip, piece[row - start])
-        else:
-            _fill(file, opened, base + start * row_bytes, piece.view(-1))
-            piece = piece[:, skip : skip + wanted].contiguous()
+        piece = _rows(file, opened, base + start * row_bytes, stop - start, row_bytes, skip, wanted)
         out[start:stop].copy_(piece.view(-1).view(dtype).view(out[start:stop].shape))
+
+
+def _alone(row_bytes: int, wanted: int) -> bool:
+    """Whether rows are read one by one, without what lies between."""
+    return row_bytes - wanted >= HOLE_BYTES
+
+
+def _rows(
+    file: Path, opened: int, base: int, rows: int, row_bytes: int, skip: int, wanted: int
+) -> Tensor:
+    """``wanted`` bytes of each of some rows, as :func:`_read_rows` counts: uint8 ``[rows, wanted]``."""
+    if not _alone(row_bytes, wanted):
+        whole = _exactly(file, opened, base, rows * row_bytes).view(rows, row_bytes)
+        return whole[:, skip : skip + wanted].contiguous()
+    found = torch.from_numpy(np.empty((rows, wanted), np.uint8))
+    places = [base + row * row_bytes + skip for row in range(rows)]
+    # All of them under way before the first is waited for.
+    for place in places:
+        os.posix_fadvise(opened, place, wanted, os.POSIX_FADV_WILLNEED)
+    for row, place in enumerate(places):
+        _fill(file, opened, place, found[row])
+    return found
 
 
 def _exactly(file: Path, opened: int, offset: int, count: int) -> Tensor:

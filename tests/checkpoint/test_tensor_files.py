@@ -17,6 +17,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
+from bench.checkpoint.cold_reads import drop, read_bytes
 from pyparallel.checkpoint import tensor_files
 from pyparallel.checkpoint.boxes import Chunk, Stored
 from pyparallel.checkpoint.sharded import INDEX, Index
@@ -219,3 +220,37 @@ def test_a_rank_asks_for_its_own_bytes(tmp_path: Path, monkeypatch: pytest.Monke
             files.read_box(file, place, torch.float32, (0, columns), out)
         assert torch.equal(out, values[name][:, columns : 2 * columns])
         assert sum(asked) == bytes_read
+
+
+@pytest.mark.parametrize("write", [as_safetensors, as_gguf])
+def test_columns_that_lie_far_apart_are_read_alone(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    write: Callable[[Path, dict[str, torch.Tensor]], Checkpoint],
+) -> None:
+    value = torch.rand(16, 32768)
+    checkpoint, sharding = write(tmp_path, {"far": value}), even_parts(32768, 8, dim=1)
+    real, asked = os.preadv, []
+
+    def counted(opened: int, buffers: list[memoryview], offset: int) -> int:
+        asked.append(sum(map(len, buffers)))
+        return real(opened, buffers, offset)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "preadv", counted)
+        shard = checkpoint.read("far", sharding, 3)
+    assert torch.equal(shard, sharding.split(value, 3))
+    # Beside the header.
+    assert sum(asked) < shard.numel() * 4 + 1000
+
+
+def test_a_rank_takes_its_rows_and_the_header_from_the_disk(tmp_path: Path) -> None:
+    """Nothing is read ahead; where the folder is in memory nothing is read at all."""
+    value = torch.rand(512, 16384)
+    checkpoint, sharding = as_safetensors(tmp_path, {"a": value}), even_parts(512, 8)
+    checkpoint.close()
+    drop(tmp_path / "model.safetensors")
+    before = read_bytes()
+    shard = open_checkpoint(tmp_path).read("a", sharding, 3)
+    assert read_bytes() - before < shard.numel() * 4 + (64 << 10)
+    assert torch.equal(shard, sharding.split(value, 3))
