@@ -5,10 +5,11 @@
 // long context are merged afterwards (flash-decoding), in an order fixed by the parts.
 
 constexpr int64_t kDecodeKeys = 64;
-// The sums of a pass stay in registers: of kDecodeRows keys, or of kDecodeColumns Vecs of a value, by heads.
+// The sums of a pass stay in registers, beside the heads' queries or the Vecs of a value: of kDecodeRows keys,
+// or of kDecodeColumns Vecs, by heads.
 constexpr int kDecodeHeads = W == 16 ? 4 : 3;
 constexpr int kDecodeRows = 4;
-constexpr int kDecodeColumns = 4;
+constexpr int kDecodeColumns = W == 16 ? 4 : 3;
 
 inline float exp_of(float x) {
   float lanes[W];
@@ -72,15 +73,14 @@ inline void score_keys(const float* q, int64_t q_stride, const T* keys, const T*
     }
     for (int64_t d = 0; d < D; d += W) {
       const int64_t part = min_of(W, D - d);
-      Vec k[kDecodeRows];
+      Vec x[kHeads];
 #pragma GCC unroll 4
-      for (int r = 0; r < kDecodeRows; ++r)
-        k[r] = part == W ? load(key[r] + d) : load_part(key[r] + d, part);
+      for (int h = 0; h < kHeads; ++h) x[h] = load_up_to(q + h * q_stride + d, part);
 #pragma GCC unroll 4
-      for (int h = 0; h < kHeads; ++h) {
-        const Vec x = load_up_to(q + h * q_stride + d, part);
+      for (int r = 0; r < kDecodeRows; ++r) {
+        const Vec k = part == W ? load(key[r] + d) : load_part(key[r] + d, part);
 #pragma GCC unroll 4
-        for (int r = 0; r < kDecodeRows; ++r) acc[h][r] = fma(x, k[r], acc[h][r]);
+        for (int h = 0; h < kHeads; ++h) acc[h][r] = fma(x[h], k, acc[h][r]);
       }
     }
 #pragma GCC unroll 4
