@@ -18,7 +18,7 @@ from bench.comm.collectives_machines import measured
 from bench.comm.machines_ranks import Found
 from bench.growth.line import Line, exponent
 
-NUM_BYTES = 8 << 20
+NUM_BYTES = 16 << 20
 RANKS = 2
 SIZES = (2, 3, 4, 6, 8)
 SLOW_SIZES = (3, 4, 6, 8)

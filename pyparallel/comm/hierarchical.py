@@ -93,15 +93,18 @@ class HierarchicalCommunicator(Communicator):
             rank_ordered_reduce(self._everybodys(flat), op, flat)
             return
         slices = (
-            self._reduced(slice, op, number % len(self._machines))
-            for number, slice in enumerate(_slices(flat, self._slice_bytes(flat)))
+            self._reduced(slice, op, number)
+            for number, slice in _numbered(_slices(flat, self._slice_bytes(flat)))
         )
         self._run(slices, "all_reduce", op, flat.numel())
 
-    def _reduced(self, slice: Tensor, op: str, relay: int) -> Slice:
+    def _reduced(self, slice: Tensor, op: str, number: int | None) -> Slice:
         over, pending = self._over, self._over.pending()
-        yield from over.fold(slice, op, over.own(slice), pending)
-        yield from over.spread(slice, over.last, relay, pending)
+        # A machine between others takes in a total and a result of each slice, the last one only a
+        # total: some slices that skip the former make up for it.
+        skips = over.may_skip() and (number or 0) % over.last == 0
+        yield from over.fold(slice, op, over.own(slice), pending, skips=skips)
+        yield from over.spread(slice, over.last, number, pending)
         pending.settle()
 
     def _reduce_scatter(self, output: Tensor, input: Tensor, counts: list[int], op: str) -> None:
@@ -184,23 +187,20 @@ class HierarchicalCommunicator(Communicator):
             if flat.numel():
                 broadcast_short(self._over, flat, src, root)
             return
-        slices = _slices(flat, self._slice_bytes(flat))
-        # A single slice goes straight; of more, each other machine passes on its share.
-        relays = [m for m in range(len(self._machines)) if m != root] if len(slices) > 1 else [root]
         told = (
-            self._told(slice, src, root, relays[number % len(relays)])
-            for number, slice in enumerate(slices)
+            self._told(slice, src, root, number)
+            for number, slice in _numbered(_slices(flat, self._slice_bytes(flat)))
         )
         self._run(told, "broadcast", src, tensor.numel())
 
-    def _told(self, slice: Tensor, src: int, root: int, relay: int) -> Slice:
+    def _told(self, slice: Tensor, src: int, root: int, number: int | None) -> Slice:
         pending = self._over.pending()
         if self._machine == root:
             self._desk.show(PUT_IN, slice if self.rank == src else slice[:0])
         yield
         if self._machine == root and self.rank != src:
             slice.copy_(self._desk.read(PUT_IN, self._over.local(src), slice))
-        yield from self._over.spread(slice, root, relay, pending, whole=True)
+        yield from self._over.spread(slice, root, number, pending, whole=True)
         pending.settle()
 
     def _send(self, tensor: Tensor, dst: int, tag: int) -> None:
@@ -244,6 +244,11 @@ class HierarchicalCommunicator(Communicator):
 
 def _slices(flat: Tensor, num_bytes: int) -> Sequence[Tensor]:
     return flat.split(max(1, num_bytes // flat.itemsize)) if flat.numel() else []
+
+
+def _numbered(slices: Sequence[Tensor]) -> list[tuple[int | None, Tensor]]:
+    """The slices with their numbers; None for a single one, which nothing could hide behind."""
+    return [(number if len(slices) > 1 else None, slice) for number, slice in enumerate(slices)]
 
 
 def _placed_slices(

@@ -22,8 +22,12 @@ from pyparallel.comm.torch_engine import TorchCommunicator
 
 # Fewer bytes are not worth a message of their own.
 GRAIN_BYTES = 64 * 1024
-# Streams between two ranks, each in the order of its slices; far from the tags that users give.
-FORWARD, SPREAD, PASS_ON = (2**31 - 1 - stream for stream in range(3))
+# Tags of what goes between two ranks, far from those that users give. Of one tag the order is that of
+# the slices; a slice on its round through the machines may overtake another, so each of those that are
+# under way has a tag of its own.
+FORWARD, RAW = 2**31 - 1, 2**31 - 2
+ROUNDS = 1024
+SPREAD = RAW - ROUNDS
 
 
 class Pending:
@@ -89,17 +93,39 @@ class Machines:
         start, stop = self.parts(slice)[self.inside.rank]
         return slice[start:stop]
 
-    def fold(self, slice: Tensor, op: str, result: Tensor, pending: Pending) -> Slice:
+    def may_skip(self) -> bool:
+        """Whether a slice may go past the machines between the first and the last at no cost."""
+        return self.last > 1 and set(self._sizes[1:-1]) == {1}
+
+    def fold(
+        self, slice: Tensor, op: str, result: Tensor, pending: Pending, *, skips: bool = False
+    ) -> Slice:
         """Reduce over all ranks in their order: ``last + 1`` stages, and into the next.
 
         A running total in the accumulator's type passes the machines, each of which adds its ranks'
         values one by one. The last rounds it into ``result``, which is as long as :meth:`own`.
+
+        Args:
+            skips: the total goes from the first machine to the last, and what the rank of each machine
+                between has goes there too; where :meth:`may_skip`.
         """
         mine, wide = self._lanes(slice), accumulator(slice.dtype)
         total = pending.memory(result.numel(), wide)
+        before, after = (0, self.last) if skips else (self.index - 1, self.index + 1)
         arrivals: list[Callable[[], None]] = []
+        skipped: list[Tensor] = []
+        if skips and 0 < self.index < self.last:
+            # This machine's only rank carries all of the slice.
+            yield from ticks(self.index + 1)
+            pending.waits += self._send(slice, mine, self.last, RAW)
+            yield from ticks(self.last - self.index)
+            return
         if self.index > 0:
-            arrivals = self._receive(total, mine, self.index - 1, FORWARD)
+            arrivals = self._receive(total, mine, before, FORWARD)
+        for machine in range(before + 1, self.index):
+            skipped.append(pending.memory(result.numel(), slice.dtype))
+            raw = self._receive(skipped[-1], mine, machine, RAW)
+            arrivals = [_both(*waits) for waits in zip(arrivals, raw, strict=True)]
         yield from ticks(self.index)
         self._show_others_theirs(slice)
         yield
@@ -107,16 +133,14 @@ class Machines:
             terms = [self._row(rank, slice, lane) for rank in range(self.inside.size)]
             if arrivals:
                 arrivals[number]()
-                terms.insert(0, total[start:stop])
+                terms[:0] = [row[start:stop] for row in (total, *skipped)]
             if self.index == self.last:
                 rank_ordered_reduce(terms, op, result[start:stop])
                 continue
             if len(terms) > 1 or slice.dtype != wide:
                 rank_ordered_reduce(terms, op, total[start:stop])
                 terms = [total[start:stop]]
-            pending.waits += self._send(
-                terms[0], [(lane, 0, stop - start)], self.index + 1, FORWARD
-            )
+            pending.waits += self._send(terms[0], [(lane, 0, stop - start)], after, FORWARD)
         yield from ticks(self.last - self.index)
 
     def give(self, slice: Tensor, own: Tensor, machine: int, pending: Pending) -> Slice:
@@ -132,38 +156,36 @@ class Machines:
             wait()
 
     def spread(
-        self, slice: Tensor, root: int, relay: int, pending: Pending, *, whole: bool = False
+        self, slice: Tensor, root: int, number: int | None, pending: Pending, *, whole: bool = False
     ) -> Slice:
         """Bring the slice, of which machine ``root``'s ranks have their :meth:`own`, to all ranks.
 
-        The rest of a stage, two, and into a fourth. The root sends to the relay, and that to the
-        others; or the root to all where it is the relay itself. With relays by turns no machine sends
-        more than its share.
+        The rest of a stage, ``last - 1``, and into another. It goes from machine to machine, in an
+        order that begins with another one for each ``number``: so each passes on its share, and never
+        more than one slice at a time. Without a number the root sends it to all.
 
         Args:
             whole: whether machine ``root``'s ranks have all of the slice.
         """
         mine, own = self._lanes(slice), self.own(slice)
-        others = [m for m in range(self.last + 1) if m not in (root, relay)]
-        passes_on = self.index == relay != root
+        others = [m for m in range(self.last + 1) if m != root]
+        tag = SPREAD + (number or 0) % ROUNDS
+        if number is not None:
+            turn = -number % len(others)
+            others = others[turn:] + others[:turn]
         arrivals: list[Callable[[], None]] = []
-        if self.index == root:
-            for machine in others if relay == root else [relay]:
-                pending.waits += self._send(own, mine, machine, SPREAD)
-        elif passes_on or relay == root:
-            arrivals = self._receive(own, mine, root, SPREAD)
-        else:
-            arrivals = self._receive(own, mine, relay, PASS_ON)
-        yield
-        if passes_on:
-            for wait in arrivals:
-                wait()
-            for machine in others:
-                pending.waits += self._send(own, mine, machine, PASS_ON)
-        yield
-        if not passes_on:
-            for wait in arrivals:
-                wait()
+        hops, receivers = 0, others if number is None else others[:1]
+        if self.index != root:
+            hops = 1 if number is None else others.index(self.index) + 1
+            source = root if hops == 1 else others[hops - 2]
+            arrivals = self._receive(own, mine, source, tag)
+            receivers = [] if number is None else others[hops : hops + 1]
+        yield from ticks(hops)
+        for wait in arrivals:
+            wait()
+        for machine in receivers:
+            pending.waits += self._send(own, mine, machine, tag)
+        yield from ticks(self.last - hops)
         lacks = not (whole and self.index == root)
         if lacks:
             self.desk.show(GOT, own)
@@ -196,21 +218,29 @@ class Machines:
         return self.desk.read(PUT_IN, rank, piece, lane.start)
 
     def _send(
-        self, own: Tensor, mine: Sequence[tuple[Lane, int, int]], machine: int, stream: int
+        self, own: Tensor, mine: Sequence[tuple[Lane, int, int]], machine: int, tag: int
     ) -> list[Callable[[], None]]:
         return [
-            self.between.start_send(own[a:b], self.ranks[machine][lane.carriers[machine]], stream)
+            self.between.start_send(own[a:b], self.ranks[machine][lane.carriers[machine]], tag)
             for lane, a, b in mine
         ]
 
     def _receive(
-        self, own: Tensor, mine: Sequence[tuple[Lane, int, int]], machine: int, stream: int
+        self, own: Tensor, mine: Sequence[tuple[Lane, int, int]], machine: int, tag: int
     ) -> list[Callable[[], None]]:
         return [
-            self.between.start_recv(own[a:b], self.ranks[machine][lane.carriers[machine]], stream)
+            self.between.start_recv(own[a:b], self.ranks[machine][lane.carriers[machine]], tag)
             for lane, a, b in mine
         ]
 
 
 def _grain(slice: Tensor) -> int:
     return GRAIN_BYTES // slice.itemsize
+
+
+def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
+    def wait() -> None:
+        first()
+        second()
+
+    return wait
