@@ -59,7 +59,7 @@ def _lines(operation: str) -> tuple[Line, ...]:
             axis="machines",
             unit="bytes",
             sizes=SIZES,
-            expected=exponent(SIZES, [(machines - 1) / machines for machines in SIZES]),
+            expected=round(exponent(SIZES, [(m - 1) / m for m in SIZES]), 2),
             measure=_sent(operation),
         ),
         Line(
@@ -67,7 +67,7 @@ def _lines(operation: str) -> tuple[Line, ...]:
             axis="machines",
             unit="s of CPU",
             sizes=SIZES,
-            expected=exponent(SIZES, [machines - 1 for machines in SIZES]),
+            expected=round(exponent(SIZES, [m - 1 for m in SIZES]), 2),
             measure=_cpu(operation),
         ),
         Line(
