@@ -160,7 +160,7 @@ class Machines:
     ) -> Slice:
         """Bring the slice, of which machine ``root``'s ranks have their :meth:`own`, to all ranks.
 
-        The rest of a stage, ``last - 1``, and into another. It goes from machine to machine, in an
+        The rest of a stage, ``last`` more, and into another. It goes from machine to machine, in an
         order that begins with another one for each ``number``: so each passes on its share, and never
         more than one slice at a time. Without a number the root sends it to all.
 
