@@ -179,6 +179,8 @@ def parameters_on_meta() -> Iterator[None]:
         # A tied parameter comes by again, and has to stay the same object.
         if param is not None and not param.is_meta:
             param = nn.Parameter(param.detach().to("meta"), param.requires_grad)
+            # transformers' own mark: drawing values that a meta tensor can't have takes most of a start.
+            param._is_hf_initialized = True
         register(module, name, param)
 
     nn.Module.register_parameter = on_meta

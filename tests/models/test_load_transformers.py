@@ -9,12 +9,16 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from transformers import initialization
 
 from pyparallel.checkpoint.source import open_checkpoint
 from pyparallel.launch import launch
 from pyparallel.mesh import Mesh, init_mesh
+from pyparallel.models.hugging_face import _empty_model
 from pyparallel.models.load import load
 from pyparallel.models.parallelize import named_shardings
+from pyparallel.models.swap import roles
+from pyparallel.models.swap.plans import parent_of
 from pyparallel.testing import assert_equal, poisoned_empty
 from tests.checkpoint.gguf_files import MODELS, Model
 from tests.models.test_parallelize_loading import Recording
@@ -150,3 +154,32 @@ def test_what_it_can_not_be_asked_for(root: Path) -> None:
         load(root / "qwen3", mesh, transformers=True, recompute="layers")
     with pytest.raises(ValueError, match="weights: expected None for a llama model"):
         load(root / "tied.gguf", mesh, transformers=True, weights="blocks")
+
+
+def test_roles_are_found_in_a_look_at_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every attention looked through the roles of all layers."""
+    counts = []
+    for layers in (2, 8):
+        model, asked = build("llama", num_hidden_layers=layers), []
+
+        def counted(name: str, asked: list[str] = asked) -> str:
+            asked.append(name)
+            return parent_of(name)
+
+        monkeypatch.setattr(roles, "parent_of", counted)
+        assert len(roles.roles_of(model).attentions) == layers
+        counts.append(len(asked))
+    assert counts[1] <= 4 * counts[0]
+
+
+def test_no_values_are_drawn_for_tensors_without_storage(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    monkeypatch.setitem(
+        initialization.TORCH_INIT_FUNCTIONS, "normal_", lambda *args, **options: drawn.append(args)
+    )
+    model = _empty_model(open_checkpoint(root / "qwen2"), None)
+    assert not drawn
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())

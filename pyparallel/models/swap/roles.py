@@ -122,7 +122,13 @@ def _by_shipped_plan(model: nn.Module, shipped: Mapping[str, str]) -> Roles:
         for name, role in layers.items()
         if role == "column" and name.rpartition(".")[2] in _QKV
     }
-    attentions = tuple(_shipped_attention(model, core, layers) for core in sorted(cores))
+    inside: dict[str, dict[str, str]] = {core: {} for core in cores}
+    for name, role in layers.items():
+        if (core := parent_of(name)) in cores:
+            inside[core][name] = role
+    attentions = tuple(
+        _shipped_attention(model, core, inside[core], layers) for core in sorted(cores)
+    )
     for name, role in layers.items():
         if role == "column" and any(
             "attn" in part or "attention" in part for part in name.split(".")
@@ -134,9 +140,10 @@ def _by_shipped_plan(model: nn.Module, shipped: Mapping[str, str]) -> Roles:
     return Roles(attentions, layers)
 
 
-def _shipped_attention(model: nn.Module, core: str, layers: dict[str, str]) -> Attention:
-    """The attention module ``core``; its projections move out of ``layers``."""
-    inside = {name: role for name, role in layers.items() if parent_of(name) == core}
+def _shipped_attention(
+    model: nn.Module, core: str, inside: Mapping[str, str], layers: dict[str, str]
+) -> Attention:
+    """The attention module ``core`` of the roles ``inside`` it, which move out of ``layers``."""
     projections = {
         name: _QKV.get(name.rpartition(".")[2], "query")
         for name, role in inside.items()
