@@ -41,19 +41,25 @@ def write(folder: Path, layers: int) -> None:
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def timed(folder: str, repeats: int) -> dict[str, Any]:
-    """Medians of both, in turns."""
+def timed(folder: str, small: str, repeats: int) -> dict[str, Any]:
+    """Medians of all, in turns.
+
+    Args:
+        small: a model that each reads first, with all that it imports.
+    """
     mesh = init_mesh(tp=1)
-    rivals: dict[str, Callable[[], torch.nn.Module]] = {
-        "pyparallel": lambda: load(folder, mesh),
-        "pyparallel, transformers' class": lambda: load(folder, mesh, transformers=True),
-        "transformers": lambda: transformers.AutoModelForCausalLM.from_pretrained(folder),
+    rivals: dict[str, Callable[[str], torch.nn.Module]] = {
+        "pyparallel": lambda path: load(path, mesh),
+        "pyparallel, transformers' class": lambda path: load(path, mesh, transformers=True),
+        "transformers": transformers.AutoModelForCausalLM.from_pretrained,
     }
+    for read in rivals.values():
+        read(small)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in rivals}
     for _ in range(repeats):
         for name, read in rivals.items():
             begin = time.perf_counter(), time.process_time()
-            model = read()
+            model = read(folder)
             times[name].append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
             # Its end is not its beginning.
             del model
@@ -72,9 +78,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     for number in options.tensors:
-        with tempfile.TemporaryDirectory() as name:
+        with tempfile.TemporaryDirectory() as name, tempfile.TemporaryDirectory() as small:
             write(Path(name), number // TENSORS)
-            (found,) = launch(timed, 1, name, options.repeats, threads=1)
+            write(Path(small), 1)
+            (found,) = launch(timed, 1, name, small, options.repeats, threads=1)
             truth = found["transformers"]["wall_s"]
             ratios = {name: round(times["wall_s"] / truth, 2) for name, times in found.items()}
             print(json.dumps({"tensors": number, **found, "ratios": ratios}), flush=True)
