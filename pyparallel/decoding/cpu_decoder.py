@@ -16,6 +16,7 @@ import ctypes
 import os
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from pyparallel import _C, backend
 from pyparallel.comm.group import Group
-from pyparallel.comm.shared.engine import SharedMemoryCommunicator
+from pyparallel.decoding.memory_of_ranks import ranks_apart
 from pyparallel.layers.context_kv_cache import ContextKVCache
 from pyparallel.layers.kv_cache import KVCache
 from pyparallel.layers.parallel_mlp import GATED
@@ -33,6 +34,20 @@ from pyparallel.models.decoder import Decoder
 from pyparallel.models.plain import unlike_plain
 from pyparallel.native.cpu.ops import ACTIVATIONS
 from pyparallel.native.cpu.weights import PRECISIONS, hold, weight_argument, widened
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """The sequences that were begun together, and what is held of them.
+
+    Attributes:
+        tables: cosines and sines of the angles, and the positions of a cut context's slots.
+    """
+
+    cache: list[KVCache] | list[ContextKVCache]
+    batch: int
+    length: int
+    tables: tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class CPUDecoder:
@@ -65,6 +80,7 @@ class CPUDecoder:
         self._kept: list[Tensor] = []
         self._copies: list[tuple[Tensor, Tensor]] = []
         self.cache: list[KVCache] | list[ContextKVCache] | None = None
+        self.sequences: Sequences | None = None
         threads = threads or torch.get_num_threads()
         rank = context.rank * self.group.size + self.group.rank
         cores = _cores(rank, context.size * self.group.size, threads) if pin else []
@@ -84,7 +100,7 @@ class CPUDecoder:
             prompt: how many tokens the first call of each has, where rotary frequencies depend on it.
         """
         cache = [attention.new_cache(batch, slots) for attention in self._attentions]
-        self._use(cache, batch, slots, prompt, None)
+        self._hold(cache, batch, slots, prompt, None)
 
     def resume(self, cache: list[ContextKVCache], *, prompt: int) -> None:
         """Go on behind prompts whose keys and values lie in the caches of a cut context.
@@ -94,34 +110,41 @@ class CPUDecoder:
         """
         first = cache[0]
         held = first.slots.positions_of(first.keys.shape[2], torch.device("cpu"))
-        self._use(cache, first.keys.shape[0], first.length, prompt, held)
+        self._hold(cache, first.keys.shape[0], first.length, prompt, held)
 
-    def _use(
+    def _hold(
         self,
         cache: list[KVCache] | list[ContextKVCache],
         batch: int,
         length: int,
         prompt: int,
-        held: Tensor | None,
+        positions: Tensor | None,
     ) -> None:
         # Weights are read in place. What is a copy is taken anew, however its source was changed.
         for source, copy in self._copies:
             copy.copy_(source)
-        self.cache = cache
         cos = sin = None
         if self._rotary is not None:
             cos, sin = (t.contiguous() for t in self._rotary.table(length, prompt))
+        self.use(Sequences(cache, batch, length, (cos, sin, positions)))
+
+    def use(self, sequences: Sequences) -> None:
+        """Go on with sequences that were begun before, if others were since."""
+        if sequences is self.sequences:
+            return
         # Held for as long as their addresses are in use.
-        self._tables = (cos, sin, held)
+        self.sequences = sequences
+        self.cache = cache = sequences.cache
+        cos, sin, positions = sequences.tables
         self.engine.use_cache(
-            batch,
+            sequences.batch,
             cache[0].keys.shape[2],
             [layer.keys.data_ptr() for layer in cache],
             [layer.values.data_ptr() for layer in cache],
             _address(cos),
             _address(sin),
-            length,
-            _address(held),
+            sequences.length,
+            _address(positions),
         )
 
     def prefill(self, tokens: Sequence[int], *, row: int = 0, start: int = 0) -> None:
@@ -246,9 +269,9 @@ def reason_against(model: nn.Module, *args: Any) -> str | None:
         return f"expected one of fp32, bf16, fp16 throughout, got {sorted(map(str, dtypes))}"
     if args and len(args[0]) > 1 and model.rows_apart:
         return "its rotary frequencies depend on each prompt's length"
-    for group in (model.group, getattr(model, "context", Group.single())):
-        if group.size > 1 and not isinstance(group.communicator, SharedMemoryCommunicator):
-            return f"expected ranks that share memory, got {group.communicator.name}"
+    apart = ranks_apart(model)
+    if apart is not None:
+        return apart
     return unlike_plain(model)
 
 

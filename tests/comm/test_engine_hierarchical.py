@@ -40,6 +40,10 @@ def rounds(machine_of_rank: str) -> str:
     works = [comm.all_reduce(torch.ones(10), async_op=True) for _ in range(3)]
     for work in works:
         work.wait()
+    # Memory of a call in inference mode serves those that come after it, of other sizes too.
+    with torch.inference_mode():
+        comm.all_reduce(torch.ones(70_001))
+    comm.all_reduce(torch.ones(90_001))
     # Several slices, in the sizes that are used.
     check_reductions(comm, torch.bfloat16, hierarchical.LONGEST_SLICE // 2 + 1001)
     comm.close()

@@ -7,6 +7,7 @@ import torch
 
 from pyparallel.decoding.generate import generate
 from pyparallel.decoding.logits import teacher_forced_logits
+from pyparallel.decoding.stream import stream
 from pyparallel.launch import launch
 from pyparallel.mesh import init_mesh
 from pyparallel.models.load import load
@@ -88,6 +89,21 @@ def test_stop_tokens_end_a_row_and_the_others_go_on(folder: str) -> None:
         assert [token for heard_row, token in heard if heard_row == row] == tokens
     assert len(made[0]) <= 5
     assert steps == max(len(tokens) for tokens in made) - 1
+
+
+def streamed_by_turns(model) -> bool:
+    options = {"max_new_tokens": 6, "stop_ids": ()}
+    alone = [generate(model, [prompt], **options).tokens[0] for prompt in PROMPTS[:2]]
+    streams = [stream(model, [prompt], **options) for prompt in PROMPTS[:2]]
+    said = [[], []]
+    for _ in range(6):
+        for tokens, pieces in zip(said, streams, strict=True):
+            tokens.append(next(pieces).token)
+    return said == alone
+
+
+def test_two_streams_of_a_model_go_on_by_turns(folder: str) -> None:
+    assert all(launch(in_ranks, 2, folder, streamed_by_turns, threads=1))
 
 
 def logits_agree(model) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ from torch.nn import functional as F
 from pyparallel.checkpoint.source import open_checkpoint
 from pyparallel.comm.collectives import all_reduce_raw, count_collectives
 from pyparallel.comm.group import Group
+from pyparallel.comm.torch_engine import TorchCommunicator
+from pyparallel.decoding import memory_of_ranks
 from pyparallel.decoding.cpu_decoder import reason_against
 from pyparallel.decoding.generate import generate
+from pyparallel.decoding.stream import stream
 from pyparallel.launch import launch
 from pyparallel.mesh import Mesh, init_mesh
 from pyparallel.models.context_decoder import ContextDecoder
@@ -166,6 +170,10 @@ def continuations(cp: int, tp: int, folders: dict) -> dict:
                 generate(model, PROMPTS[:1], **options).tokens,
                 generate(model, PROMPTS, sampling=SAMPLING, **options).tokens,
             ]
+            by_turns = [stream(model, PROMPTS[:1], **options) for _ in range(2)]
+            first, second = zip(*(map(next, by_turns) for _ in range(NEW_TOKENS)), strict=True)
+            assert [piece.token for piece in first] == made[family][1][0], "streams are mixed"
+            assert [piece.token for piece in second] == made[family][1][0], "streams are mixed"
     return made
 
 
@@ -176,6 +184,22 @@ def test_generated_tokens_do_not_depend_on_the_ranks(checkpoints) -> None:
     for cp, tp in MESHES:
         for made in launch(continuations, cp * tp, cp, tp, folders, threads=1):
             assert made == expected, (cp, tp)
+
+
+def apart_on_some(folder: str) -> str | None:
+    mesh = init_mesh(cp=2, tp=2)
+    model = load(folder, mesh)
+    if mesh.cp.rank + mesh.tp.rank > 0:
+        return reason_against(model, PROMPTS, 64)
+    # As where one rank's neighbours are on another host and the others' are not.
+    with patch.object(memory_of_ranks, "SharedMemoryCommunicator", TorchCommunicator):
+        return reason_against(model, PROMPTS, 64)
+
+
+def test_all_ranks_decode_the_same_way(checkpoints) -> None:
+    folders, _ = checkpoints
+    for reason in launch(apart_on_some, 4, folders["llama tied"], threads=1):
+        assert reason.startswith("expected ranks that share memory")
 
 
 def spread(folder: str) -> None:

@@ -52,7 +52,7 @@ void Decoder::keys_and_values(const Rows& rows, size_t l, int thread) {
   team_->barrier(thread);
 }
 
-// Outputs [first, (Nq + 2 Nk) D) of normed's projections.
+// Outputs [first, (Nq + 2 Nk) D) of normed's projections; of a cut context all, whose parts are exchanged.
 void Decoder::project(const Rows& rows, size_t l, int64_t first, int thread) {
   linear(qkv_call(rows, l, thread, first));
   meet(projected_.get(), rows.M, projected(), thread);

@@ -40,9 +40,11 @@ class Pending:
 
     def memory(self, numel: int, dtype: torch.dtype) -> Tensor:
         """Uninitialised, until :meth:`settle`."""
-        buffer = self._pool.pop() if self._pool else torch.empty(0, dtype=torch.uint8)
-        self._used.append(buffer)
-        return buffer.resize_(numel * dtype.itemsize).view(dtype)
+        # What is made in inference mode may not change its size outside.
+        with torch.inference_mode(False):
+            buffer = self._pool.pop() if self._pool else torch.empty(0, dtype=torch.uint8)
+            self._used.append(buffer)
+            return buffer.resize_(numel * dtype.itemsize).view(dtype)
 
     def settle(self) -> None:
         for wait in self.waits:

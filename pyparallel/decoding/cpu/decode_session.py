@@ -28,6 +28,7 @@ class CPUSession:
             self.spread = ModuleSession(model, prompts, slots)
         else:
             self.decoder.start(len(prompts), slots, prompt=len(prompts[0]))
+        self.sequences = self.decoder.sequences
         self.prompts = prompts
         self.said = Transcript(prompts)
 
@@ -36,7 +37,9 @@ class CPUSession:
         if self.spread is not None:
             chosen = self.spread.prefill(sampling, draws)
             self.decoder.resume(self.spread.cache, prompt=max(map(len, self.prompts)))
+            self.sequences = self.decoder.sequences
             return chosen
+        self.decoder.use(self.sequences)
         chosen = []
         for row, prompt in enumerate(self.prompts):
             self.decoder.prefill(prompt, row=row)
@@ -48,6 +51,7 @@ class CPUSession:
     ) -> list[int]:
         """The token after each of ``tokens``, which stand at ``starts``."""
         self.said.add(tokens)
+        self.decoder.use(self.sequences)
         self.decoder.decode(tokens, rows=range(len(tokens)), positions=starts)
         return self._choose(sampling, draws, self.said.said)
 
