@@ -183,7 +183,7 @@ class HierarchicalCommunicator(Communicator):
     def _broadcast(self, tensor: Tensor, src: int) -> None:
         root = next(m for m, ranks in enumerate(self._machines) if src in ranks)
         flat = tensor.view(-1)
-        if flat.nbytes <= SHORT_BYTES:
+        if flat.nbytes <= SHORTEST_SLICE:
             if flat.numel():
                 broadcast_short(self._over, flat, src, root)
             return
