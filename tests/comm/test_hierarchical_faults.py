@@ -36,7 +36,11 @@ def dies(comm: Communicator, operation: str, victim: int, path: str) -> None:
 
 @pytest.mark.parametrize(
     ("operation", "machines", "victim"),
-    [("reduce_scatter", "aabb", 3), ("all_gather", "abbb", 0), ("broadcast", "aabb", 0)],
+    [
+        ("reduce_scatter", "aabb", 3),
+        ("all_gather", "abbb", 0),
+        pytest.param("broadcast", "aabb", 0, marks=pytest.mark.slow),
+    ],
 )
 def test_a_rank_killed_amid_slices_is_noticed(
     operation: str, machines: str, victim: int, tmp_path: Path
