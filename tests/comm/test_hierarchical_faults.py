@@ -69,5 +69,6 @@ def disagrees(comm: Communicator) -> None:
 def test_neighbours_that_make_other_calls_are_told() -> None:
     results = run_with_faults(disagrees, 4, timeout_s=20, machines="aabb")
     assert all(isinstance(report, Report) for report in results.values()), results
-    for rank in (0, 1):
-        assert "all ranks must make the same calls" in results[rank].message, results
+    # Who was waiting for the network then hears of it from there.
+    told = [results[rank].message for rank in (0, 1)]
+    assert any("all ranks must make the same calls" in message for message in told), results
