@@ -15,63 +15,20 @@ what waits: the shared memories' waits, and the connections of the job, on which
 
 from __future__ import annotations
 
-import errno
-import hmac
-import ipaddress
-import os
-import secrets
-import select
 import socket
 import threading
-import warnings
 import weakref
-from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from pyparallel.comm.exchange import gather_objects
+from pyparallel.comm.host_links import LOST_AFTER_S, Links
+from pyparallel.comm.job_hosts import Host, meet_hosts
 from pyparallel.comm.lost_hosts import forget_lost, tell_lost
-from pyparallel.comm.rendezvous import HELLO_S, machines_of
 from pyparallel.comm.tcp_connections import Connection, hang_up, tcp_connections
-
-# Without an answer for so long a host is lost; it is asked every second.
-LOST_AFTER_S = 8
-CONNECT_S = 5.0
-# A host's place among the hosts, as it is told.
-INDEX_BYTES = 4
-TOKEN_BYTES = 16
-# Of a connection whose other end has gone in an orderly way, or at once: a process ended, not its host.
-ENDED = (errno.ECONNRESET, errno.EPIPE)
 
 _watched: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
 _heartbeats: list[Heartbeat] = []
-
-
-@dataclass(frozen=True)
-class Host:
-    """One host of a job.
-
-    Attributes:
-        name: its own name for itself.
-        ranks: of torch's world, the first of which speaks for it.
-        addresses: through which it is connected.
-        port: at which its first rank listens on the first address; 0 where it could not.
-        token: what a connection has to say.
-    """
-
-    name: str
-    ranks: tuple[int, ...]
-    addresses: tuple[str, ...]
-    port: int
-    token: bytes
-
-    def __str__(self) -> str:
-        where = f" at {self.addresses[0]}" if self.addresses else ""
-        ranks = ", ".join(map(str, self.ranks[:16])) + (", ..." if len(self.ranks) > 16 else "")
-        return f"host {self.name}{where} ({'rank' if len(self.ranks) == 1 else 'ranks'} {ranks})"
 
 
 def watch_hosts(world: dist.ProcessGroup, end_waits: Callable[[], None]) -> None:
@@ -84,20 +41,9 @@ def watch_hosts(world: dist.ProcessGroup, end_waits: Callable[[], None]) -> None
         return
     _watched.add(world)
     forget_lost()
-    machines, rank = machines_of(world), world.rank()
-    if len(machines) == 1:
-        return
-    own = next(number for number, ranks in enumerate(machines) if rank in ranks)
-    addresses, token = _addresses(), secrets.token_bytes(TOKEN_BYTES)
-    listener = _listen(addresses) if rank == machines[own][0] else None
-    port = 0 if listener is None else listener.getsockname()[1]
-    told = gather_objects(world, [socket.gethostname(), addresses, port, token.hex()])
-    hosts = []
-    for ranks in machines:
-        name, of_host, at, secret = told[ranks[0]]
-        hosts.append(Host(name, ranks, tuple(of_host), at, bytes.fromhex(secret)))
+    hosts, own, listener = meet_hosts(world)
     if not any(host.addresses for host in hosts):
-        # Containers of one machine that share its network: none is lost without the others.
+        # One machine, or containers of one that share its network: none is lost without the others.
         return
     heartbeat = Heartbeat(hosts, own, listener, end_waits)
     _heartbeats.append(heartbeat)
@@ -121,11 +67,9 @@ class Heartbeat(threading.Thread):
         end_waits: Callable[[], None],
     ) -> None:
         super().__init__(name="pyparallel-heartbeat", daemon=True)
-        self._hosts, self._own, self._listener = hosts, own, listener
-        self._end_waits = end_waits
-        # By descriptor: the connection, and the host at the other end where it is another.
-        self._ends: dict[int, tuple[socket.socket, int | None]] = {}
-        self._poll = select.poll()
+        self._hosts, self._own, self._end_waits = hosts, own, end_waits
+        self._first = listener is not None
+        self._links = Links(hosts, own, listener)
         self._lost: set[int] = set()
         self._addresses = {address for host in hosts for address in host.addresses}
         self._noted: set[int] = set()
@@ -139,77 +83,13 @@ class Heartbeat(threading.Thread):
                 self._noted.add(connection.inode)
 
     def run(self) -> None:
-        if self._listener is None:
-            self._connect(self._own, watched=None)
-        else:
-            self._add(self._listener, None)
-            # The others connect to this one.
-            for host in range(self._own + 1, len(self._hosts)):
-                self._connect(host, watched=host)
-        while self._ends:
-            for descriptor, _ in self._poll.poll():
-                if self._listener is not None and descriptor == self._listener.fileno():
-                    self._admit(self._listener)
-                elif descriptor in self._ends:
-                    self._hear(descriptor)
-
-    def _connect(self, host: int, *, watched: int | None) -> None:
-        to = self._hosts[host]
-        try:
-            if not to.port:
-                raise OSError("it has no address that another host could reach")
-            end = socket.create_connection((to.addresses[0], to.port), CONNECT_S)
-            end.sendall(to.token + self._own.to_bytes(INDEX_BYTES, "big"))
-        except OSError as error:
-            warnings.warn(
-                f"{to} can't be watched ({error}): its loss is told at the timeout of what waits for "
-                f"it; let the job's hosts connect to each other's ports",
-                stacklevel=1,
-            )
-            return
-        self._add(end, watched)
-
-    def _admit(self, listener: socket.socket) -> None:
-        """Take a connection that knows the token; whoever else connects is hung up on."""
-        with suppress(OSError):
-            end, _ = listener.accept()
-            end.settimeout(HELLO_S)
-            said = _read(end, TOKEN_BYTES + INDEX_BYTES)
-            host = int.from_bytes(said[TOKEN_BYTES:], "big")
-            knows = hmac.compare_digest(said[:TOKEN_BYTES], self._hosts[self._own].token)
-            if knows and host < len(self._hosts):
-                self._add(end, None if host == self._own else host)
-            else:
-                end.close()
-
-    def _add(self, end: socket.socket, host: int | None) -> None:
-        if host is not None:
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
-            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
-            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, LOST_AFTER_S)
-            # Bounds what was sent and not answered, too.
-            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, LOST_AFTER_S * 1000)
-        self._ends[end.fileno()] = (end, host)
-        self._poll.register(end, select.POLLIN)
-
-    def _hear(self, descriptor: int) -> None:
-        end, host = self._ends[descriptor]
-        lost = None
-        try:
-            told = _read(end, INDEX_BYTES)
-            lost = int.from_bytes(told, "big")
-        except EOFError:
-            self._forget(descriptor)
-        except OSError as error:
-            self._forget(descriptor)
-            lost = host if error.errno not in ENDED else None
-        if lost is not None and lost < len(self._hosts):
-            self._lose(lost)
-
-    def _forget(self, descriptor: int) -> None:
-        self._poll.unregister(descriptor)
-        self._ends.pop(descriptor)[0].close()
+        # The hosts before it connect to this one.
+        to = range(self._own + 1, len(self._hosts)) if self._first else [self._own]
+        for host in to:
+            self._links.connect(host)
+        while not self._links.ended:
+            for lost in self._links.hear():
+                self._lose(lost)
 
     def _lose(self, host: int) -> None:
         if host in self._lost or host == self._own:
@@ -217,53 +97,15 @@ class Heartbeat(threading.Thread):
         self._lost.add(host)
         lost = self._hosts[host]
         tell_lost(f"{lost} is lost: it has not answered for {LOST_AFTER_S} s", lost.ranks)
-        for end, _ in self._ends.values():
-            if end is not self._listener:
-                with suppress(OSError):
-                    end.send(host.to_bytes(INDEX_BYTES, "big"), socket.MSG_DONTWAIT)
+        self._links.tell(host)
         self._end_waits()
-        own = {os.fstat(descriptor).st_ino for descriptor in self._ends}
+        own = self._links.inodes()
 
         def of_the_job(connection: Connection) -> bool:
             to_lost = connection.remote_address in lost.addresses
             return connection.inode not in own and (to_lost or connection.inode in self._noted)
 
         hang_up(of_the_job)
-
-
-def _read(end: socket.socket, length: int) -> bytes:
-    """So many bytes.
-
-    Raises:
-        EOFError: the other end has closed before.
-    """
-    data = b""
-    while len(data) < length:
-        more = end.recv(length - len(data))
-        if not more:
-            raise EOFError
-        data += more
-    return data
-
-
-def _addresses() -> list[str]:
-    """Through which this process is connected to other hosts, the most used first."""
-    count = Counter(
-        connection.address
-        for connection in tcp_connections()
-        if connection.address != connection.remote_address
-        and not ipaddress.ip_address(connection.address).is_loopback
-    )
-    return [address for address, _ in count.most_common()]
-
-
-def _listen(addresses: list[str]) -> socket.socket | None:
-    if not addresses:
-        return None
-    family = socket.AF_INET6 if ":" in addresses[0] else socket.AF_INET
-    with suppress(OSError):
-        return socket.create_server((addresses[0], 0), family=family, backlog=socket.SOMAXCONN)
-    return None
 
 
 def _store_port() -> int | None:
