@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from pyparallel.comm.job_hosts import TOKEN_BYTES, Host
-from pyparallel.comm.rendezvous import HELLO_S
+from pyparallel.comm.memory_door import HELLO_S
 
 # Without an answer for so long a host is lost; it is asked every second.
 LOST_AFTER_S = 8

@@ -15,7 +15,6 @@ import contextlib
 import os
 import secrets
 import socket
-import struct
 import time
 import weakref
 from collections.abc import Callable
@@ -27,12 +26,10 @@ import torch.distributed as dist
 from pyparallel._C import create_shared_memory
 from pyparallel.comm.communicator import PeerError
 from pyparallel.comm.exchange import gather_objects
+from pyparallel.comm.memory_door import check_user, hand_out, let_in, listen, take
 from pyparallel.comm.peer_proof import prove
 from pyparallel.comm.peer_watch import naming_lost_peers
 from pyparallel.limits import MAX_RANKS
-
-# How long whoever connects may take to say which rank it is.
-HELLO_S = 1.0
 
 _machines: weakref.WeakKeyDictionary[dist.ProcessGroup, tuple[tuple[int, ...], ...]] = (
     weakref.WeakKeyDictionary()
@@ -112,14 +109,35 @@ def _meet(
         listener = closing.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         connection = closing.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         address = f"pyparallel-{secrets.token_hex(16)}"
-        error = _attempt(lambda: _listen(listener, address, process_group.size()))
+        error = _attempt(lambda: listen(listener, address, process_group.size()))
         own = Presence(pid, _start_time(pid), identity, address, error)
         everyone = [Presence(*told) for told in gather_objects(process_group, astuple(own))]
         _require_none(name, "prepare", [presence.error for presence in everyone])
         connection.settimeout(timeout_s)
-        lead = _reach_first(rank, everyone, connection)
+        deadline = time.monotonic() + timeout_s
+        pids = {peer.pid for peer in everyone if peer.identity == identity} - {pid}
+        leads: list[int] = []
+        came: list[socket.socket] = []
+        closing.callback(lambda: [end.close() for end in came])
+
+        def reach() -> None:
+            if (
+                not leads
+                and (found := _reach_first(rank, everyone, connection, deadline)) is not None
+            ):
+                leads.append(found)
+
+        # Where strangers fill a queue all ranks make room in theirs, and who found none tries again.
+        while True:
+            error = _attempt(reach)
+            reached = gather_objects(process_group, [leads[0] if leads else None, error])
+            _require_none(name, "find", [failed for _, failed in reached])
+            if all(other is not None for other, _ in reached):
+                break
+            let_in(listener, pids, came)
+        lead = leads[0]
         ranks_of: dict[int, list[int]] = {}
-        for peer, other in enumerate(gather_objects(process_group, lead)):
+        for peer, (other, _) in enumerate(reached):
             ranks_of.setdefault(other, []).append(peer)
         for ranks in ranks_of.values():
             if len(ranks) > MAX_RANKS:
@@ -134,10 +152,11 @@ def _meet(
             try:
                 if rank == lead:
                     opened.append(create_shared_memory(len(local)))
-                    _hand_out(opened[0], presences, listener, time.monotonic() + timeout_s)
+                    others = {p.pid: peer for peer, p in enumerate(presences) if p.pid != pid}
+                    hand_out(opened[0], others, listener, came, time.monotonic() + timeout_s)
                 else:
-                    _check_user(connection)
-                    opened.append(_take(connection))
+                    check_user(connection)
+                    opened.append(take(connection))
             finally:
                 # Whoever is left waits for this rank no longer.
                 listener.close()
@@ -159,17 +178,25 @@ def _close(descriptors: list[int]) -> None:
             os.close(descriptor)
 
 
-def _reach_first(rank: int, everyone: list[Presence], connection: socket.socket) -> int:
+def _reach_first(
+    rank: int, everyone: list[Presence], connection: socket.socket, deadline: float
+) -> int | None:
     """The first rank that is on this machine, maybe this one; ``connection`` leads to it.
 
-    A machine's clone has the same identity, and its sockets other names.
+    A machine's clone has the same identity, and its sockets other names. None where its queue is full,
+    and ``deadline`` has not passed.
     """
     for peer, presence in enumerate(everyone[:rank]):
         if presence.identity != everyone[rank].identity:
             continue
         # A connection that was refused may be asked for again.
         with contextlib.suppress(ConnectionRefusedError):
-            connection.connect("\0" + presence.address)
+            try:
+                connection.connect("\0" + presence.address)
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    return None
+                raise RuntimeError(f"strangers fill the queue of rank {peer}'s socket") from None
             return peer
     return rank
 
@@ -187,56 +214,6 @@ def _require_none(name: str, action: str, errors: list[str | None]) -> None:
     if failed:
         reasons = "; ".join(f"rank {rank}: {error}" for rank, error in failed)
         raise PeerError(f"group '{name}' could not {action} its shared memory: {reasons}")
-
-
-def _listen(listener: socket.socket, address: str, size: int) -> None:
-    listener.bind("\0" + address)
-    # Strangers may stand in the queue too.
-    listener.listen(max(size, socket.SOMAXCONN))
-
-
-def _take(connection: socket.socket) -> int:
-    """The descriptor that the memory's maker sends."""
-    _, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
-    if len(descriptors) != 1:
-        raise RuntimeError("the memory's maker sent no descriptor")
-    os.set_inheritable(descriptors[0], False)
-    return descriptors[0]
-
-
-def _hand_out(memory: int, ranks: list[Presence], listener: socket.socket, deadline: float) -> None:
-    """Give ``memory`` to each other rank once; whoever else connects is hung up on."""
-    missing = {presence.pid: peer for peer, presence in enumerate(ranks)}
-    missing.pop(os.getpid(), None)
-    while missing:
-        listener.settimeout(max(0.001, deadline - time.monotonic()))
-        try:
-            connection, _ = listener.accept()
-        except TimeoutError:
-            late = ", ".join(map(str, missing.values()))
-            raise RuntimeError(f"local ranks {late} did not come for the memory") from None
-        with connection:
-            pid, user, _ = _credentials(connection)
-            if user == os.geteuid() and pid in missing:
-                connection.settimeout(HELLO_S)
-                # A rank that died meanwhile is named by its process, below.
-                with contextlib.suppress(OSError):
-                    socket.send_fds(connection, [b"m"], [memory])
-                del missing[pid]
-
-
-def _check_user(connection: socket.socket) -> None:
-    _, user, _ = _credentials(connection)
-    if user != os.geteuid():
-        raise RuntimeError(f"a process of user {user} connected, expected user {os.geteuid()}")
-
-
-def _credentials(connection: socket.socket) -> tuple[int, int, int]:
-    """Process, user and group at the other end, as the kernel has them."""
-    pid, user, group = struct.unpack(
-        "3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    )
-    return pid, user, group
 
 
 def _open_process(peer: int, presence: Presence) -> int:
