@@ -2,15 +2,25 @@
 
 Gloo's waits can't be ended from outside by torch (its ``abort`` leaves them waiting, seen with torch
 2.13), but whoever waits on a connection hears when it is shut down.
+
+Descriptors are asked through libc, since Python's ``socket.socket(fileno=...)`` makes what it is given
+non-blocking where the program has set a default timeout, and so the owner's socket too.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
+import struct
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
+
+# Of the kernel's longest address, struct sockaddr_storage.
+ADDRESS_BYTES = 128
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
@@ -31,27 +41,44 @@ def tcp_connections() -> list[Connection]:
 
 def hang_up(which: Callable[[Connection], bool]) -> None:
     """Shut down those that ``which`` holds for; whoever waits on them is told that they have ended."""
-    for connection, end in _connections():
+    for connection, descriptor in _connections():
         if which(connection):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+            _libc.shutdown(descriptor, socket.SHUT_RDWR)
 
 
-def _connections() -> Iterator[tuple[Connection, socket.socket]]:
+def _connections() -> Iterator[tuple[Connection, int]]:
+    """Each with a descriptor of it that is closed afterwards."""
     for name in os.listdir("/proc/self/fd"):
         # Closed meanwhile, no socket, not connected: none of ours.
         with suppress(OSError):
             if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
                 continue
             # A descriptor of its own, since its owner may close it at any time.
-            with closing(socket.socket(fileno=os.dup(int(name)))) as end:
-                if end.family not in (socket.AF_INET, socket.AF_INET6):
-                    continue
-                here, there = end.getsockname(), end.getpeername()
-                inode = os.fstat(end.fileno()).st_ino
-                yield Connection(inode, _plain(here[0]), here[1], _plain(there[0]), there[1]), end
+            descriptor = os.dup(int(name))
+            try:
+                here = _address(_libc.getsockname, descriptor)
+                there = _address(_libc.getpeername, descriptor)
+                if here is not None and there is not None:
+                    yield Connection(os.fstat(descriptor).st_ino, *here, *there), descriptor
+            finally:
+                os.close(descriptor)
 
 
-def _plain(address: str) -> str:
-    """IPv4 as such, where a socket of IPv6 speaks it."""
-    return address.removeprefix("::ffff:").partition("%")[0]
+def _address(ask: Callable[..., int], descriptor: int) -> tuple[str, int] | None:
+    """Address and port, by ``getsockname`` or ``getpeername``; None for what is not of IP.
+
+    Raises:
+        OSError: it has none.
+    """
+    told = ctypes.create_string_buffer(ADDRESS_BYTES)
+    length = ctypes.c_uint32(ADDRESS_BYTES)
+    if ask(descriptor, told, ctypes.byref(length)) != 0:
+        raise OSError(ctypes.get_errno(), "it has no address")
+    family, port = struct.unpack_from("=H", told)[0], struct.unpack_from("!H", told, 2)[0]
+    # struct sockaddr_in and sockaddr_in6: family, port; address or flow, then address.
+    if family == socket.AF_INET:
+        return socket.inet_ntop(family, told[4:8]), port
+    if family == socket.AF_INET6:
+        # IPv4 as such, where a socket of IPv6 speaks it.
+        return socket.inet_ntop(family, told[8:24]).removeprefix("::ffff:"), port
+    return None
