@@ -19,7 +19,7 @@ from pyparallel.comm.communicator import Communicator
 from pyparallel.comm.connect import connect
 from pyparallel.comm.cuda.connect import connect_gpus
 from pyparallel.comm.group import Group
-from pyparallel.comm.heartbeat import note_connections
+from pyparallel.comm.heartbeat import close_heartbeats, note_connections
 from pyparallel.comm.local_engine import LocalCommunicator
 from pyparallel.cut.shares import Shares
 
@@ -102,8 +102,12 @@ def remember(process_group: dist.ProcessGroup, group: Group) -> None:
 def close_groups() -> None:
     """Give back every communicator of this process; a rank does this before it ends."""
     _groups.clear()
-    while _open:
-        _open.pop().close()
+    try:
+        while _open:
+            _open.pop().close()
+    finally:
+        # Not before: what is left to be sent waits no longer where its host is lost.
+        close_heartbeats()
 
 
 def _close_at_exit(process: int) -> None:

@@ -39,6 +39,8 @@ def watch_hosts(world: dist.ProcessGroup, end_waits: Callable[[], None]) -> None
     """
     if world in _watched:
         return
+    # What is lost to an older world must not be told in this one.
+    close_heartbeats()
     _watched.add(world)
     forget_lost()
     hosts, own, listener = meet_hosts(world)
@@ -54,6 +56,13 @@ def note_connections() -> None:
     """Take this process's connections to the job's hosts for the job's own: a group has connected."""
     for heartbeat in _heartbeats:
         heartbeat.note_connections()
+
+
+def close_heartbeats() -> None:
+    """Watch no more: threads have ended and connections are closed when this returns."""
+    _watched.clear()
+    while _heartbeats:
+        _heartbeats.pop().close()
 
 
 class Heartbeat(threading.Thread):
@@ -90,6 +99,13 @@ class Heartbeat(threading.Thread):
         while not self._links.ended:
             for lost in self._links.hear():
                 self._lose(lost)
+
+    def close(self) -> None:
+        """End the thread and close its connections; in a fork of the process, its copies of them."""
+        if self.is_alive():
+            self._links.end()
+            self.join()
+        self._links.close()
 
     def _lose(self, host: int) -> None:
         if host in self._lost or host == self._own:

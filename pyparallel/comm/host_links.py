@@ -64,6 +64,9 @@ class Links:
         self._hosts, self._own, self._listener = hosts, own, listener
         self._links: dict[int, Link] = {}
         self._poll = select.poll()
+        self._end = os.eventfd(0)
+        self._ending = False
+        self._poll.register(self._end, select.POLLIN)
         if listener is not None:
             listener.setblocking(False)
             self._poll.register(listener, select.POLLIN)
@@ -99,6 +102,8 @@ class Links:
         for descriptor, _ in self._poll.poll(self._patience_ms()):
             if self._listener is not None and descriptor == self._listener.fileno():
                 self._accept(self._listener)
+            elif descriptor == self._end:
+                self._ending = True
             elif descriptor in self._links:
                 lost.append(self._serve(self._links[descriptor]))
         for link in list(self._links.values()):
@@ -117,8 +122,20 @@ class Links:
 
     @property
     def ended(self) -> bool:
-        """Whether nobody is left to hear of."""
-        return not self._links and self._listener is None
+        """Whether nobody is left to hear of, or nobody wants to."""
+        return self._ending or (not self._links and self._listener is None)
+
+    def end(self) -> None:
+        """Have :meth:`hear` return, from another thread; ``ended`` is true then."""
+        os.eventfd_write(self._end, 1)
+
+    def close(self) -> None:
+        """Close the listener and all connections, once their thread has ended."""
+        for link in list(self._links.values()):
+            self._forget(link)
+        if self._listener is not None:
+            self._listener.close()
+        os.close(self._end)
 
     def inodes(self) -> set[int]:
         """The kernel's numbers of the connections."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from pyparallel.comm import heartbeat
+from pyparallel.comm.group_of import close_groups
 from pyparallel.comm.heartbeat import Heartbeat
 from pyparallel.comm.job_hosts import TOKEN_BYTES, Host
 from tests.machines.waiting import wait_for
@@ -29,6 +31,8 @@ def listening(monkeypatch: pytest.MonkeyPatch) -> Iterator[Listening]:
     thread = Heartbeat(hosts, 2, listener, lambda: None)
     thread.start()
     yield thread, listener, lost
+    if listener.fileno() >= 0:
+        thread.close()
 
 
 def connected(listening: Listening, said: bytes = b"") -> socket.socket:
@@ -98,6 +102,7 @@ def test_a_host_that_refuses_is_told_of_where_warnings_are_errors(
 
     wait_for(is_told, 5)
     assert thread.is_alive()
+    thread.close()
 
 
 def test_hosts_that_do_not_answer_are_connected_to_at_once(
@@ -114,11 +119,53 @@ def test_hosts_that_do_not_answer_are_connected_to_at_once(
             end.connect_ex(full.getsockname())
         ports = [0, full.getsockname()[1], full.getsockname()[1], there.getsockname()[1]]
         hosts = [Host(f"h{n}", (n,), ("127.0.0.1",), port, TOKEN) for n, port in enumerate(ports)]
-        Heartbeat(hosts, 0, socket.create_server(("127.0.0.1", 0)), lambda: None).start()
+        thread = Heartbeat(hosts, 0, socket.create_server(("127.0.0.1", 0)), lambda: None)
+        thread.start()
         there.settimeout(3)
         end, _ = there.accept()
         end.settimeout(3)
         assert end.recv(100) == hello(0)
         end.close()
+        thread.close()
         for end in filling:
             end.close()
+
+
+def test_close_groups_ends_the_thread_and_its_connections(listening: Listening) -> None:
+    thread, listener, _ = listening
+    heartbeat._heartbeats.append(thread)
+    at = listener.getsockname()
+    with connected(listening, hello(0)) as proven, connected(listening) as stranger:
+        close_groups()
+        assert not thread.is_alive()
+        assert not heartbeat._heartbeats
+        assert is_hung_up(proven) and is_hung_up(stranger)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(at, 5)
+
+
+def test_another_world_ends_the_older_ones_heartbeat(
+    listening: Listening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heartbeat._heartbeats.append(listening[0])
+    monkeypatch.setattr(heartbeat, "meet_hosts", lambda world: ([], 0, None))
+    heartbeat.watch_hosts(FakeWorld(), lambda: None)
+    assert not listening[0].is_alive()
+    # What was given back is gone when another world's thread would use the number.
+    assert listening[1].fileno() == -1
+
+
+def test_a_fork_closes_its_copies_alone(listening: Listening) -> None:
+    heartbeat._heartbeats.append(listening[0])
+    child = os.fork()
+    if child == 0:
+        close_groups()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    with connected(listening, hello(0) + (1).to_bytes(4, "big")):
+        wait_for(lambda: listening[2] == [1], 5)
+    heartbeat._heartbeats.clear()
+
+
+class FakeWorld:
+    """What no heartbeat has watched."""
