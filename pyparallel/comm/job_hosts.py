@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from pyparallel.comm.exchange import gather_objects
 from pyparallel.comm.rendezvous import machines_of
-from pyparallel.comm.tcp_connections import tcp_connections
+from pyparallel.comm.tcp_connections import Connection, tcp_connections
 
 TOKEN_BYTES = 16
 
@@ -25,7 +25,7 @@ class Host:
     Attributes:
         name: its own name for itself.
         ranks: of torch's world, the first of which speaks for it.
-        addresses: through which it is connected.
+        addresses: through which it is connected to the others, the most used first.
         port: at which its first rank listens on the first address; 0 where it could not.
         token: what a connection has to say.
     """
@@ -51,7 +51,17 @@ def meet_hosts(world: dist.ProcessGroup) -> tuple[list[Host], int, socket.socket
     own = next(number for number, ranks in enumerate(machines) if rank in ranks)
     if len(machines) == 1:
         return [], own, None
-    addresses, token = _addresses(), secrets.token_bytes(TOKEN_BYTES)
+    connections = _to_elsewhere()
+    of_ranks = gather_objects(world, sorted({connection.address for connection in connections}))
+    away = {
+        address
+        for peer in set(range(world.size())) - {*machines[own]}
+        for address in of_ranks[peer]
+    }
+    # The program may have connections of its own, through interfaces that lead to no rank.
+    count = Counter(c.address for c in connections if c.remote_address in away)
+    addresses = [address for address, _ in count.most_common()]
+    token = secrets.token_bytes(TOKEN_BYTES)
     listener = _listen(addresses) if rank == machines[own][0] else None
     port = 0 if listener is None else listener.getsockname()[1]
     told = gather_objects(world, [socket.gethostname(), addresses, port, token.hex()])
@@ -62,15 +72,14 @@ def meet_hosts(world: dist.ProcessGroup) -> tuple[list[Host], int, socket.socket
     return hosts, own, listener
 
 
-def _addresses() -> list[str]:
-    """Through which this process is connected to other hosts, the most used first."""
-    count = Counter(
-        connection.address
+def _to_elsewhere() -> list[Connection]:
+    """This process's connections that leave the host, as far as it can tell."""
+    return [
+        connection
         for connection in tcp_connections()
         if connection.address != connection.remote_address
         and not ipaddress.ip_address(connection.address).is_loopback
-    )
-    return [address for address, _ in count.most_common()]
+    ]
 
 
 def _listen(addresses: list[str]) -> socket.socket | None:
