@@ -44,8 +44,9 @@ class PeerError(RuntimeError):
     Where a whole host is lost the message begins with it and its ranks.
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(naming_lost_hosts(message))
+    def __init__(self, *args: object) -> None:
+        message, more = args[:1], args[1:]
+        super().__init__(*(naming_lost_hosts(str(said)) for said in message), *more)
 
 
 class Work:
