@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from pyparallel.limits import environment_number
 from pyparallel.ranks import life
 from pyparallel.ranks.torchrun import is_first, world_of_torchrun
 
@@ -27,7 +27,7 @@ def run_joined(
     hears its own reports, and nobody another's.
 
     Raises:
-        ValueError: ``world_size`` is not torchrun's.
+        ValueError: ``world_size`` is not torchrun's, or a variable of torchrun's is wrong.
         TypeError: the result of a rank is neither JSON nor tensors; on every rank.
     """
     from pyparallel.comm.exchange import encode, gather_objects
@@ -42,7 +42,8 @@ def run_joined(
         )
     if threads is not None:
         torch.set_num_threads(threads)
-    with naming_lost_peers("start-up", rank=int(os.environ["RANK"]), size=started):
+    rank = environment_number("RANK", None, least=0, most=started - 1)
+    with naming_lost_peers("start-up", rank=rank, size=started):
         init_distributed(timeout_s)
     with life.reporting(on_report if is_first() else None):
         told: dict[str, Any] = {"result": fn(*args)}
