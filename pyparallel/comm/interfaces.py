@@ -20,7 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pyparallel.comm.rendezvous import machine_identity
+from pyparallel.comm.rendezvous import network_identity
 
 # The request for an interface's IPv4 address, of <linux/sockios.h>.
 SIOCGIFADDR = 0x8915
@@ -32,8 +32,9 @@ def check_interfaces(store: dist.Store, rank: int, size: int) -> None:
 
     Raises:
         ValueError: on every rank, if there are several hosts and one would listen to itself alone.
+            Containers that share their machine's network are one host here.
     """
-    own = [machine_identity(), _unreachable()]
+    own = [network_identity(), _unreachable()]
     store.set(f"pyparallel/interface/{rank}", json.dumps(own))
     if rank == 0:
         keys = [f"pyparallel/interface/{peer}" for peer in range(size)]

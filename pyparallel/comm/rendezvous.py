@@ -38,9 +38,18 @@ _machines: weakref.WeakKeyDictionary[dist.ProcessGroup, tuple[tuple[int, ...], .
 
 def machine_identity() -> str:
     """Equal for two processes that can share memory and watch each other, and for a machine's clones."""
-    namespaces = [os.stat(f"/proc/self/ns/{name}").st_ino for name in ("pid", "net", "user")]
+    return _identity("pid", "net", "user")
+
+
+def network_identity() -> str:
+    """Equal for two processes that have one loopback interface, and for a machine's clones."""
+    return _identity("net")
+
+
+def _identity(*namespaces: str) -> str:
+    inodes = [os.stat(f"/proc/self/ns/{name}").st_ino for name in namespaces]
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return "/".join([boot, *map(str, namespaces)])
+    return "/".join([boot, *map(str, inodes)])
 
 
 @dataclass(frozen=True)

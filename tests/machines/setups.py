@@ -38,7 +38,7 @@ def mount_over(place: Path, there: Path) -> None:
 
 def clones(folder: Path) -> object:
     """Machines that say the same of themselves: they are told apart, and soon."""
-    rendezvous.machine_identity = interfaces.machine_identity = lambda: "cloned"
+    rendezvous.machine_identity = interfaces.network_identity = lambda: "cloned"
     started = time.monotonic()
     tp = init_mesh(tp=3).tp
     seconds = time.monotonic() - started
