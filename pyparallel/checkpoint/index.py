@@ -33,6 +33,7 @@ from pyparallel.checkpoint.boxes import (
 )
 from pyparallel.checkpoint.format import CheckpointError, one_line, read_json, regular_file
 from pyparallel.checkpoint.grid import Chunk, Grid
+from pyparallel.checkpoint.paths import is_plain
 from pyparallel.checkpoint.schema import Key, check_keys, shown
 from pyparallel.checkpoint.state import check_optimizer
 
@@ -80,8 +81,8 @@ def read_index(folder: Path) -> Index:
     """Read and check the index of a folder.
 
     Raises:
-        CheckpointError: it is no index, or of another format; a tensor's boxes are not all of it, or
-            overlap.
+        CheckpointError: it is no index, or of another format; a file's name leads out of the folder; a
+            tensor's boxes are not all of it, or overlap.
     """
     path = folder / INDEX
 
@@ -188,6 +189,8 @@ def _check_files(what: str, numbers: Sequence[int], files: Sequence[str]) -> Non
 
 
 def _size(name: str, size: Any) -> int:
+    if not is_plain(name):
+        raise ValueError(f"files: expected a name inside its folder, got {shown(name)}")
     if not isinstance(size, int) or isinstance(size, bool) or size < 0:
         raise ValueError(f"files: {name}: expected its bytes, got {shown(size)}")
     return size

@@ -18,6 +18,11 @@ NOREPLACE, EXCHANGE = 1, 2
 _AT_FDCWD = -100
 
 
+def is_plain(name: object) -> bool:
+    """Whether a name that was read somewhere is that of a file in a folder, and leads nowhere else."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\0"} & set(name)
+
+
 def resolve(folder: str | Path) -> Path:
     """``folder`` without links and dots on the way to it; its last part may be a link.
 

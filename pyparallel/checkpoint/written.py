@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pyparallel.checkpoint.format import CheckpointError
+from pyparallel.checkpoint.paths import is_plain
 from pyparallel.checkpoint.sharded import INDEX
 
 LIST = ".pyparallel.json"
@@ -50,7 +51,7 @@ def own_files(folder: Path) -> set[str] | None:
         raise CheckpointError(
             f"{folder / INDEX}: not a whole index; remove the folder yourself, or choose another"
         ) from None
-    named = [name for name in files if _is_plain(name)]
+    named = [name for name in files if is_plain(name)]
     beside = [path.name for path in folder.glob("tokenizer*") if path.is_file()]
     return {INDEX, *named, *beside, *_BESIDE}
 
@@ -69,8 +70,4 @@ def _content(file: Path) -> tuple[bool, set[str]] | None:
     if not isinstance(names, list) or not isinstance(finished, bool):
         return None
     # A name that leads elsewhere is none that we wrote.
-    return (finished, set(names)) if all(map(_is_plain, names)) else None
-
-
-def _is_plain(name: object) -> bool:
-    return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name
+    return (finished, set(names)) if all(map(is_plain, names)) else None

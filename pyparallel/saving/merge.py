@@ -73,5 +73,7 @@ def _link_or_copy(path: Path, to: Path) -> None:
     with suppress(OSError):
         os.link(path, to, follow_symlinks=True)
         return
+    # Nothing that is there already is written over, or through.
+    to.touch(exist_ok=False)
     shutil.copyfile(path, to)
     to_disk(to)

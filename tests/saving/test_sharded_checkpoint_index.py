@@ -112,6 +112,13 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda index: index["files"].update({"../x.safetensors": 9}),
         "expected a name inside",
     ),
+    **{
+        f"a file {name!r}": (
+            lambda index, name=name: index["files"].update({name: 9}),
+            "files: expected a name inside its folder, got",
+        )
+        for name in ("", ".", "..", "/x", "./x", "part/x.safetensors", "x\0")
+    },
     "state": (lambda index: index.update(state=None), "state: expected an object"),
     "extra": (lambda index: index["state"].update(extra=[]), "extra: expected an object"),
     "optimizer": (

@@ -1,0 +1,86 @@
+"""What ``merge`` makes of hosts' parts, and that it touches no file but its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pyparallel.checkpoint.boxes import Stored
+from pyparallel.checkpoint.grid import Grid
+from pyparallel.checkpoint.index import INDEX, Index
+from pyparallel.checkpoint.sharded import ShardedCheckpoint
+from pyparallel.checkpoint.source import CheckpointError
+from pyparallel.checkpoint.storage import file_name
+from pyparallel.cut.shard import REPLICATED
+from pyparallel.saving.merge import merge
+
+
+def write_parts(folder: Path, value: torch.Tensor) -> list[Path]:
+    """A matrix of which each of two hosts has half the rows."""
+    sizes = {}
+    parts = [folder / f"host-{rank}" for rank in range(2)]
+    for rank, (part, rows) in enumerate(zip(parts, value.chunk(2), strict=True)):
+        part.mkdir(parents=True)
+        file = part / file_name(rank, 0, "")
+        save_file({f"a@{rank * len(rows)},0": rows.clone()}, file)
+        sizes[file.name] = file.stat().st_size
+    height, width = value.shape
+    grid = Grid(((0, height // 2, height), (0, width)), (0, 1), list(sizes))
+    stored = Stored(grid.shape, value.dtype, grid)
+    index = Index({"a": stored}, sizes, {"optimizer": None, "extra": {}})
+    (parts[0] / INDEX).write_text(index.to_json())
+    (parts[0] / "config.json").write_text("{}")
+    return parts
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> list[Path]:
+    return write_parts(tmp_path, torch.arange(24.0).view(4, 6))
+
+
+def read(folder: Path) -> torch.Tensor:
+    return ShardedCheckpoint(folder).read("a", REPLICATED, 0)
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_name_that_leads_elsewhere_is_refused(
+    parts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked: bool
+) -> None:
+    """``merge`` wrote it there, over a file that lay beside its folder."""
+    if not linked:
+        monkeypatch.setattr("os.link", no_links)
+    name = "../rank_00001_00.safetensors"
+    index = json.loads((parts[0] / INDEX).read_text())
+    index["files"][name] = index["files"].pop("rank_00001_00.safetensors")
+    (parts[0] / INDEX).write_text(json.dumps(index))
+    # Beside one part alone.
+    (tmp_path / "first").mkdir()
+    shutil.move(parts[0], tmp_path / "first")
+    shutil.move(parts[1] / "rank_00001_00.safetensors", tmp_path)
+    other = tmp_path / "out"
+    other.mkdir()
+    (other / "rank_00001_00.safetensors").write_text("another's")
+    with pytest.raises(CheckpointError, match=r"files: expected a name inside .* got '\.\./rank"):
+        merge([tmp_path / "first/host-0", parts[1]], other / "whole")
+    assert (other / "rank_00001_00.safetensors").read_text() == "another's"
+    assert [path.name for path in other.iterdir()] == ["rank_00001_00.safetensors"]
+
+
+def test_a_file_of_a_name_of_ours_is_not_overwritten(parts: list[Path], tmp_path: Path) -> None:
+    """The list of what we wrote lies in the new folder before the files come."""
+    index = json.loads((parts[0] / INDEX).read_text())
+    index["files"][".pyparallel.json"] = 2
+    (parts[0] / INDEX).write_text(json.dumps(index))
+    (parts[1] / ".pyparallel.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"\.pyparallel\.json: file exists"):
+        merge(parts, tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
+
+
+def no_links(*_: object, **__: object) -> None:
+    raise OSError(1, "Operation not permitted")
