@@ -21,6 +21,8 @@ from pyparallel.checkpoint.schema import shown
 ENTRY_BYTES = 40
 # Below 2**62, so that sums of a tensor's bytes and ends of boxes are no trap for what runs in C.
 MAX_ELEMENTS = 2**48
+# What torch's operations take.
+MAX_AXES = 64
 # What sums of bytes stay below, for the same reason.
 _MOST_BYTES = 2**62
 # A prime: see :func:`_covered_once`.
@@ -48,8 +50,7 @@ class Stored:
         """
         what = f"tensor {name}"
         dtype, shape = dtype_of(what, entry["dtype"]), ints(what, entry["shape"])
-        if math.prod(shape) > MAX_ELEMENTS:
-            raise ValueError(f"tensor {name}: no shape {shown(shape)}")
+        check_shape(what, shape)
         chunks = []
         for file, offsets, sizes in entry["chunks"]:
             if not isinstance(file, str) or "/" in file:
@@ -93,6 +94,18 @@ def ints(what: str, values: Any) -> tuple[int, ...]:
     if not good:
         raise ValueError(f"{what}: expected a list of sizes, got {shown(values)}")
     return tuple(values)
+
+
+def check_shape(what: str, shape: Sequence[int]) -> None:
+    """A tensor in an index has no more axes and elements than there can be.
+
+    Raises:
+        ValueError: it has; ``what`` has it.
+    """
+    if len(shape) > MAX_AXES:
+        raise ValueError(f"{what}: expected at most {MAX_AXES} axes, got {len(shape)}")
+    if math.prod(shape) > MAX_ELEMENTS:
+        raise ValueError(f"{what}: no shape {shown(shape)}")
 
 
 def check_count(entries: Iterable[Mapping[str, Any]], held: int) -> None:

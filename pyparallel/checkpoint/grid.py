@@ -76,7 +76,8 @@ class Grid(Sequence[Chunk]):
     def volumes(self) -> np.ndarray:
         """The elements of each box, int64."""
         sizes = [np.diff(axis) for axis in self.edges]
-        return reduce(np.multiply.outer, sizes, np.ones((), np.int64)).ravel()
+        # Flat after each axis: an array has fewer axes than a tensor may have, 32 before numpy 2.
+        return reduce(lambda a, b: np.multiply.outer(a, b).ravel(), sizes, np.ones(1, np.int64))
 
     def meeting(self, offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[Chunk]:
         """The boxes that overlap one, found without a look at the others."""

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from pyparallel.checkpoint.boxes import (
-    MAX_ELEMENTS,
     Stored,
     check_boxes,
     check_count,
+    check_shape,
     dtype_of,
     ints,
 )
@@ -176,8 +176,7 @@ def _cut(
         _check_files(what, cells, files)
         grid = Grid(edges, cells, files)
         shape, chunks = grid.shape, grid
-    if math.prod(shape) > MAX_ELEMENTS:
-        raise ValueError(f"{what}: no shape {shown(shape)}")
+    check_shape(what, shape)
     return shape, chunks
 
 

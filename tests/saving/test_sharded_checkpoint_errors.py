@@ -119,6 +119,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         edit(lambda index: cut_of(index).update(edges=[[0, 31, 2**30], [0, 36]])),
         "can't hold its boxes of",
     ),
+    "many axes": (
+        edit(lambda index: cut_of(index).update(edges=[[0, 31, 61], [0, 36], *[[0, 1]] * 68])),
+        "expected at most 64 axes, got 70",
+    ),
     "a larger file": (
         edit(lambda index: cut_of(index).update(edges=[[0, 1, 61], [0, 36]])),
         "boxes of",

@@ -88,6 +88,7 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "text": (box(3, 2, "23"), "expected a list of sizes, got '23'"),
     "huge": (entry("shape", [2**62, 2**62]), "expected a list of sizes"),
     "huge product": (entry("shape", [2**40, 2**40]), "no shape"),
+    "many axes": (entry("shape", [4, 6, *[1] * 68]), "expected at most 64 axes, got 70"),
     "shape": (entry("shape", None), "expected a list of sizes, got None"),
     "a type": (entry("dtype", "float64"), "expected (2, 3) of torch.float64"),
     "a lying type": (entry("dtype", "int32"), "tensor a@0,0 can't be read"),
