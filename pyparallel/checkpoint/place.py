@@ -107,7 +107,9 @@ class Place:
             mode = (self.working / LIST).stat().st_mode & 0o777
             names = sorted(path.name for path in self.working.iterdir() if path.name != LIST)
             for name in names:
-                os.chmod(self.working / name, mode)
+                # What has another name elsewhere is a link to somebody's file.
+                if (self.working / name).stat().st_nlink == 1:
+                    os.chmod(self.working / name, mode)
                 to_disk(self.working / name)
             write_list(self.working, names, finished=True)
             to_disk(self.working)

@@ -18,7 +18,8 @@ from pyparallel.checkpoint.written import LIST
 def merge(parts: Sequence[str | Path], folder: str | Path, *, overwrite: bool = False) -> int:
     """Put the hosts' parts of a checkpoint together; needs no ranks.
 
-    Files are linked where the file system can, and copied elsewhere; the parts stay as they are.
+    Files are linked where the file system can, and copied elsewhere; the parts stay as they are, their
+    files' modes too.
 
     Args:
         parts: each host's folder, wherever it lies now, in any order.
@@ -71,7 +72,8 @@ def _found(name: str, size: int, folders: Sequence[Path]) -> Path:
 
 def _link_or_copy(path: Path, to: Path) -> None:
     with suppress(OSError):
-        os.link(path, to, follow_symlinks=True)
+        # The file itself: Linux makes a hard link of a symbolic one.
+        os.link(os.path.realpath(path), to)
         return
     # Nothing that is there already is written over, or through.
     to.touch(exist_ok=False)

@@ -84,3 +84,35 @@ def test_a_file_of_a_name_of_ours_is_not_overwritten(parts: list[Path], tmp_path
 
 def no_links(*_: object, **__: object) -> None:
     raise OSError(1, "Operation not permitted")
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_part_keeps_its_files_modes(
+    parts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked: bool
+) -> None:
+    """A link is the part's own file: ``merge`` made one of 0600 everyone's to read."""
+    if not linked:
+        monkeypatch.setattr("os.link", no_links)
+    for part in parts:
+        for file in part.iterdir():
+            file.chmod(0o600)
+    merge(parts, tmp_path / "whole")
+    usual = (tmp_path / "whole/.pyparallel.json").stat().st_mode & 0o777
+    assert usual != 0o600
+    for part in parts:
+        for file in part.iterdir():
+            assert file.stat().st_mode & 0o777 == 0o600, file
+            found = tmp_path / "whole" / file.name
+            assert found.samefile(file) == linked
+            assert found.stat().st_mode & 0o777 == (0o600 if linked else usual), found
+
+
+def test_a_part_of_links_is_merged(parts: list[Path], tmp_path: Path) -> None:
+    """What appears has the files, not links of the part's that lead nowhere from there."""
+    file = parts[1] / "rank_00001_00.safetensors"
+    shutil.move(file, tmp_path / "kept")
+    file.symlink_to("../kept")
+    merge(parts, tmp_path / "deep/er/whole")
+    assert (tmp_path / "deep/er/whole" / file.name).samefile(tmp_path / "kept")
+    assert not (tmp_path / "deep/er/whole" / file.name).is_symlink()
+    assert torch.equal(read(tmp_path / "deep/er/whole"), torch.arange(24.0).view(4, 6))
