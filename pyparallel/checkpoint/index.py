@@ -7,6 +7,7 @@
               other: ``shape``, and ``chunks``, a list of [number of the file, offsets, sizes]
     tensors   each tensor's dtype and the number of its boxes: those of all layers are cut alike
     state     the optimizer's options and counters; whatever the user added
+    save      where hosts wrote each its own part: what names this save, in each file's metadata too
 
 So its length grows with the tensors, and with the ranks that wrote, but not with both together. In
 format 1, which is still read, each tensor has its shape, dtype and chunks ([name of the file, offsets,
@@ -41,10 +42,17 @@ INDEX = "pyparallel.index.json"
 FORMAT = 2
 # Names of an optimizer's tensors begin so; none of a model's has a slash.
 OPTIMIZER = "optimizer/"
+# Under what a file's metadata name the save that it is of.
+SAVE = "pyparallel.save"
 # How much of an index may be no boxes: the optimizer's counters, and what the user added.
 EXTRA_BYTES = 16 << 20
 # What an index has, and its state.
-_INDEX = {"tensors": Key("object"), "files": Key("object"), "state": Key("object")}
+_INDEX = {
+    "tensors": Key("object"),
+    "files": Key("object"),
+    "state": Key("object"),
+    "save": Key("str"),
+}
 _STATE = {"optimizer": Key("object", null=True), "extra": Key("object")}
 
 
@@ -56,11 +64,30 @@ class Index:
         tensors: by name; those of the optimizer begin with :data:`OPTIMIZER`.
         files: the bytes of every file.
         state: what is no tensor: the optimizer's options and counters, and the user's additions.
+        save: names the save, where hosts wrote each its own part. Names and sizes of their files are
+            those of any other step's.
     """
 
     tensors: dict[str, Stored]
     files: dict[str, int]
     state: dict[str, Any]
+    save: str | None = None
+
+    def check_save(self, file: Path, metadata: Mapping[str, str] | None) -> None:
+        """A file is of the same save as the index.
+
+        Args:
+            metadata: the file's.
+
+        Raises:
+            CheckpointError: it is of another.
+        """
+        found = (metadata or {}).get(SAVE)
+        if found != self.save:
+            raise CheckpointError(
+                f"{file}: expected a file of the save {shown(self.save)}, as {INDEX} is, got one of "
+                f"{shown(found)}; put together what all hosts wrote in one save"
+            )
 
     def to_json(self) -> str:
         """As it is written."""
@@ -74,6 +101,8 @@ class Index:
             dtype = str(stored.dtype).removeprefix("torch.")
             tensors[name] = {"dtype": dtype, "boxes": cuts[id(stored.chunks)]}
         content = {"files": self.files, "boxes": boxes, "tensors": tensors, "state": self.state}
+        if self.save is not None:
+            content["save"] = self.save
         return json.dumps({"format": FORMAT, **content})
 
 
@@ -110,7 +139,7 @@ def read_index(folder: Path) -> Index:
         where = "" if reason.startswith(str(path)) else f"{path}: not a whole index: "
         raise CheckpointError(one_line(where + reason)) from None
     check_boxes(path, tensors, files)
-    return Index(tensors, files, state)
+    return Index(tensors, files, state, content.get("save"))
 
 
 def max_index_bytes(held: int) -> int:

@@ -41,6 +41,9 @@ class Place:
         overwrite: replace a folder of ours that is there.
         source: what is read meanwhile, and must not be replaced.
 
+    Attributes:
+        token: 16 random hexadecimal digits, of this place alone.
+
     Raises:
         CheckpointError: the place is taken, or not to be replaced.
     """
@@ -53,14 +56,14 @@ class Place:
             self._check(overwrite, source)
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             _clean(self.folder)
-            token = secrets.token_hex(8)
-            self.working = _beside(self.folder, token, "writing")
+            self.token = secrets.token_hex(8)
+            self.working = _beside(self.folder, self.token, "writing")
             self.working.mkdir()
             # Before the list: nobody else asks for the lock of a folder without one.
             self._lock = _locked(self.working, fcntl.LOCK_EX)
             write_list(self.working, [], finished=False)
             # New names where old files go on lying beside the new ones for a moment.
-            self.suffix = f"-{token}" if self._merges() else ""
+            self.suffix = f"-{self.token}" if self._merges() else ""
 
     def _check(self, overwrite: bool, source: str | Path | None) -> None:
         folder = self.folder

@@ -108,6 +108,7 @@ class ShardedCheckpoint(Checkpoint):
 
     def _box(self, name: str, chunk: Chunk) -> Place:
         file, key, dtype = self.path / chunk.file, chunk.key(name), self.dtype(name)
+        self.index.check_save(file, self._opened.metadata(file))
         box = self._opened.header(file).get(key)
         if box is None:
             raise CheckpointError(f"{file}: tensor {key} can't be read (it is not there)")

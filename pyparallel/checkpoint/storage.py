@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pyparallel.checkpoint.grid import Chunk
+from pyparallel.checkpoint.index import SAVE
 from pyparallel.checkpoint.paths import to_disk
 from pyparallel.checkpoint.sharded import ShardedCheckpoint
 
@@ -26,9 +27,16 @@ def file_name(rank: int, number: int, suffix: str) -> str:
 
 
 def write_boxes(
-    boxes: Iterable[tuple[str, Tensor]], working: Path, rank: int, suffix: str
+    boxes: Iterable[tuple[str, Tensor]],
+    working: Path,
+    rank: int,
+    suffix: str,
+    save: str | None = None,
 ) -> list[tuple[int, int]]:
     """Write a rank's boxes, in their order, by their names in the file.
+
+    Args:
+        save: what the files are to name as theirs, if anything.
 
     Returns:
         For each file that was needed the number of its boxes, and its bytes.
@@ -39,7 +47,7 @@ def write_boxes(
 
     def finish_file() -> None:
         file = working / file_name(rank, len(written), suffix)
-        save_file(tensors, file)
+        save_file(tensors, file, None if save is None else {SAVE: save})
         to_disk(file)
         written.append((len(tensors), file.stat().st_size))
         tensors.clear()

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +56,7 @@ class TensorFiles:
 
     def __init__(self) -> None:
         self._headers: dict[Path, dict[str, Place]] = {}
+        self._metadata: dict[Path, dict[str, str]] = {}
         self._identities: dict[Path, tuple[int, int, int]] = {}
         self._open: OrderedDict[Path, int] = OrderedDict()
 
@@ -88,7 +89,7 @@ class TensorFiles:
             with open_safetensors(Path(f"/proc/self/fd/{opened}"), shown=file):
                 pass
             entries = json.loads(_exactly(file, opened, 8, size).numpy().tobytes())
-            entries.pop("__metadata__", None)
+            self._metadata[file] = entries.pop("__metadata__", {})
             self._headers[file] = {
                 name: Place(
                     entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0]
@@ -96,6 +97,15 @@ class TensorFiles:
                 for name, entry in entries.items()
             }
         return self._headers[file]
+
+    def metadata(self, file: Path) -> Mapping[str, str]:
+        """What a safetensors file says of itself.
+
+        Raises:
+            CheckpointError: as :meth:`header`.
+        """
+        self.header(file)
+        return self._metadata[file]
 
     def rows_at(
         self, file: Path, offset: int, rows: int, row_bytes: int, skip: int, wanted: int

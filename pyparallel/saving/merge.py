@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from pyparallel.checkpoint.format import CheckpointError, regular_file
+from pyparallel.checkpoint.format import CheckpointError, open_safetensors, regular_file
 from pyparallel.checkpoint.index import INDEX, read_index
 from pyparallel.checkpoint.paths import naming, resolve, to_disk
 from pyparallel.checkpoint.place import Place
@@ -31,7 +31,7 @@ def merge(parts: Sequence[str | Path], folder: str | Path, *, overwrite: bool = 
 
     Raises:
         CheckpointError: no part or several have an index; a file that it names is in no part or in
-            several, or not whole.
+            several, not whole, or of another save.
     """
     folders = [resolve(part) for part in parts]
     indexed = [part for part in folders if (part / INDEX).is_file()]
@@ -40,8 +40,12 @@ def merge(parts: Sequence[str | Path], folder: str | Path, *, overwrite: bool = 
             f"merge: expected one part with {INDEX}, that of rank 0's host, got {len(indexed)} among "
             f"{len(folders)}; give every host's folder once"
         )
-    files = read_index(indexed[0]).files
+    index = read_index(indexed[0])
+    files = index.files
     found = {name: _found(name, size, folders) for name, size in files.items()}
+    for path in found.values():
+        with open_safetensors(path) as opened:
+            index.check_save(path, opened.metadata())
     place = Place(folder, overwrite=overwrite)
     try:
         beside = {

@@ -96,12 +96,15 @@ def save(
     def tell_held(held: tuple[list[Piece], Any]) -> tuple[Any, Any]:
         pieces, state = held
         kinds, boxes = tell(pieces)
-        return [kinds, state], [boxes, place and [str(place.working), place.suffix]]
+        made = place and [str(place.working), place.suffix, place.token]
+        return [kinds, state], [boxes, made]
 
     try:
         (pieces, _), told, shared = exchange_shared(hold, tell_held, what)
-        working, suffix = told[first][1][1]
-        of_all = Path(told[0][1][1][0])
+        working, suffix, _ = told[first][1][1]
+        of_all, token = Path(told[0][1][1][0]), told[0][1][1][2]
+        # Parts may meet those of another save; files that lie in one folder from the first don't.
+        save_name = token if per_host else None
         held = [(number, boxes) for number, (boxes, _) in told]
         cuts = together(lambda: plan([kinds_of(kinds) for kinds, _ in shared], held, what), what)
 
@@ -112,7 +115,7 @@ def save(
                 (box_key(name, box.offsets), own[name, box.offsets])
                 for name, box in written_by(rank, cuts)
             )
-            return write_boxes(boxes, Path(working), rank, suffix)
+            return write_boxes(boxes, Path(working), rank, suffix, save_name)
 
         _, written = exchange(write, lambda sizes: sizes, what)
 
@@ -125,7 +128,7 @@ def save(
                 return
             states = None if optimizer is None else merge_optimizers(part for _, part in shared)
             tensors, files = stored(cuts, written, suffix, what)
-            index = Index(tensors, files, {"extra": kept, "optimizer": states})
+            index = Index(tensors, files, {"extra": kept, "optimizer": states}, save_name)
             (place.working / INDEX).write_text(index.to_json())
             chain = unwrap(models[0])
             write_files(place.working, chain[-1], source_of(source, chain))

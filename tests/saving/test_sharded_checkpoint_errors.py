@@ -21,6 +21,7 @@ from pyparallel.launch import RankError, launch
 from pyparallel.mesh import Mesh, init_mesh
 from pyparallel.models.load import load
 from pyparallel.saving.save import restore, save
+from tests.saving.test_merge import check_saves
 from tests.saving.test_sharded_checkpoint import with_state
 from tests.transformers_models import build
 
@@ -186,6 +187,8 @@ def misuse(root: Path, out: Path) -> dict[str, str]:
     optimizer = with_state(model)
     save(model, out / "whole", mesh, optimizer=optimizer)
     save(model, out / "weights", mesh)
+    for step in ("one", "two"):
+        save(model, out / step, mesh, per_host=True)
     restore(model, out / "whole", mesh)
     smaller = load(root / "smaller", mesh)
     norms = [p for name, p in model.named_parameters() if "norm" in name]
@@ -255,6 +258,7 @@ def test_misuse_and_ranks_that_fail(root: Path, tmp_path: Path) -> None:
     }.items():
         assert words in ranks[0][name], name
     assert not (tmp_path / "x").exists()
+    check_saves(tmp_path)
 
 
 def die_while_saving(root: Path, out: Path) -> None:

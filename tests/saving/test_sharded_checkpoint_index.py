@@ -142,6 +142,8 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         ),
         "optimizer: step of a: expected a number",
     ),
+    "a save": (lambda index: index.update(save=5), "save: expected a string"),
+    "another save": (lambda index: index.update(save="5"), "expected a file of the save '5'"),
     "format": (lambda index: index.update(format=True), "expected format 1 or 2, got True"),
 }
 
