@@ -130,6 +130,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a box outside": (edit(move_a_box), f"tensor {EMBEDDING} of shape (61, 36) has no box"),
     "format": (edit(lambda index: index.update(format=7)), "expected format 1 or 2, got 7"),
+    "a file outside": (
+        edit(lambda index: index["files"].update({"../x": 9})),
+        "files: expected a name inside its folder, got '../x'",
+    ),
     "no files": (edit(lambda index: index.pop("files")), "not a whole index"),
     "dtype": (
         edit(lambda index: index["tensors"][NORM].update(dtype="nn")),
