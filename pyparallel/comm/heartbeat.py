@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 import weakref
 from collections.abc import Callable
 
@@ -26,6 +27,9 @@ from pyparallel.comm.host_links import LOST_AFTER_S, Links
 from pyparallel.comm.job_hosts import Host, meet_hosts
 from pyparallel.comm.lost_hosts import forget_lost, tell_lost
 from pyparallel.comm.tcp_connections import Connection, hang_up, tcp_connections
+
+# How long a word needs to the ranks of a busy host.
+HEARD_S = 0.5
 
 _watched: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
 _heartbeats: list[Heartbeat] = []
@@ -114,6 +118,8 @@ class Heartbeat(threading.Thread):
         lost = self._hosts[host]
         tell_lost(f"{lost} is lost: it has not answered for {LOST_AFTER_S} s", lost.ranks)
         self._links.tell(host)
+        # What this rank hangs up on ends the waits of others, who should know why by then.
+        time.sleep(HEARD_S)
         self._end_waits()
         own = self._links.inodes()
 

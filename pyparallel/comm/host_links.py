@@ -1,8 +1,8 @@
 """The connections of a heartbeat: made, proven and heard without waiting for any one of them.
 
 Anybody who reaches the port may connect. A connection counts when it has said the token, which the job's
-ranks told each other; what has not within a second, or says anything else, is hung up on. Meanwhile the
-others are heard, and at most 64 that have proven nothing are held open.
+ranks told each other; what has not within five seconds, or says anything else, is hung up on. Meanwhile
+the others are heard, and at most 64 that have proven nothing are held open.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from pyparallel.comm.job_hosts import TOKEN_BYTES, Host
-from pyparallel.comm.memory_door import HELLO_S
 
 # Without an answer for so long a host is lost; it is asked every second.
 LOST_AFTER_S = 8
 CONNECT_S = 5.0
+# The other end says the token as soon as its thread gets the interpreter's lock.
+PROVE_S = 5.0
 # A host's place among the hosts, as it is told.
 INDEX_BYTES = 4
 MAX_UNPROVEN = 64
@@ -161,7 +162,7 @@ class Links:
             time.sleep(ACCEPT_AGAIN_S)
             return
         end.setblocking(False)
-        self._add(Link(end, None, time.monotonic() + HELLO_S), select.POLLIN)
+        self._add(Link(end, None, time.monotonic() + PROVE_S), select.POLLIN)
 
     def _serve(self, link: Link) -> int | None:
         """A host that is lost, by this link; None for anything else."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 
 import pytest
@@ -50,7 +51,8 @@ def test_a_queue_that_strangers_fill_is_emptied_and_the_join_goes_on() -> None:
     assert [engine for engine, _, _ in told] == ["SharedMemoryCommunicator"] * 3
     assert [x for _, x, _ in told] == [[3.0] * 3] * 3
     assert len({error for _, _, error in told}) == 1
-    assert (
-        "could not find its shared memory: rank 1: RuntimeError: strangers fill the queue of rank 0's"
-        in told[0][2]
+    # Whose time is over first is told of.
+    assert re.search(
+        r"could not find its shared memory: rank [12]: \w+: strangers fill the queue of rank 0's",
+        told[0][2],
     )

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pyparallel.comm import heartbeat
+from pyparallel.comm import heartbeat, host_links
 from pyparallel.comm.group_of import close_groups
 from pyparallel.comm.heartbeat import Heartbeat
 from pyparallel.comm.job_hosts import TOKEN_BYTES, Host
@@ -25,6 +25,7 @@ def listening(monkeypatch: pytest.MonkeyPatch) -> Iterator[Listening]:
     lost: list[int] = []
     monkeypatch.setattr(heartbeat, "_store_port", lambda: None)
     monkeypatch.setattr(Heartbeat, "_lose", lambda self, host: lost.append(host))
+    monkeypatch.setattr(host_links, "PROVE_S", 1.0)
     listener = socket.create_server(("127.0.0.1", 0))
     hosts = [Host(f"h{n}", (n,), ("127.0.0.1",), 0, b"") for n in range(2)]
     hosts.append(Host("h2", (2,), ("127.0.0.1",), listener.getsockname()[1], TOKEN))
