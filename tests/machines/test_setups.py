@@ -18,7 +18,7 @@ from tests.machines.hosts import Hosts
 from tests.machines.setups import CASES
 
 # A minute before, and half an hour; what is left is the start of ranks on a busy machine.
-SOON_S = 10.0
+SOON_S = 30.0
 
 
 def test_odd_hosts_work_or_are_told_the_way_out(hosts: Hosts, tmp_path: Path) -> None:
