@@ -3,6 +3,8 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -17,6 +19,13 @@
 #include "cpu_decoder_model.h"
 #include "cpu_element_checks.h"
 #include "cpu_kernel_checks.h"
+
+// Instead of the library's: what nobody has written is no number.
+extern "C" void* aligned_alloc(size_t alignment, size_t bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, alignment, bytes) != 0) return nullptr;
+  return std::memset(memory, 0xff, bytes);
+}
 
 using namespace pyparallel;
 using namespace pyparallel::cpu;
