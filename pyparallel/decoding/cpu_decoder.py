@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from pyparallel import _C, backend
 from pyparallel.comm.group import Group
-from pyparallel.decoding.memory_of_ranks import ranks_apart
+from pyparallel.decoding.ranks_apart import ranks_apart
 from pyparallel.layers.context_kv_cache import ContextKVCache
 from pyparallel.layers.kv_cache import KVCache
 from pyparallel.layers.parallel_mlp import GATED

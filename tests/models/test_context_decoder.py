@@ -14,7 +14,7 @@ from pyparallel.checkpoint.source import open_checkpoint
 from pyparallel.comm.collectives import all_reduce_raw, count_collectives
 from pyparallel.comm.group import Group
 from pyparallel.comm.torch_engine import TorchCommunicator
-from pyparallel.decoding import memory_of_ranks
+from pyparallel.decoding import ranks_apart
 from pyparallel.decoding.cpu_decoder import reason_against
 from pyparallel.decoding.generate import generate
 from pyparallel.decoding.stream import stream
@@ -192,7 +192,7 @@ def apart_on_some(folder: str) -> str | None:
     if mesh.cp.rank + mesh.tp.rank > 0:
         return reason_against(model, PROMPTS, 64)
     # As where one rank's neighbours are on another host and the others' are not.
-    with patch.object(memory_of_ranks, "SharedMemoryCommunicator", TorchCommunicator):
+    with patch.object(ranks_apart, "SharedMemoryCommunicator", TorchCommunicator):
         return reason_against(model, PROMPTS, 64)
 
 
