@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 from bench.checkpoint.planning import Played, index_of, planned, restored, with_files
 from bench.checkpoint.ranks import Job
-from bench.growth.line import Line
+from bench.growth.line import Line, median_s
 
-REPEATS = 5
 WHERE = "meta tensors, one process plays all ranks"
 
 
@@ -34,15 +30,6 @@ def restoring(ranks: int) -> float:
     with tempfile.TemporaryDirectory() as name:
         folder = with_files(Path(name), index_of(job, *planned(job)), rank=ranks // 2)
         return median_s(lambda: restored(job, folder, ranks // 2))
-
-
-def median_s(work: Callable[[], object]) -> float:
-    times = []
-    for _ in range(REPEATS):
-        begin = time.process_time()
-        work()
-        times.append(time.process_time() - begin)
-    return statistics.median(times)
 
 
 LINES = (

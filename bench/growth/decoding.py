@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench.growth.line import Line
+from bench.growth.line import Line, median_s
 from bench.rivals import MODEL
 from pyparallel.decoding.cpu_decoder import CPUDecoder
 from pyparallel.decoding.generate import generate
@@ -39,7 +39,7 @@ def at_position(position: int) -> float:
         # Pages that nobody has written are one page of zeros, which costs no memory to read.
         cache.keys.normal_()
         cache.values.normal_()
-    return median_s(lambda: decoder.decode([7], rows=[0], positions=[position]))
+    return after_one_s(lambda: decoder.decode([7], rows=[0], positions=[position]))
 
 
 def batch_s(rows: int) -> float:
@@ -56,7 +56,7 @@ def of_rows(rows: int) -> float:
         decoder.decode(tokens, rows=range(rows), positions=[len(PROMPT)] * rows)
         return decoder.greedy()
 
-    return median_s(step)
+    return after_one_s(step)
 
 
 def ranks_s(ranks: int) -> float:
@@ -76,14 +76,11 @@ def over_context(ranks: int) -> float:
     return statistics.median(times[1:])
 
 
-def median_s(work: Callable[[], object]) -> float:
-    times = []
+def after_one_s(work: Callable[[], object]) -> float:
+    """Seconds of a call that is not the first."""
     with torch.inference_mode():
-        for _ in range(REPEATS):
-            begin = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - begin)
-    return statistics.median(times[1:])
+        work()
+        return median_s(work, repeats=REPEATS, clock=time.perf_counter)
 
 
 LINES = (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -34,3 +36,18 @@ def exponent(sizes: Sequence[int], costs: Sequence[float]) -> float:
     middle_x, middle_y = sum(x) / len(x), sum(y) / len(y)
     above = sum((a - middle_x) * (b - middle_y) for a, b in zip(x, y, strict=True))
     return above / sum((a - middle_x) ** 2 for a in x)
+
+
+def median_s(
+    work: Callable[[], object],
+    *,
+    repeats: int = 5,
+    clock: Callable[[], float] = time.process_time,
+) -> float:
+    """Seconds of a call by ``clock``, CPU's by default: the median of its repeats."""
+    times = []
+    for _ in range(repeats):
+        begin = clock()
+        work()
+        times.append(clock() - begin)
+    return statistics.median(times)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from bench.checkpoint.tensors import ours
-from bench.growth.line import Line
+from bench.growth.line import Line, median_s
 
 # So small that 50,000 of them are 77 MB: what is measured is what a tensor costs, not its bytes.
 SHAPE = (16, 24)
-REPEATS = 5
 
 
 def reading(number: int) -> float:
@@ -25,13 +22,9 @@ def reading(number: int) -> float:
         tensors = {f"experts.{i}.weight": torch.full(SHAPE, float(i)) for i in range(number)}
         save_file(tensors, folder / "model.safetensors")
         places = {name: torch.empty(SHAPE) for name in tensors}
-        times = []
-        for _ in range(REPEATS):
-            begin = time.process_time()
-            ours(folder, places)
-            times.append(time.process_time() - begin)
+        spent = median_s(lambda: ours(folder, places))
         assert all(torch.equal(places[name], tensors[name]) for name in tensors)
-    return statistics.median(times)
+    return spent
 
 
 LINES = (
