@@ -181,6 +181,8 @@ def machine() -> dict[str, Any]:
         versions["transformers"] = transformers.__version__
     except ImportError:
         pass
+    module = sys.modules["__main__"].__spec__
+    program = f"python -m {module.name.removesuffix('.__main__')}" if module else "pytest"
     compiler = subprocess.run(["g++", "-dumpversion"], capture_output=True, text=True, check=False)
     return {
         "cpu": cpu,
@@ -188,7 +190,7 @@ def machine() -> dict[str, Any]:
         "isa": _C.isa_in_use(),
         "load": os.getloadavg()[0],
         "versions": versions | {"g++": compiler.stdout.strip()},
-        "command": " ".join(["pytest", *sys.argv[1:]]),
+        "command": " ".join([program, *sys.argv[1:]]),
     }
 
 
