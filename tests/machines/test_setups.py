@@ -21,6 +21,8 @@ from tests.machines.setups import CASES
 SOON_S = 30.0
 
 
+# Ranks of two hosts start, and a mesh for each of their ways.
+@pytest.mark.slow
 def test_odd_hosts_work_or_are_told_the_way_out(hosts: Hosts, tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {socket.gethostname()}\n")
     for host in range(2):
